@@ -1,0 +1,1 @@
+"""`hdb`, the command line: thin commands, each over one library call."""

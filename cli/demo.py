@@ -1,0 +1,33 @@
+"""`hdb demo`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="demo")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default="hdb-demo", show_default=True,
+    help="Folder for the results.",
+)  # fmt: skip
+@click.option("--person", default=0, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
+@click.option("--seed", default=0, show_default=True, help="Starting noise of the fits and the pictures.")
+def command(out: Path, person: int, seed: int) -> None:
+    """Show the whole way on a bundled miniature, offline: portrait, LiDB fit, LoRA, pictures.
+
+    \b
+    hdb demo
+    hdb demo --person 7 --out demo7
+    """
+    from cli.progress import progress_bars, quiet_libraries
+    from testbed.demo import run_demo
+
+    quiet_libraries()
+    with progress_bars() as report:
+        files, result = run_demo(out, person, seed, report)
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    click.echo(f"one photo           {files.photo}")
+    click.echo(f"LiDB weights        {files.theta}  ({files.theta.stat().st_size / 1000:.0f} KB)")
+    click.echo(f"LoRA                {files.lora}  ({files.lora.stat().st_size / 1000:.0f} KB)")
+    click.echo(f"look at             {files.sheet}")
+    click.echo(f"took                {took}")

@@ -1,0 +1,38 @@
+"""`hdb generate`."""
+
+from pathlib import Path
+
+import click
+
+from cli.bases import base_option, device_option, open_base, precision_option
+
+
+@click.command(name="generate")
+@click.argument("prompts", nargs=-1, required=True)
+@base_option
+@click.option("--lora", type=click.Path(path_type=Path), help="LoRA file to draw with, ours or anybody's.")
+@click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
+              help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
+@click.option("--num-steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
+@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance.")
+@click.option("--seed", default=0, show_default=True, help="Starting noise.")
+@device_option
+@precision_option
+def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device, precision) -> None:
+    """Draw PROMPTS, with or without a LoRA.
+
+    \b
+    hdb generate "a sks face" "a pencil drawing of a sks face" --lora me.safetensors
+    hdb generate "a face at night" --base testbed --guidance 4
+    """
+    from cli.progress import progress_bars
+    from hypernet.sampling import generate_to_file
+
+    opened = open_base(base, device, precision)
+    with progress_bars() as report:
+        generate_to_file(
+            opened.model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,
+            progress=lambda done, total: report("draw", done, total),
+        )  # fmt: skip
+    click.echo(f"wrote {out}")

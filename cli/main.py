@@ -1,0 +1,55 @@
+"""The `hdb` group: which commands there are, and how errors are told. Imports nothing heavy, so help is instant."""
+
+import importlib
+import os
+import warnings
+
+import click
+
+COMMANDS = {
+    "demo": "cli.demo",
+    "personalize": "cli.personalize",
+    "generate": "cli.generate",
+    "inspect": "cli.inspect",
+    "export": "cli.export",
+    "doctor": "cli.doctor",
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is asked for; turns the errors that users can mend into one sentence."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(COMMANDS[name]).command if name in COMMANDS else None
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
+            raise click.ClickException(message) from error
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lidb-peft")
+def main() -> None:
+    """One face photo in, a standard LoRA out, that Automatic1111, ComfyUI, kohya and diffusers load.
+
+    \b
+    hdb demo                                    see the whole way, offline, in a minute
+    hdb personalize me.jpg                      make a LoRA of a person for Stable Diffusion 1.5
+    hdb inspect me.safetensors                  say what a LoRA file holds
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

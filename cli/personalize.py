@@ -1,0 +1,65 @@
+"""`hdb personalize`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from cli.bases import base_option, device_option, open_base, precision_option
+from hypernet.recipe import PersonalizeConfig
+
+_RECIPE = PersonalizeConfig()
+
+
+def _recipe_option(flag: str, field: str, kind, text: str):
+    """An option whose default is the recipe's own, so that a base may bring another recipe."""
+    default = f"{getattr(_RECIPE, field)}; testbed has its own"
+    return click.option(flag, field, type=kind, default=None, help=text, show_default=default)
+
+
+@click.command(name="personalize")
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@base_option
+@click.option("--out", type=click.Path(path_type=Path), help="LoRA to write.  [default: the photo's name .safetensors]")
+@_recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit.")
+@_recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
+@_recipe_option("--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning; 0 leaves it out.")
+@_recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
+@_recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
+@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that will mean this person.")
+@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
+@click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
+@click.option("--seed", default=_RECIPE.seed, show_default=True, help="Keys all noise.")
+@device_option
+@precision_option
+@click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
+@click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
+@click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
+def command(photos, base, out, previews, device, precision, no_crop, save_theta, from_theta, **options) -> None:
+    """Make a LoRA of the person in PHOTOS; several photos are one person.
+
+    \b
+    hdb personalize me.jpg
+    hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
+    hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 80
+    hdb personalize portrait.png --base testbed --no-crop
+    """
+    from cli.progress import progress_bars
+    from hypernet.personalize import personalize_to_files
+
+    out = out or Path(Path(photos[0]).stem + ".safetensors")
+    opened = open_base(base, device, precision)
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = replace(opened.recipe, **given, crop=not no_crop)
+    with progress_bars() as report:
+        result = personalize_to_files(
+            photos, opened.model, out, recipe, opened.lidb_config,
+            previews=previews, save_theta=save_theta, from_theta=from_theta, progress=report,
+        )  # fmt: skip
+    for photo in result.photos:
+        if photo.note:
+            click.echo(photo.note, err=True)
+    for file in result.files:
+        click.echo(f"wrote {file}")
+    click.echo("took " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
+    click.echo(f'use it: put {out.name} into models/Lora and write "{recipe.trigger} <lora:{out.stem}:1>"')

@@ -1,0 +1,158 @@
+"""What is wrong with a LoRA file, in words: what makes a reader skip layers, scale them wrongly or hide the file."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .adapter_layout import Layout
+from .key_maps import is_sgm_name
+
+# Width of the prompt embeddings that cross-attention reads -> family, as A1111 names it.
+CROSS_WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
+_CROSS_KEY = re.compile(r"attn2[._](processor[._])?to_k(_lora)?$")
+_FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told."""
+
+    name: str
+    component: str
+    rank: int
+    in_features: int
+    alpha: float | None
+    alpha_is_scalar: bool
+    has_non_finite: bool
+    is_zero: bool
+    is_complete: bool
+
+
+def base_from_shapes(modules: Sequence[ModuleFacts]) -> str | None:
+    """Return ``SD1``, ``SD2`` or ``SDXL`` by the layers' widths, or None where they fit none of these."""
+    for module in modules:
+        if module.component == "unet" and _CROSS_KEY.search(module.name):
+            return CROSS_WIDTHS.get(module.in_features)
+    if any(module.component == "text_encoder_2" or is_sgm_name(module.name) for module in modules):
+        return "SDXL"
+    widths = {
+        module.in_features for module in modules if module.component == "text_encoder" and "q_proj" in module.name
+    }
+    return CROSS_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
+
+
+def base_from_metadata(metadata: dict[str, str]) -> str | None:
+    """Return the family that the metadata names: ``SD1``, ``SD2``, ``SDXL``, another model's own name, or None."""
+    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
+    if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
+        return "SDXL"
+    if version.startswith("sd_v2") or metadata.get("ss_v2") == "True" or architecture.startswith("stable-diffusion-v2"):
+        return "SD2"
+    if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1"):
+        return "SD1"
+    return architecture.partition("/")[0] or version or None
+
+
+def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: dict[str, str]) -> list[str]:
+    """Return one sentence for each thing that a reader of the file would stumble over."""
+    found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
+    if layout.style == "kohya":
+        found += _kohya_warnings(modules, metadata)
+    shapes, named = base_from_shapes(modules), base_from_metadata(metadata)
+    if shapes and named and shapes != named:
+        found.append(f"its layers are {shapes}'s but its metadata says {named}: A1111 hides it from the right model")
+    if layout.unknown:
+        found.append(f"{_count(layout.unknown, 'tensor')} of unknown meaning: {_examples(layout.unknown)}")
+    return found
+
+
+def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
+    bad = [module.name for module in modules if module.has_non_finite]
+    if bad:
+        yield f"{_count(bad, 'layer')} with NaN or infinity, which makes black pictures: {_examples(bad)}"
+    zero = [module.name for module in modules if module.is_zero]
+    if zero:
+        which = "every layer" if len(zero) == len(modules) else f"{_count(zero, 'layer')} of {len(modules)}"
+        yield f"{which} changes nothing (all zeros): {_examples(zero)}"
+    partial = [module.name for module in modules if not module.is_complete]
+    if partial:
+        yield f"{_count(partial, 'layer')} with only one of down and up: {_examples(partial)}"
+
+
+def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[str]:
+    """Alphas and ranks that readers take differently."""
+    ranks = {module.rank for module in modules if module.rank}
+    alphas = {module.alpha for module in modules if module.alpha is not None}
+    if len(ranks) > 1 or len(alphas) > 1:
+        yield (
+            f"mixed ranks ({_numbers(ranks)}) or alphas ({_numbers(alphas)}), which diffusers applies wrongly:"
+            " rewrite it with one rank and one alpha"
+        )
+    without = [module.name for module in modules if module.alpha is None and module.rank]
+    if layout.style == "kohya" and without:
+        yield f"{_count(without, 'layer')} without alpha, which is read as scale 1: {_examples(without)}"
+    odd = [module.name for module in modules if module.alpha is not None and not _is_usable(module.alpha)]
+    if odd:
+        yield f"{_count(odd, 'layer')} with alpha 0 or not finite, which readers take differently: {_examples(odd)}"
+    shaped = [module.name for module in modules if not module.alpha_is_scalar]
+    if shaped:
+        yield f"{_count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {_examples(shaped)}"
+
+
+def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: dict[str, str]) -> Iterator[str]:
+    """Names and metadata that kohya, A1111 or ComfyUI miss without a word."""
+    clip = [module.name for module in modules if module.component.startswith("text_encoder")]
+    bare = [name for name in clip if "_text_model_" not in name and "text_projection" not in name]
+    if bare:
+        yield (
+            f"{_count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
+            f" {_examples(bare)}"
+        )
+    base = base_from_shapes(modules) or base_from_metadata(metadata)
+    te1 = [name for name in clip if name.startswith("lora_te1_")]
+    if te1 and base in ("SD1", "SD2"):
+        yield f"{_count(te1, 'layer')} named lora_te1_ in a LoRA of {base}, which kohya drops: they must be lora_te_"
+    te = [name for name in clip if name.startswith("lora_te_")]
+    if te and base == "SDXL":
+        yield f"{_count(te, 'layer')} named lora_te_ in a LoRA of SDXL, which kohya drops: they must be lora_te1_"
+    unet = [module.name for module in modules if module.component == "unet"]
+    if len({is_sgm_name(name) for name in unet if "_blocks_" in name or "_block_" in name}) > 1:
+        yield "UNet layers in both diffusers' and sgm's spelling: diffusers drops the latter"
+    if base == "SDXL" and not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        yield "no ss_base_model_version of SDXL: A1111 takes it for SD1 and hides it from SDXL models"
+    split = _split_attentions(clip, base)
+    if split:
+        yield (
+            f"{_count(split, 'attention')} without all of q, k, v and out, whose layers A1111 skips in OpenCLIP:"
+            f" {_examples(split)}"
+        )
+
+
+def _split_attentions(clip: Sequence[str], base: str | None) -> list[str]:
+    """Names of OpenCLIP attentions (SD2's encoder, SDXL's second) that lack one of the four projections."""
+    groups: dict[str, set[str]] = {}
+    for name in clip:
+        projection = next((projection for projection in _FUSED_QKVO if name.endswith("_" + projection)), None)
+        if projection and (name.startswith("lora_te2_") or (base == "SD2" and name.startswith("lora_te_"))):
+            groups.setdefault(name.removesuffix("_" + projection), set()).add(projection)
+    return [name for name, present in groups.items() if len(present) < len(_FUSED_QKVO)]
+
+
+def _is_usable(alpha: float) -> bool:
+    return alpha != 0 and math.isfinite(alpha)
+
+
+def _count(items: Sequence[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _examples(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    shown = ", ".join(name if len(name) <= 120 else name[:117] + "..." for name in names[:2])
+    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
+
+
+def _numbers(values: set) -> str:
+    shown = ", ".join(f"{value:g}" for value in sorted(values)[:6])
+    return f"{shown}, ..." if len(values) > 6 else shown or "none"

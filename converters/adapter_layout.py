@@ -1,0 +1,115 @@
+"""Which tensors of an adapter file belong to which layer, for every layout in use: kohya, diffusers old and new, PEFT.
+
+Only names are looked at here; what the tensors hold is :mod:`converters.describe`'s business.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+# Tensor-name ending -> what it is; the longest ending that fits counts. "_lora" is diffusers before 0.20.
+ENDINGS = {
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_embedding_A": "down",
+    ".lora_embedding_B": "up",
+    ".alpha": "alpha",
+    ".dora_scale": "dora",
+    ".lora_magnitude_vector": "dora",
+    ".lora_magnitude_vector.weight": "dora",
+    ".lora_mid.weight": "mid",
+    ".diff": "full",
+    ".diff_b": "full",
+    ".oft_blocks": "oft",
+    ".oft_diag": "oft",
+    **{f".hada_{part}": "loha" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": "lokr" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    ".lidb_down": "lidb",
+    ".lidb_up": "lidb",
+}
+# Tensors that LiDB's layers share; they belong to no one layer.
+_SHARED_STARTS = ("lidb_basis.",)
+_BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
+
+_KOHYA_COMPONENTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te3": "text_encoder_3",
+    "lora_transformer": "transformer",
+}
+_DIFFUSERS_COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+_UNET_PATH = re.compile(r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\.")
+_CLIP_PATH = re.compile(r"(^|\.)encoder\.layers\.\d+\.|(^|\.)text_model\.")
+
+
+@dataclass
+class AdapterModule:
+    """One adapted layer: its name in the file, and role (``down``, ``up``, ``alpha`` ...) -> tensor names."""
+
+    name: str
+    component: str
+    parts: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Layout:
+    """How a file lays its layers out; ``style`` is ``kohya``, ``diffusers``, ``PEFT`` or ``""`` where none is found."""
+
+    style: str
+    algorithm: str
+    modules: dict[str, AdapterModule]
+    unknown: list[str]
+
+
+def read_layout(names: list[str]) -> Layout:
+    """Sort a file's tensor names into layers; names that fit no layout are listed in ``unknown``."""
+    modules: dict[str, AdapterModule] = {}
+    unknown, styles = [], set()
+    for name in names:
+        if name.removeprefix("base_model.model.").startswith(_SHARED_STARTS):
+            continue
+        ending = next((ending for ending in _BY_LENGTH if name.endswith(ending)), None)
+        module = name.removesuffix(ending) if ending else ""
+        if not module:
+            unknown.append(name)
+            continue
+        style, component = _style_and_component(module)
+        styles.add(style)
+        entry = modules.setdefault(module, AdapterModule(module, component))
+        entry.parts.setdefault(ENDINGS[ending], []).append(name)
+    style = next((style for style in ("kohya", "PEFT", "diffusers") if style in styles), "")
+    return Layout(style, _algorithm(modules), modules, unknown)
+
+
+def _style_and_component(module: str) -> tuple[str, str]:
+    prefix = re.match(r"((?:lora|lycoris)_[a-z]+\d?)_", module)
+    if prefix and "." not in module:
+        return "kohya", _KOHYA_COMPONENTS.get(prefix[1], prefix[1].partition("_")[2])
+    first = module.partition(".")[0]
+    if first == "base_model":
+        return "PEFT", _component_of_path(module)
+    if first in _DIFFUSERS_COMPONENTS:
+        return "diffusers", first
+    return "diffusers", _component_of_path(module)
+
+
+def _component_of_path(path: str) -> str:
+    if _UNET_PATH.search(path):
+        return "unet"
+    return "text_encoder" if _CLIP_PATH.search(path) else "model"
+
+
+def _algorithm(modules: dict[str, AdapterModule]) -> str:
+    roles = {role for module in modules.values() for role in module.parts}
+    names = {"loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "lidb": "LiDB", "dora": "DoRA", "full": "full difference"}
+    found = next((name for role, name in names.items() if role in roles), None)
+    return found or ("LoRA" if roles & {"down", "up"} else "")

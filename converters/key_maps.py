@@ -1,0 +1,146 @@
+"""Names of LoRA layers: ours (classic, dotted) <-> kohya's, both directions from the same tables.
+
+A layer name is a component and a diffusers module path, ``unet.down_blocks.0...attn1.to_q``. kohya writes
+``prefix_`` and the path with every dot an underscore, so reading one back needs the words that hold an underscore
+themselves; SDXL's UNet moreover goes by the sgm names (``input_blocks_4_1_...``).
+"""
+
+# Component -> kohya prefix. SD1/SD2 files with lora_te1_ lose their text encoder in kohya without a word.
+_PREFIXES = {
+    "sd1": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    "sd2": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+}
+FAMILIES = tuple(_PREFIXES)
+# Both lora_te_ and lora_te1_ are read as text_encoder.
+_COMPONENTS = {prefix: component for prefixes in _PREFIXES.values() for component, prefix in prefixes.items()}
+
+# Every word of a module path; numbers are words too.
+_UNET_WORDS = """
+    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
+    attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out norm norm1 norm2 norm3
+    conv conv1 conv2 conv_in conv_out conv_norm_out conv_shortcut time_emb_proj
+    time_embedding add_embedding linear_1 linear_2
+"""
+_SGM_WORDS = """
+    input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
+"""
+_CLIP_WORDS = """
+    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 layer_norm1 layer_norm2
+    embeddings token_embedding position_embedding final_layer_norm text_projection
+"""
+_WORDS = frozenset((_UNET_WORDS + _SGM_WORDS + _CLIP_WORDS).split())
+_LONGEST_WORD = max(word.count("_") + 1 for word in _WORDS)
+
+# (diffusers, sgm) inside a ResNet block.
+_RESNET_PARTS = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+)
+
+
+def _sdxl_table() -> tuple[tuple[str, str], ...]:
+    """Pairs (diffusers, sgm) of path prefixes that cover SDXL's UNet: 3 levels, 2 layers a level, 3 going up."""
+    resnets: list[tuple[str, str]] = [
+        ("mid_block.resnets.0", "middle_block.0"),
+        ("mid_block.resnets.1", "middle_block.2"),
+    ]
+    others = [
+        ("mid_block.attentions.0", "middle_block.1"),
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+    ]
+    for level in range(3):
+        for layer in range(2):
+            sgm = f"input_blocks.{3 * level + layer + 1}"
+            resnets.append((f"down_blocks.{level}.resnets.{layer}", f"{sgm}.0"))
+            if level > 0:
+                others.append((f"down_blocks.{level}.attentions.{layer}", f"{sgm}.1"))
+        for layer in range(3):
+            sgm = f"output_blocks.{3 * level + layer}"
+            resnets.append((f"up_blocks.{level}.resnets.{layer}", f"{sgm}.0"))
+            if level < 2:
+                others.append((f"up_blocks.{level}.attentions.{layer}", f"{sgm}.1"))
+        if level < 2:
+            others.append((f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{3 * level + 3}.0.op"))
+            others.append((f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{3 * level + 2}.2.conv"))
+    parts = [(f"{ours}.{a}", f"{sgm}.{b}") for ours, sgm in resnets for a, b in _RESNET_PARTS]
+    return (*others, *parts)
+
+
+SDXL_UNET = _sdxl_table()
+
+
+def to_kohya_name(layer: str, family: str) -> str:
+    """Return kohya's name of one of our layers, without ``.lora_down.weight``; ``family`` is one of ``FAMILIES``.
+
+    Raises:
+        ValueError: the family is unknown, or has no such component or module.
+    """
+    if family not in _PREFIXES:
+        raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    component, _, path = layer.partition(".")
+    prefix = _PREFIXES[family].get(component)
+    if prefix is None:
+        raise ValueError(
+            f"layer {layer} belongs to {component!r}, which {family} does not have; choose the right family"
+        )
+    if component != "unet" and not path.startswith(("text_model.", "text_projection")):
+        raise ValueError(f"layer {layer} lacks 'text_model.'; without it kohya, A1111 and ComfyUI skip the layer")
+    if component == "unet" and family == "sdxl":
+        path = _replace_prefix(path, SDXL_UNET, source=0)
+    name = prefix + path.replace(".", "_")
+    if not path or _split_words(name.removeprefix(prefix)) != path:
+        raise ValueError(f"layer {layer} is no module of a {family} model")
+    return name
+
+
+def from_kohya_name(name: str) -> str:
+    """Return our layer name of a kohya name, in any family's spelling (SDXL's sgm or diffusers names).
+
+    Raises:
+        ValueError: the name is none of a Stable Diffusion 1, 2 or XL LoRA.
+    """
+    prefix = next((prefix for prefix in _COMPONENTS if name.startswith(prefix)), None)
+    path = None if prefix is None else _split_words(name.removeprefix(prefix))
+    if path is None:
+        raise ValueError(f"{name} is no layer of a Stable Diffusion 1, 2 or XL model")
+    if path.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")):
+        path = _replace_prefix(path, SDXL_UNET, source=1)
+    return f"{_COMPONENTS[prefix]}.{path}"
+
+
+def is_sgm_name(name: str) -> bool:
+    """Whether a kohya name is in the sgm spelling that SDXL's UNet has."""
+    return name.removeprefix("lora_unet_").startswith(("input_blocks_", "middle_block_", "output_blocks_"))
+
+
+def _replace_prefix(path: str, table: tuple[tuple[str, str], ...], source: int) -> str:
+    for pair in table:
+        if path == pair[source] or path.startswith(pair[source] + "."):
+            return pair[1 - source] + path.removeprefix(pair[source])
+    raise ValueError(f"{path} is no module of SDXL's UNet")
+
+
+def _split_words(text: str) -> str | None:
+    """Put the dots back: the longest known word first; None when some part is no known word."""
+    pieces, words, at = text.split("_"), [], 0
+    while at < len(pieces):
+        for length in range(min(_LONGEST_WORD, len(pieces) - at), 0, -1):
+            word = "_".join(pieces[at : at + length])
+            if word in _WORDS or (word.isascii() and word.isdecimal()):
+                words.append(word)
+                at += length
+                break
+        else:
+            return None
+    return ".".join(words)

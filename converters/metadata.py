@@ -1,0 +1,252 @@
+"""What a LoRA file says about itself: kohya's ``ss_*`` keys, ModelSpec, hashes, A1111's sidecar and preview.
+
+kohya and A1111 read ``ss_*``; ModelSpec is the Stability AI standard that newer tools show; trigger words reach
+A1111's prompt only through the sidecar ``<name>.json``.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lidb_peft.files import atomic_path
+
+from .safe_read import to_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What marks a preview as ours, so that a photo of the same name is never overwritten.
+_PREVIEW_SOFTWARE = "lidb-peft"
+_SIDECAR_KEYS = frozenset(
+    {"description", "sd version", "activation text", "preferred weight", "negative text", "notes"}
+)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """How readers name one family of base models."""
+
+    base_version: str
+    v_base_version: str
+    architecture: str
+    v_architecture: str
+    implementation: str
+    a1111_version: str
+    is_v2: bool
+    resolution_px: int
+    v_resolution_px: int
+
+
+MODEL_FAMILIES = {
+    "sd1": ModelFamily(
+        base_version="sd_v1",
+        v_base_version="sd_v1_v",
+        architecture="stable-diffusion-v1/lora",
+        v_architecture="stable-diffusion-v1/lora",
+        implementation="diffusers",
+        a1111_version="SD1",
+        is_v2=False,
+        resolution_px=512,
+        v_resolution_px=512,
+    ),
+    "sd2": ModelFamily(
+        base_version="sd_v2",
+        v_base_version="sd_v2_v",
+        architecture="stable-diffusion-v2-512/lora",
+        v_architecture="stable-diffusion-v2-768-v/lora",
+        implementation="diffusers",
+        a1111_version="SD2",
+        is_v2=True,
+        resolution_px=512,
+        v_resolution_px=768,
+    ),
+    "sdxl": ModelFamily(
+        base_version="sdxl_base_v1-0",
+        v_base_version="sdxl_base_v1-0",
+        architecture="stable-diffusion-xl-v1-base/lora",
+        v_architecture="stable-diffusion-xl-v1-base/lora",
+        implementation="https://github.com/Stability-AI/generative-models",
+        a1111_version="SDXL",
+        is_v2=False,
+        resolution_px=1024,
+        v_resolution_px=1024,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class KohyaMetadata:
+    """What a LoRA file should tell its readers; all of it optional but the family of the base model.
+
+    Args:
+        family: ``sd1``, ``sd2`` or ``sdxl``; A1111 hides a LoRA whose family is not the loaded model's.
+        v_prediction: the base model predicts v (Stable Diffusion 2 at 768).
+        output_name: the ``name`` of A1111's ``<lora:name:1>``; the file's own name when empty.
+        trigger: activation text, e.g. ``a sks face``.
+        base_model_name: the checkpoint it was trained on.
+        resolution_px: side of the training pictures; the family's own when 0.
+        num_photos: photos it was trained on.
+        title, author, description, license, date: free text for ModelSpec; ``date`` in ISO 8601.
+        preferred_weight: strength that A1111 inserts; 0 leaves it to the user's setting.
+        extra: further keys, written as they are.
+    """
+
+    family: str = "sd1"
+    v_prediction: bool = False
+    output_name: str = ""
+    trigger: str = ""
+    base_model_name: str = ""
+    resolution_px: int = 0
+    num_photos: int = 0
+    title: str = ""
+    author: str = ""
+    description: str = ""
+    license: str = ""
+    date: str = ""
+    preferred_weight: float = 1.0
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.family not in MODEL_FAMILIES:
+            raise ValueError(f"model family is {self.family!r}; choose one of {', '.join(MODEL_FAMILIES)}")
+        if set(self.output_name) & set("<>:"):
+            raise ValueError(
+                f"output_name is {self.output_name!r}; leave out < > and :, which <lora:name:1> cannot hold"
+            )
+        reserved = sorted(key for key in self.extra if key.startswith(("ss_", "sshs_", "modelspec.", "__")))
+        if reserved:
+            raise ValueError(f"extra holds {', '.join(reserved)}, which the file's own fields set; choose other names")
+        if not all(isinstance(value, str) for pair in self.extra.items() for value in pair):
+            raise ValueError("extra must map text to text; convert its numbers with str()")
+
+
+def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[str, str]:
+    """Return the text-to-text metadata of a file of one ``rank`` and alpha = rank, hashes not included."""
+    family = MODEL_FAMILIES[metadata.family]
+    name = metadata.output_name or "".join("_" if character in "<>:" else character for character in file_stem)
+    side = metadata.resolution_px or (family.v_resolution_px if metadata.v_prediction else family.resolution_px)
+    entries = {
+        "ss_output_name": name,
+        "ss_v2": str(family.is_v2),
+        "ss_base_model_version": family.v_base_version if metadata.v_prediction else family.base_version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_network_args": "{}",
+        "ss_resolution": f"({side}, {side})",
+        "ss_sd_model_name": metadata.base_model_name,
+        "ss_num_train_images": str(metadata.num_photos) if metadata.num_photos else "",
+        "ss_tag_frequency": _tag_frequency(metadata),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": family.v_architecture if metadata.v_prediction else family.architecture,
+        "modelspec.implementation": family.implementation,
+        "modelspec.title": metadata.title or name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if metadata.v_prediction else "epsilon",
+        "modelspec.trigger_phrase": metadata.trigger,
+        "modelspec.author": metadata.author,
+        "modelspec.description": metadata.description,
+        "modelspec.license": metadata.license,
+        "modelspec.date": metadata.date,
+        **metadata.extra,
+    }
+    return {key: value for key, value in entries.items() if value}
+
+
+def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """Return ``metadata`` with ``sshs_model_hash`` and ``sshs_legacy_hash``, computed as kohya does.
+
+    kohya hashes a file that has only the ``ss_*`` keys: all of it after the header, and 64 KB from 1 MB on.
+    """
+    blob = to_bytes(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    tensor_bytes = memoryview(blob)[8 + int.from_bytes(blob[:8], "little") :]
+    return metadata | {
+        "sshs_model_hash": hashlib.sha256(tensor_bytes).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def write_sidecar(lora_path: Path, metadata: KohyaMetadata) -> Path | None:
+    """Write A1111's ``<name>.json`` beside a LoRA; what the user has put into an earlier one stays.
+
+    Returns None, with a warning, when a JSON file of that name is something else.
+    """
+    path = lora_path.with_suffix(".json")
+    earlier = read_sidecar(lora_path)
+    if earlier is None:
+        warnings.warn(
+            f"{path} is no A1111 sidecar and was left alone; the activation text was not written", stacklevel=2
+        )
+        return None
+    ours = {
+        "description": metadata.description,
+        "sd version": MODEL_FAMILIES[metadata.family].a1111_version,
+        "activation text": metadata.trigger,
+        "preferred weight": metadata.preferred_weight,
+    }
+    text = json.dumps({"notes": ""} | earlier | ours, indent=4, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def read_sidecar(lora_path: Path) -> dict[str, object] | None:
+    """Return A1111's sidecar of a LoRA, ``{}`` where there is none, None where the file is something else."""
+    path = lora_path.with_suffix(".json")
+    if not path.exists():
+        return {}
+    if not path.is_file() or path.stat().st_size > 10_000_000:
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return entries if isinstance(entries, dict) and (not entries or _SIDECAR_KEYS & entries.keys()) else None
+
+
+def write_preview(lora_path: Path, preview: "Image") -> Path | None:
+    """Write the picture that A1111 shows for a LoRA: ``<name>.png``, or ``<name>.preview.png`` where that is taken.
+
+    A picture that this function did not write is never overwritten: it may be the photo that the LoRA was made from.
+    Returns None, with a warning, when both names are taken.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    path = next((path for path in _preview_paths(lora_path) if not path.exists() or _is_our_preview(path)), None)
+    if path is None:
+        warnings.warn(f"{lora_path.with_suffix('.png')} is another picture; the preview was not written", stacklevel=2)
+        return None
+    mark = PngInfo()
+    mark.add_text("Software", _PREVIEW_SOFTWARE)
+    with atomic_path(path) as temporary:
+        preview.convert("RGB").save(temporary, format="PNG", pnginfo=mark)
+    return path
+
+
+def _preview_paths(lora_path: Path) -> tuple[Path, Path]:
+    return lora_path.with_suffix(".png"), lora_path.with_suffix(".preview.png")
+
+
+def _is_our_preview(path: Path) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.format == "PNG" and picture.info.get("Software") == _PREVIEW_SOFTWARE
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _tag_frequency(metadata: KohyaMetadata) -> str:
+    """The trigger as kohya's {folder: {tag: count}}, which A1111 shows as a clickable tag."""
+    if not metadata.trigger:
+        return ""
+    return json.dumps({f"1_{metadata.trigger}": {metadata.trigger: max(metadata.num_photos, 1)}}, ensure_ascii=False)

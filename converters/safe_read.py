@@ -1,0 +1,172 @@
+"""Safetensors files from anywhere: checked before use, never unpickled, written the same way every time.
+
+The header is read and checked here, whole, before any tensor is touched: a truncated download, a header that lies
+about offsets or a pickle under another name is one clear ``ValueError`` instead of another library's traceback.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# The cap of the safetensors library itself; a LoRA's header is under 1 MB.
+MAX_HEADER_BYTES = 100_000_000
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# A zip archive (torch >= 1.6), then pickle protocols 2 to 5.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header declares it; ``start`` and ``end`` are byte offsets after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked safetensors header; ``data_offset`` is where the tensors' bytes begin in the file."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_offset: int
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Read and check the header of the safetensors file ``path``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: a pickle, or a file that is truncated, overlapping or otherwise not what its header says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a .safetensors file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a .safetensors file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        is_readable = len(start) == 8 and length <= min(MAX_HEADER_BYTES, size - 8)
+        # A header of 640 bytes starts like a pickle too, so the length decides before the first bytes do.
+        if path.suffix.lower() in PICKLE_SUFFIXES or (not is_readable and start.startswith(_PICKLE_STARTS)):
+            raise ValueError(
+                f"{path} is a pickled file, which can run code when it is opened and is not read;"
+                " ask its author for a .safetensors file"
+            )
+        if len(start) < 8:
+            raise ValueError(f"{path} has {size} bytes, too few for a safetensors file; download or write it again")
+        if not is_readable:
+            raise ValueError(
+                f"{path} is not a safetensors file, or is truncated: it announces a header of {length} bytes"
+                f" and has {size} bytes in all; download or write it again"
+            )
+        raw = file.read(length)
+    return _parse_header(path, raw, size - 8 - length)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors (on the CPU) and the metadata of a safetensors file, checked by :func:`read_header`."""
+    header = read_header(path)
+    return dict(iter_tensors(path)), header.metadata
+
+
+def iter_tensors(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` one at a time, so that a large file need not fit in memory; check its header first."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Serialise as safetensors with sorted metadata.
+
+    The library writes metadata in a random order, so that the same LoRA would give other bytes on each run.
+    """
+    blob = safetensors.torch.save(tensors, metadata)
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+
+
+def _parse_header(path: Path, raw: bytes, data_bytes: int) -> Header:
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a safetensors file: its header is not valid JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} has metadata that is not text to text; write it again with safetensors")
+    tensors = {name: _parse_tensor(path, name, entry) for name, entry in entries.items()}
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end:
+            what = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            raise ValueError(f"{path} is corrupt: tensor {_short(name)} {what}; download or write it again")
+        end = info.end
+    if end != data_bytes:
+        what = "is truncated" if end > data_bytes else "has bytes that belong to no tensor"
+        raise ValueError(
+            f"{path} {what}: its tensors take {end} bytes and {data_bytes} are there; download or write it again"
+        )
+    return Header(tensors, metadata, data_offset=8 + len(raw))
+
+
+def _parse_tensor(path: Path, name: str, entry: object) -> TensorInfo:
+    """Check one tensor's entry; every number must be a plain count that agrees with the others."""
+    shown = _short(name)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path} is corrupt: the entry of tensor {shown} is not a JSON object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
+        raise ValueError(f"{path}: tensor {shown} has the dtype {_short(dtype)}, which is not known here")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{path} is corrupt: tensor {shown} has shape {_short(shape)} and offsets {_short(offsets)}")
+    start, end = offsets
+    expected = math.prod(shape) * _DTYPE_BYTES[dtype]
+    if end - start != expected:
+        claim = f"{dtype} {_short(shape)} needs {_short(expected)} bytes and claims {_short(end - start)}"
+        raise ValueError(f"{path} is corrupt: tensor {shown} of {claim}")
+    return TensorInfo(dtype, tuple(shape), start, end)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name is used twice")
+    return entries

@@ -1,0 +1,196 @@
+"""Base models: the frozen Stable Diffusion that a person is fitted on.
+
+A base is a Hugging Face id, a folder in diffusers' layout, or a single-file checkpoint (.safetensors) as Automatic1111
+and kohya users have.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hypernet.devices import choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@dataclass
+class BaseModel:
+    """A frozen Stable Diffusion 1.x or 2.x, its parts as diffusers and transformers classes.
+
+    Attributes:
+        name: the id, folder or file it came from.
+        family: ``sd1`` or ``sd2``, as `converters` names the architectures.
+    """
+
+    name: str
+    family: str
+    unet: "UNet2DConditionModel"
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
+    vae: "AutoencoderKL"
+    scheduler: "SchedulerMixin"
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        """The models whose attention projections are adapted, by component name."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: ``epsilon`` or ``v_prediction``."""
+        return self.scheduler.config.prediction_type
+
+    @property
+    def size_px(self) -> int:
+        """The side of the square pictures it was trained on."""
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule, ``(num_train_timesteps,)`` float32 on the base's device."""
+        return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
+
+    def token_ids(self, prompt: str) -> Tensor:
+        """Token ids ``(1, model_max_length)``, padded as the pipeline pads them."""
+        encoded = self.tokenizer(
+            prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length
+        )
+        return torch.tensor([encoded["input_ids"]], device=self.device)
+
+    def pipeline(self) -> "StableDiffusionPipeline":
+        """The same parts, not copies, as a pipeline that draws pictures."""
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae.to(self.device), text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def load_base(source: str = DEFAULT_BASE, device: str = "auto", precision: str = "auto") -> BaseModel:
+    """Load a frozen base model; weights are read from safetensors only and never unpickled.
+
+    Raises:
+        ValueError: the source is not a Stable Diffusion 1.x or 2.x, or is a pickled checkpoint.
+        FileNotFoundError: the source is neither here nor can it be had from the hub.
+    """
+    torch_device = choose_device(device)
+    dtype = choose_dtype(precision, torch_device)
+    path = Path(source)
+    if path.is_file():
+        pipeline = _load_single_file(path, dtype)
+    elif path.is_dir():
+        _check_folder(path)
+        pipeline = _load_pretrained(str(path), dtype)
+    else:
+        pipeline = _load_from_hub(source, dtype)
+    _check_architecture(source, pipeline)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        part.requires_grad_(False).eval().to(torch_device)
+    return BaseModel(
+        name=source,
+        family=_family(pipeline),
+        unet=pipeline.unet,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        vae=pipeline.vae,
+        scheduler=pipeline.scheduler,
+    )
+
+
+def _load_pretrained(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(
+        source,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+        **_dtype_argument(dtype),
+    )
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """diffusers called this argument ``torch_dtype`` until it deprecated that."""
+    import diffusers
+    from packaging.version import Version
+
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
+
+
+def _load_from_hub(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _load_pretrained(source, dtype)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
+            f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
+            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package"
+        ) from error
+
+
+def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    from diffusers import StableDiffusionPipeline
+
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is not a .safetensors file; convert the checkpoint to safetensors first "
+            f"(.ckpt, .pt and .bin files are pickles, which can run code, and are never read)"
+        )
+    return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, **_dtype_argument(dtype))
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} is not a Stable Diffusion in diffusers' layout: it has no model_index.json; "
+                         f"pass the folder that holds unet/, vae/ and text_encoder/")  # fmt: skip
+    try:
+        kind = json.loads(index.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{index} is not a JSON object; download the base model again") from error
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+        raise ValueError(f"{folder} holds a {kind}; expected a StableDiffusionPipeline (SD 1.x or 2.x)")
+    for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
+
+
+def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> None:
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        raise ValueError(f"{source} is an SDXL model, which is not supported yet; pass an SD 1.x or 2.x base")
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise ValueError(f"{source} has a UNet with {channels} input channels (an inpainting or depth model?); "
+                         f"pass the plain text-to-image model")  # fmt: skip
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")
+
+
+def _family(pipeline: "StableDiffusionPipeline") -> str:
+    """SD2.x took OpenCLIP's text encoder of width 1024; everything else of this shape is SD1.x to its readers."""
+    return "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"

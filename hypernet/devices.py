@@ -1,0 +1,56 @@
+"""Which device and which precision: `auto` chooses and says what it chose; anything else is taken or refused."""
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` into a device that is there.
+
+    Raises:
+        ValueError: the device was asked for by name and is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device!r} is not a device; choose auto, cpu, cuda, cuda:N or mps") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device} was asked for, but this torch ({torch.__version__}) sees no CUDA device; "
+            f"install a CUDA build of torch and a driver, or pass --device auto"
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps was asked for, but this machine has no Apple GPU; pass --device auto")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device!r} is not supported; choose auto, cpu, cuda, cuda:N or mps")
+    return chosen
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The base model's dtype: ``auto`` is bf16 on CUDA cards that have it, fp16 on older ones, fp32 elsewhere.
+
+    Raises:
+        ValueError: an unknown name, or fp16 on a CPU.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision!r} is unknown; choose auto, {', '.join(PRECISIONS)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 does not train on a CPU; choose fp32 or bf16, or a CUDA device")
+    return PRECISIONS[precision]
+
+
+def describe_choice(device: torch.device, dtype: torch.dtype) -> str:
+    """The choice in words, for people: ``cuda (NVIDIA GeForce RTX 3060), bf16``."""
+    name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{name}, {next(key for key, value in PRECISIONS.items() if value == dtype)}"

@@ -1,0 +1,62 @@
+"""The denoising loss: what a base model is asked to predict, and how far off it is, sample by sample."""
+
+import torch
+from torch import Tensor
+
+from hypernet.base_models import BaseModel
+
+
+def add_noise(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """q(x_t | x_0), Ho et al. 2020, equation 4. ``alphas_cumprod`` ``(n,)`` at each sample's timestep."""
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
+def prediction_target(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
+    """What the UNet should say: the noise, or the velocity of Salimans & Ho 2022, appendix D."""
+    if prediction_type == "epsilon":
+        return noise
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+
+def denoising_loss(base: BaseModel, clean: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    """Mean squared error of the base's prediction, per sample.
+
+    Args:
+        clean: scaled latents ``(n, 4, h, w)`` float32.
+        noise: standard normal, same shape.
+        timesteps: ``(n,)`` integers.
+        prompt_embeds: ``(n, tokens, width)``.
+
+    Returns:
+        ``(n,)`` float32.
+    """
+    alphas = base.alphas_cumprod[timesteps]
+    noisy = add_noise(clean, noise, alphas)
+    target = prediction_target(clean, noise, alphas, base.prediction_type)
+    prediction = base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample
+    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def encode_photos(base: BaseModel, pixels: Tensor) -> Tensor:
+    """The VAE's moments of photos, encoded once and resampled at each step: ``(photos, 2 * 4, h, w)`` float32.
+
+    Args:
+        pixels: ``(photos, 3, size, size)`` in [-1, 1].
+
+    The VAE is moved to the base's device for this and back to the CPU, so that it holds no memory while fitting.
+    It runs in float32: SD1.5's overflows in float16.
+    """
+    dtype = base.vae.dtype
+    vae = base.vae.to(base.device, torch.float32)
+    moments = torch.cat([vae.encode(photo[None].to(base.device)).latent_dist.parameters for photo in pixels])
+    base.vae.to("cpu", dtype)
+    return moments
+
+
+def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Draw scaled latents ``(n, 4, h, w)`` from moments ``(n, 8, h, w)`` with standard normal ``noise``."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor

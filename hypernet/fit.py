@@ -1,0 +1,200 @@
+"""The fitting engine: N identities at once on one frozen base, each with weights of its own.
+
+Pre-optimising thousands, personalising one and personalising a folder are this call with different N. What is fitted is
+either LiDB's theta (paper, section 4.1) or, beside a frozen theta, LoRA factors of rank r > 1 (section 4.3).
+The result for one identity does not depend on who shares the batch: noise is keyed by identity, losses are summed,
+gradients are clipped per identity and Adam works number by number.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypernet.base_models import BaseModel
+from hypernet.diffusion import denoising_loss, sample_latents
+from hypernet.recipe import FitConfig
+from lidb_peft import LiDBSpace, LoraFactors, combine
+from lidb_peft.stacks import Stacks
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after every step."""
+
+FP16_LOSS_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One identity to fit.
+
+    Attributes:
+        key: names the identity; its noise and timesteps follow from the key and the seed.
+        moments: VAE moments of its photos, ``(photos, 8, h, w)``.
+        prompt: what the photos show, e.g. ``a sks face``.
+    """
+
+    key: str
+    moments: Tensor
+    prompt: str
+
+
+def fit_theta(
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    start: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fit one theta per subject, all from the same starting vector.
+
+    Args:
+        start: ``(N, L, row)`` or ``(L, row)``; default ``space.theta_0``.
+
+    Returns:
+        theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
+    """
+    start = space.theta_0 if start is None else start
+    theta = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32).clone()
+    losses = _fit(base, space, subjects, config, theta, lambda values: [space.expand(values)], progress)
+    return theta.detach().cpu(), losses
+
+
+def fit_lora(
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    rank: int,
+    theta: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[LoraFactors], Tensor]:
+    """Rank-relaxed finetuning: fit a fresh LoRA of rank ``rank`` per subject beside its frozen theta.
+
+    Args:
+        theta: ``(N, L, row)``, frozen; None fits a plain LoRA.
+
+    Returns:
+        Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
+        on the CPU.
+
+    Raises:
+        ValueError: rank < 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; expected 1 or more")
+    fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
+    lora = torch.stack(fresh).to(base.device)
+    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32))]
+
+    def parts(values: Tensor) -> list[Stacks]:
+        return [*frozen, space.split_lora(values, rank)]
+
+    losses = _fit(base, space, subjects, config, lora, parts, progress)
+    lora = lora.cpu()
+    results = []
+    for i in range(len(subjects)):
+        factors = space.lora_factors(lora[i], rank)
+        results.append(factors if theta is None else combine(space.factors(theta[i].cpu()), factors))
+    return results, losses
+
+
+def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, progress) -> Tensor:
+    """Optimise one flat parameter buffer ``(N, ...)`` in place; ``parts`` maps it to the factors to apply."""
+    _check_subjects(subjects)
+    parameters.requires_grad_(True)
+    optimizer = torch.optim.AdamW([parameters], lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
+    prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
+    loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
+    history = []
+    with _checkpointing(base, config.gradient_checkpointing):
+        for step in range(config.steps):
+            optimizer.param_groups[0]["lr"] = config.lr * (1 - 0.9 * step / config.steps)
+            clean, noise, timesteps = _draw_batch(base, subjects, generators, config.timesteps_per_step)
+            with space.apply(*parts(parameters)):
+                prompt_embeds = base.text_encoder(prompt_ids)[0]
+                prompt_embeds = prompt_embeds.repeat_interleave(config.timesteps_per_step, dim=0)
+                per_sample = denoising_loss(base, clean, noise, timesteps, prompt_embeds)
+            losses = per_sample.view(len(subjects), -1).mean(dim=1)
+            (losses.sum() * loss_scale).backward()
+            parameters.grad.div_(loss_scale)
+            _clip_per_identity(parameters.grad, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            history.append(losses.detach())
+            if progress is not None:
+                progress(step + 1, config.steps)
+    parameters.requires_grad_(False)
+    history = torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
+    if not torch.isfinite(parameters).all():
+        raise ValueError(f"the fit diverged (loss {history[-1].tolist()}); lower the learning rate {config.lr}")
+    return history
+
+
+def _draw_batch(base: BaseModel, subjects, generators, copies: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean latents, noise and timesteps of N * copies samples, identity by identity, from each one's own generator.
+
+    The timesteps of one identity's copies are stratified over the schedule, which halves the noise of the loss.
+    """
+    num_timesteps = base.scheduler.config.num_train_timesteps
+    moments, latent_noise, noise, timesteps = [], [], [], []
+    for subject, generator in zip(subjects, generators, strict=True):
+        photos = torch.randint(0, len(subject.moments), (copies,), generator=generator)
+        moments.append(subject.moments[photos.to(subject.moments.device)])
+        shape = (copies, subject.moments.shape[1] // 2, *subject.moments.shape[2:])
+        latent_noise.append(torch.randn(shape, generator=generator))
+        noise.append(torch.randn(shape, generator=generator))
+        position = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
+        timesteps.append((position * num_timesteps).long().clamp(max=num_timesteps - 1))
+    stacked = (torch.cat(part).to(base.device) for part in (moments, latent_noise, noise, timesteps))
+    moments, latent_noise, noise, timesteps = stacked
+    return sample_latents(moments, latent_noise, base.vae.config.scaling_factor), noise, timesteps
+
+
+def _check_subjects(subjects: Sequence[Subject]) -> None:
+    if not subjects:
+        raise ValueError("there is no subject to fit; pass at least one")
+    keys = [subject.key for subject in subjects]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"two subjects share the key {max(keys, key=keys.count)!r}; keys name identities")
+    shapes = {tuple(subject.moments.shape[1:]) for subject in subjects}
+    if len(shapes) > 1:
+        raise ValueError(f"the subjects' latents have shapes {sorted(shapes)}; prepare all photos at one size")
+
+
+def _generator(seed: int, key: str, purpose: str) -> torch.Generator:
+    """An identity's own stream, on the CPU so that every device draws the same numbers."""
+    digest = hashlib.sha256(f"{seed}|{purpose}|{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _clip_per_identity(gradient: Tensor, max_norm: float) -> None:
+    norms = gradient.flatten(1).norm(dim=1)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+@contextmanager
+def _checkpointing(base: BaseModel, enabled: bool) -> Iterator[None]:
+    """Gradient checkpointing for a block; diffusers and transformers recompute in training mode only.
+
+    The bases have no dropout, so training mode changes nothing else.
+    """
+    if not enabled:
+        yield
+        return
+    base.unet.enable_gradient_checkpointing()
+    base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    base.unet.train()
+    base.text_encoder.train()
+    try:
+        yield
+    finally:
+        base.unet.disable_gradient_checkpointing()
+        base.text_encoder.gradient_checkpointing_disable()
+        base.unet.eval()
+        base.text_encoder.eval()

@@ -1,0 +1,199 @@
+"""One person's photos in, a standard LoRA out: fit theta, relax the rank, finetune, join both (paper, section 4)."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from converters import KohyaMetadata, write_lora
+from hypernet.base_models import BaseModel
+from hypernet.diffusion import encode_photos
+from hypernet.fit import Subject, fit_lora, fit_theta
+from hypernet.photos import Photo, load_photo
+from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.sampling import contact_sheet, generate
+from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
+from lidb_peft.files import atomic_path, check_writable
+
+
+@dataclass
+class Personalization:
+    """A person's weights.
+
+    Attributes:
+        theta: ``(L, row)``.
+        theta_factors: theta as LoRA factors.
+        factors: theta and the finetuned LoRA as one set of factors, what the LoRA file holds.
+        photos: the prepared photos.
+        seconds: time of each stage.
+        losses: mean denoising loss of each step, by stage.
+        files: what was written.
+    """
+
+    base: BaseModel
+    space: LiDBSpace
+    config: PersonalizeConfig
+    theta: Tensor
+    theta_factors: LoraFactors
+    factors: LoraFactors
+    photos: list[Photo]
+    seconds: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    def save(self, path: str | Path, preview: Image.Image | None = None, dtype: torch.dtype = torch.float16) -> None:
+        """Write the LoRA as kohya safetensors with A1111's sidecar and, if given, a preview picture."""
+        metadata = lora_metadata(self.base, self.config.trigger, num_photos=len(self.photos))
+        self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
+
+    def save_theta(self, path: str | Path) -> None:
+        """Write theta alone, 53 KB for SD1.5."""
+        save_theta(
+            path,
+            self.theta,
+            self.space,
+            base_model_name=Path(self.base.name).name,
+            base_fingerprint=base_fingerprint(self.base.adapted),
+        )
+        self.files.append(Path(path))
+
+
+def personalize(
+    photos: Sequence[str | Path],
+    base: BaseModel,
+    config: PersonalizeConfig = PersonalizeConfig(),  # noqa: B008  frozen
+    lidb_config: LiDBConfig | None = None,
+    from_theta: str | Path | None = None,
+    progress: StageProgress | None = None,
+) -> Personalization:
+    """Personalise a base model on photos of one person.
+
+    Args:
+        lidb_config: the bases; default the paper's, a = 100 and b = 50.
+        from_theta: a theta file to start from, with its own bases, instead of the shared starting vector.
+
+    Raises:
+        ValueError, OSError: a photo is unusable; the message names it.
+    """
+    start = None
+    if from_theta is not None:
+        lidb_config = load_theta(from_theta).config
+    space = LiDBSpace(base.adapted, lidb_config or LiDBConfig())
+    if from_theta is not None:
+        start = load_theta(from_theta, space).theta
+    seconds: dict[str, float] = {}
+    losses: dict[str, Tensor] = {}
+
+    def stage(name: str):
+        return None if progress is None else partial(progress, name)
+
+    with _timed(seconds, "prepare photos"):
+        prepared = [load_photo(photo, base.size_px, crop=config.crop) for photo in photos]
+        subject = make_subject(base, prepared, config.trigger)
+    with _timed(seconds, "fit theta"):
+        thetas, losses["fit theta"] = fit_theta(
+            base, space, [subject], config.theta_fit, start=start, progress=stage("fit theta")
+        )
+    theta_factors = space.factors(thetas[0])
+    factors = theta_factors
+    if config.steps:
+        with _timed(seconds, "finetune LoRA"):
+            (factors,), losses["finetune LoRA"] = fit_lora(
+                base, space, [subject], config.lora_fit, config.rank, theta=thetas, progress=stage("finetune LoRA")
+            )
+    return Personalization(base, space, config, thetas[0], theta_factors, factors, prepared, seconds, losses)
+
+
+def personalize_to_files(
+    photos: Sequence[str | Path],
+    base: BaseModel,
+    out: str | Path,
+    config: PersonalizeConfig = PersonalizeConfig(),  # noqa: B008  frozen
+    lidb_config: LiDBConfig | None = None,
+    previews: Sequence[str] = (),
+    save_theta: str | Path | None = None,
+    from_theta: str | Path | None = None,
+    progress: StageProgress | None = None,
+) -> Personalization:
+    """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
+
+    Args:
+        previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own.
+        save_theta: write theta there too.
+
+    Raises:
+        ValueError, OSError: an output cannot be written; found out before any work is done.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} does not end in .safetensors; name the LoRA file so, or readers will not find it")
+    for target in (out, *([] if save_theta is None else [save_theta])):
+        check_writable(target)
+    result = personalize(photos, base, config, lidb_config, from_theta, progress)
+    prompts = [config.trigger, *previews]
+
+    def draw(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
+        report = None if progress is None else partial(progress, stage)
+        return generate(
+            base, prompts, result.space, factors, seed=config.seed, guidance=config.guidance, progress=report
+        )
+
+    with _timed(result.seconds, "draw preview"):
+        pictures = draw("draw preview", result.factors)
+    result.save(out, preview=pictures[0])
+    if save_theta is not None:
+        result.save_theta(save_theta)
+    if previews:
+        sheet = contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts, base.size_px)
+        file = out.with_name(f"{out.stem}-preview.png")
+        with atomic_path(file) as temporary:
+            sheet.save(temporary, format="PNG")
+        result.files.append(file)
+    return result
+
+
+def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigger: str) -> list[Path]:
+    """Write a theta file as a kohya LoRA of rank r, exact; returns the files written.
+
+    Raises:
+        ValueError: the theta does not belong to this architecture or its bases cannot be rebuilt.
+    """
+    check_writable(out)
+    space = LiDBSpace(base.adapted, load_theta(theta_file).config)
+    theta = load_theta(theta_file, space).theta
+    return write_lora(out, space.factors(theta), lora_metadata(base, trigger))
+
+
+def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMetadata:
+    """What a LoRA file of this base tells its readers."""
+    return KohyaMetadata(
+        family=base.family,
+        v_prediction=base.prediction_type == "v_prediction",
+        trigger=trigger,
+        base_model_name=Path(base.name).name,
+        resolution_px=base.size_px,
+        num_photos=num_photos,
+    )
+
+
+def make_subject(base: BaseModel, photos: Sequence[Photo], prompt: str) -> Subject:
+    """One identity from its prepared photos; the key is a digest of their pixels, so a photo has one noise stream."""
+    if not photos:
+        raise ValueError("there is no photo; pass at least one")
+    pixels = torch.stack([photo.to_tensor() for photo in photos])
+    key = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    return Subject(key=key, moments=encode_photos(base, pixels), prompt=prompt)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all: written beside the target, flushed, renamed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable(target: str | os.PathLike) -> None:
+    """Raise now what writing ``target`` would raise later, before hours of work.
+
+    Raises:
+        FileNotFoundError: the folder of ``target`` does not exist.
+        IsADirectoryError: ``target`` is a folder.
+        PermissionError: the folder cannot be written.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file to write")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist; make the folder first")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"{target.parent} is not writable; choose another output folder")
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; rename it onto ``target`` when the block ends well.
+
+    On any exception, Ctrl-C included, the temporary file is removed and ``target`` is left as it was.
+
+    Raises:
+        OSError: as `check_writable`, or the disk is full.
+    """
+    target = Path(target)
+    check_writable(target)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    except PermissionError as error:
+        raise PermissionError(f"{target.parent} is not writable; choose another output folder") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,193 @@
+"""The PEFT layer: a linear layer with LiDB adapters beside it."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .bases import BasisKey, get_basis, starting_down
+from .config import LiDBConfig
+from .product import add_low_rank, lidb_to_lora
+
+
+class LiDBLayer(BaseTunerLayer):
+    """Holds the adapters of one layer: ``down`` ``(r, a)`` and ``up`` ``(b, r)`` of each, and which bases they use.
+
+    The bases are neither parameters nor buffers: they are looked up by key, shared by all layers of a shape, follow
+    the device of the weights, and stay float32 whatever dtype the model is cast to.
+    """
+
+    adapter_layer_names = ("lidb_down", "lidb_up")
+    other_param_names = ("lidb_r", "lidb_scale", "lidb_scaling", "lidb_keys", "lidb_aux")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.lidb_down = nn.ParameterDict({})
+        self.lidb_up = nn.ParameterDict({})
+        self.lidb_r: dict[str, int] = {}
+        self.lidb_scale: dict[str, float] = {}
+        self.lidb_scaling: dict[str, float] = {}
+        self.lidb_keys: dict[str, tuple[BasisKey, BasisKey]] = {}
+        self.lidb_aux: dict[str, tuple[Tensor, Tensor]] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        base = self.get_base_layer()
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def update_layer(self, adapter_name: str, config: LiDBConfig) -> None:
+        """Add an adapter, at the shared starting vector unless ``config.init_weights`` is False."""
+        keys = config.basis_keys(self.in_features, self.out_features)
+        self.lidb_r[adapter_name] = config.r
+        self.lidb_scale[adapter_name] = self.lidb_scaling[adapter_name] = config.scale
+        self.lidb_keys[adapter_name] = keys
+        self.lidb_down[adapter_name] = nn.Parameter(torch.zeros(config.r, keys[0].dim))
+        self.lidb_up[adapter_name] = nn.Parameter(torch.zeros(keys[1].dim, config.r))
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Set an adapter to the starting vector (the identity), or to random values."""
+        down, up = self.lidb_down[adapter_name], self.lidb_up[adapter_name]
+        if init_weights:
+            down.copy_(starting_down(*down.shape, self.lidb_keys[adapter_name][0].seed))
+            up.zero_()
+        else:
+            nn.init.normal_(down, std=down.shape[1] ** -0.5)
+            nn.init.normal_(up, std=up.shape[0] ** -0.5)
+
+    def use_bases(self, adapter_name: str, keys: tuple[BasisKey, BasisKey]) -> None:
+        """Use other bases of the same shape, such as those stored in a checkpoint."""
+        self.lidb_keys[adapter_name] = keys
+        self.lidb_aux.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike PEFT's, this keeps the adapter in float32 beside a half-precision base, as it is cast where it is used.
+        device = self.get_base_layer().weight.device if device is None else device
+        for parameters in (self.lidb_down, self.lidb_up):
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(device)
+        self._bases(adapter_name)  # looked up before torch.compile can see it
+
+    def _bases(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return ``down_aux`` and ``up_aux`` on the device of the adapter's weights."""
+        device = self.lidb_down[adapter_name].device
+        aux = self.lidb_aux.get(adapter_name)
+        if aux is None or aux[0].device != device:
+            down_key, up_key = self.lidb_keys[adapter_name]
+            aux = self.lidb_aux[adapter_name] = get_basis(down_key, device), get_basis(up_key, device)
+        return aux
+
+    def get_lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return float32 ``lora_A`` ``(r, in_features)`` and ``lora_B`` ``(out_features, r)``, the scale folded in."""
+        down, up = self.lidb_down[adapter_name], self.lidb_up[adapter_name]
+        aux = self._bases(adapter_name)
+        return lidb_to_lora(down.float(), up.float(), *aux, scale=self.lidb_scaling[adapter_name])
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the update ``(out_features, in_features)``, in the adapter's dtype."""
+        lora_A, lora_B = self.get_lora_factors(adapter_name)
+        return (lora_B @ lora_A).to(self.lidb_down[adapter_name].dtype)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the strength of an adapter relative to its config's scale."""
+        if adapter_name in self.lidb_scaling:
+            self.lidb_scaling[adapter_name] = scale * self.lidb_scale[adapter_name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.lidb_scaling:
+                self.lidb_scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters, or, without a number, bring the config's scale back."""
+        for name in self.active_adapters:
+            if name in self.lidb_scaling:
+                self.lidb_scaling[name] = self.lidb_scale[name] if scale is None else self.lidb_scaling[name] / scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class LiDBLinear(nn.Module, LiDBLayer):
+    """``nn.Linear`` with LiDB adapters: ``base(x) + x lora_A^T lora_B^T`` for every active one."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LiDBConfig) -> None:
+        super().__init__()
+        LiDBLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight, in float32, rounded once to its dtype.
+
+        Raises:
+            ValueError: with ``safe_merge``, the merged weight is not finite; the base weight is left as it was.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lidb_down:
+                merged = self._shifted_weight(name, 1.0)
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                self.get_base_layer().weight.data = merged
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lidb_down:
+                self.get_base_layer().weight.data = self._shifted_weight(name, -1.0)
+
+    @torch.no_grad()
+    def _shifted_weight(self, adapter_name: str, sign: float) -> Tensor:
+        weight = self.get_base_layer().weight.data
+        lora_A, lora_B = self.get_lora_factors(adapter_name)
+        return torch.addmm(weight.float(), lora_B, lora_A, alpha=sign).to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.lidb_down:
+                result = add_low_rank(result, x, *self.get_lora_factors(name))
+        return result
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Give sample i of the batch the adapter that ``adapter_names[i]`` names, none for "__base__".
+
+        Raises:
+            ValueError: there are not as many names as samples, or an adapter is merged.
+        """
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        factors = {name: self.get_lora_factors(name) for name in set(adapter_names) if name in self.lidb_down}
+        parts = [
+            add_low_rank(part, x[i], *factors[name]) if name in factors else part
+            for i, (name, part) in enumerate(zip(adapter_names, result.unbind(0), strict=True))
+        ]
+        return torch.stack(parts)
+
+    def __repr__(self) -> str:
+        return "lidb." + super().__repr__()

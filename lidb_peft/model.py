@@ -1,0 +1,182 @@
+"""The PEFT tuner: puts ``LiDBLinear`` in place of the target layers, and saves and loads the adapters.
+
+Besides each layer's ``down`` and ``up``, a checkpoint holds one small record per distinct basis: the fingerprint of its
+integers and a few of its values. They are checked at load, so that a basis which another machine builds differently is
+an error and never a silent garbage adapter. With ``save_projection`` the bases themselves are stored instead.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .bases import BasisKey, basis_fingerprint, basis_probes, check_basis, get_basis, store_basis
+from .config import LiDBConfig
+from .layer import LiDBLayer, LiDBLinear
+from .naming import clean_module_name, default_target_modules
+
+_WEIGHTS = ("lidb_down", "lidb_up")
+_RECORD = "lidb_basis."
+
+
+class LiDBModel(BaseTuner):
+    """Adapts a model with LiDB (arXiv:2307.06949, section 4.1); made by ``get_peft_model(model, LiDBConfig())``.
+
+    It keeps no state of its own, so ``inject_adapter_in_model`` and diffusers' ``add_adapter`` work too.
+    """
+
+    prefix = "lidb_"
+    tuner_layer_cls = LiDBLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute
+
+    def _prepare_adapter_config(self, peft_config: LiDBConfig, model_config: dict) -> LiDBConfig:
+        # Decided by the modules, not by model_config, because a diffusers UNet has no model_type.
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_target_modules(self.model)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: LiDBConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, LiDBLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"Target module {target} is not supported. Currently, only `torch.nn.Linear` is supported.")
+        new_module = LiDBLinear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
+        for module in self.model.modules():
+            if isinstance(module, LiDBLayer):
+                BaseTunerLayer._move_adapter_to_device_of_base_layer(module, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names``, one per sample, from the model's forward to every layer of it."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, (LiDBLayer, AuxiliaryTrainingWrapper))]
+        known = {name for layer in layers if isinstance(layer, LiDBLayer) for name in layer.lidb_down}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        hook = partial(_pass_adapter_names, adapter_names=adapter_names)
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LiDBConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for key in sorted(_keys_in_use(model, adapter_name)):
+            if config.save_projection or key.kind != config.basis:
+                selected[f"{_RECORD}{key.label}.values"] = get_basis(key, torch.device("cpu"))
+            else:
+                selected[f"{_RECORD}{key.label}.record"] = _basis_record(key)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LiDBConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give the file's keys the model's names, whichever of the two namings of CLIP's modules each has.
+
+        Raises:
+            ValueError: an adapter key is missing or unexpected, or the file's bases are not the ones built here.
+        """
+        records = {name: value for name, value in state_dict.items() if name.startswith(_RECORD)}
+        wanted = {
+            _canonical(f"{name}.{attribute}"): f"{name}.{attribute}.{adapter_name}"
+            for name, module in model.named_modules()
+            if isinstance(module, LiDBLayer)
+            for attribute in _WEIGHTS
+            if adapter_name in getattr(module, attribute)
+        }
+        weights: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
+        unexpected = []
+        for name, value in state_dict.items():
+            if name.rpartition(".")[2] in _WEIGHTS:
+                if _canonical(name) in wanted:
+                    weights[wanted[_canonical(name)]] = value
+                else:
+                    unexpected.append(name)
+            elif name not in records:
+                others[name] = value
+        missing = sorted(set(wanted.values()) - set(weights))
+        if missing or unexpected:
+            raise ValueError(
+                f"the LiDB checkpoint does not fit this model: missing keys {missing}, unexpected keys {unexpected}"
+            )
+        _use_recorded_bases(model, adapter_name, records)
+        return weights | others
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, kwargs | {"adapter_names": adapter_names}
+
+
+def _canonical(name: str) -> str:
+    return clean_module_name(name).removeprefix("text_model.")
+
+
+def _keys_in_use(model: nn.Module, adapter_name: str) -> set[BasisKey]:
+    layers = [m for m in model.modules() if isinstance(m, LiDBLayer) and adapter_name in m.lidb_keys]
+    return {key for layer in layers for key in layer.lidb_keys[adapter_name]}
+
+
+def _basis_record(key: BasisKey) -> Tensor:
+    """Return a float32 vector: the fingerprint's 8 bytes, then probe values of the basis."""
+    fingerprint = torch.tensor(list(bytes.fromhex(basis_fingerprint(key))), dtype=torch.float32)
+    return torch.cat([fingerprint, basis_probes(get_basis(key, torch.device("cpu")))])
+
+
+def _use_recorded_bases(model: nn.Module, adapter_name: str, records: dict[str, Tensor]) -> None:
+    """Check the rebuilt bases against the checkpoint's records, or put the stored bases in their place."""
+    replaced: dict[BasisKey, BasisKey] = {}
+    for key in _keys_in_use(model, adapter_name):
+        values, record = (records.get(f"{_RECORD}{key.label}.{kind}") for kind in ("values", "record"))
+        if values is not None:
+            replaced[key] = store_basis(key, values)
+        elif record is None or record.shape != _basis_record(key).shape:
+            raise ValueError(f"the LiDB checkpoint has no record of its {key.label} basis; save the adapter again")
+        else:
+            fingerprint = bytes(int(value) & 255 for value in record[:8].tolist()).hex()
+            check_basis(key, fingerprint, record[8:], "the LiDB checkpoint")
+    for module in model.modules():
+        if isinstance(module, LiDBLayer) and adapter_name in module.lidb_keys:
+            down, up = module.lidb_keys[adapter_name]
+            module.use_bases(adapter_name, (replaced.get(down, down), replaced.get(up, up)))

@@ -1,0 +1,87 @@
+"""Which layers of a base model are adapted, and what they are called.
+
+A layer name is component + "." + module path in the classic naming, such as
+``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`` or
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. ``text_model.`` is always there: the LoRA formats have
+it, whatever the installed transformers calls the modules of its CLIP models (5.x dropped that level).
+"""
+
+import dataclasses
+import re
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .config import LiDBConfig
+
+UNET_TARGETS = frozenset({"to_q", "to_k", "to_v", "to_out.0"})
+CLIP_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+
+
+def default_target_modules(model: nn.Module) -> set[str]:
+    """Return the suffixes of the attention projections of diffusers UNets and CLIP text encoders, of both.
+
+    Both, so that one config serves the UNet and its text encoder.
+
+    Raises:
+        ValueError: ``model`` has neither family of names.
+    """
+    names = [clean_module_name(name) for name, _ in model.named_modules()]
+    for family in (UNET_TARGETS, CLIP_TARGETS):
+        if all(any(name.endswith(f".{target}") for name in names) for target in family):
+            return set(UNET_TARGETS | CLIP_TARGETS)
+    raise ValueError(
+        "Please specify `target_modules` in `peft_config`: "
+        f"{type(model).__name__} has neither a UNet's nor a CLIP text encoder's attention projections"
+    )
+
+
+def resolve_config(config: LiDBConfig, model: nn.Module) -> LiDBConfig:
+    """Return ``config``, or a copy with the default ``target_modules`` of ``model`` if it names none."""
+    if config.target_modules is not None:
+        return config
+    return dataclasses.replace(config, target_modules=default_target_modules(model))
+
+
+def clean_module_name(name: str) -> str:
+    """Return a module path as it is in the base model, without what PEFT and ``torch.compile`` put around."""
+    return name.removeprefix("base_model.model.").replace("_orig_mod.", "").replace(".base_layer", "")
+
+
+def layer_name(component: str, module_name: str) -> str:
+    """Return the classic name of the module at ``module_name`` in the model of ``component``."""
+    name = clean_module_name(module_name)
+    if component.startswith("text_encoder") and not name.startswith("text_model."):
+        name = f"text_model.{name}"
+    return f"{component}.{name}"
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key that counts: "layers.2" comes before "layers.10"."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"[._]|(\d+)", name) if part
+    ]
+
+
+def find_layers(component: str, model: nn.Module, config: LiDBConfig) -> dict[str, nn.Linear]:
+    """Return the linear layers that ``config`` adapts in ``model``, by layer name, in natural order of the names.
+
+    The order is that of the names and not of the modules, so that it cannot change with a library's version. Layers
+    that carry PEFT adapters are found below them.
+
+    Raises:
+        ValueError: no layer matches, or a matching module is not linear.
+    """
+    config = resolve_config(config, model)
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if not name or not check_target_module_exists(config, clean_module_name(name)):
+            continue
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{component}.{name} is a {type(module).__name__}; target_modules must name linear layers")
+        found[layer_name(component, name)] = module
+    if not found:
+        raise ValueError(f"no layer of {component} matches target_modules {config.target_modules}; correct the names")
+    return {name: found[name] for name in sorted(found, key=natural_key)}

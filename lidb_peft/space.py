@@ -1,0 +1,239 @@
+"""The space of personalised weights: the ordered layers of a base model, and theta on them.
+
+theta is float32 ``(L, r*(a+b))``: per layer ``down`` ``(r, a)``, then ``up`` ``(b, r)``, both flattened. A layer that
+is narrower than a basis uses the first columns of ``down`` or rows of ``up``; the rest is zero and gets no gradient.
+HyperDreamBooth (arXiv:2307.06949), section 4.1; the paper's figure 4 calls one row the weights of one layer.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .bases import BasisKey, starting_down
+from .bindings import Bindings, CheckpointRouter, hook_layers
+from .config import LiDBConfig
+from .layer import LiDBLayer
+from .naming import find_layers
+from .relax import LoraFactors
+from .stacks import Layout, Stacks, concatenate, prepare
+
+
+class LiDBSpace:
+    """The adapted layers of a base model and the thetas that live on them.
+
+    The models are used as they are: light forward hooks, which do nothing outside of ``apply`` and ``weights``, stay on
+    the adapted layers as long as the space lives (or until ``detach``). PEFT adapters need not be there; if they are
+    and are active, theta adds to them.
+
+    Attributes:
+        layer_names: classic names, components in the order of ``models``, inside a component in natural order.
+        shapes: ``(in_features, out_features)`` of each layer.
+        num_layers: L.
+        row_size: r*(a+b).
+        mask: bool ``(L, row_size)``, True where a number takes part.
+        theta_0: float32 ``(L, row_size)``, the shared starting vector; the identity.
+    """
+
+    def __init__(self, models: dict[str, nn.Module], config: LiDBConfig) -> None:
+        """Find the layers of ``models``: component ("unet", "text_encoder", "text_encoder_2") -> model.
+
+        Raises:
+            ValueError: there is no model, or one without a layer to adapt.
+        """
+        if not models:
+            raise ValueError("LiDBSpace needs at least one model; pass {'unet': unet, 'text_encoder': text_encoder}")
+        self.models = dict(models)
+        self.config = config
+        layers: dict[str, nn.Linear] = {}
+        for component, model in models.items():
+            layers.update(find_layers(component, model, config))
+        self.layers = tuple(layers.values())
+        self.layout = Layout({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
+        self.layer_names = self.layout.names
+        self.shapes = self.layout.shapes
+        self.num_layers = len(self.layer_names)
+        self.row_size = config.r * (config.down_dim + config.up_dim)
+        self.mask = self._make_mask()
+        self.theta_0 = self._make_theta_0()
+        self._bindings = Bindings()
+        self._router = CheckpointRouter(list(models.values()), list(self.layers), self._bindings)
+        # The hooks hold the bindings, not the router, and so leave the models when it goes: with the space, or with the
+        # last graph that may still recompute a block through it.
+        handles = hook_layers(list(self.layers), self._bindings)
+        self.detach = weakref.finalize(self._router, _remove_all, handles)
+
+    def _make_mask(self) -> Tensor:
+        mask = torch.zeros(self.num_layers, self.row_size, dtype=torch.bool)
+        for index in range(self.num_layers):
+            down, up = self._halves(mask[index])
+            down_key, up_key = self.basis_keys(index)
+            down[:, : down_key.dim] = True
+            up[: up_key.dim] = True
+        return mask
+
+    def _make_theta_0(self) -> Tensor:
+        theta = torch.zeros(self.num_layers, self.row_size)
+        for index in range(self.num_layers):
+            down_key = self.basis_keys(index)[0]
+            self._halves(theta[index])[0][:, : down_key.dim] = starting_down(
+                self.config.r, down_key.dim, self.config.seed
+            )
+        return theta
+
+    def _halves(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """View a row as its padded ``down`` ``(r, a)`` and ``up`` ``(b, r)``."""
+        r, a, b = self.config.r, self.config.down_dim, self.config.up_dim
+        return row[: r * a].view(r, a), row[r * a :].view(b, r)
+
+    def basis_keys(self, index: int) -> tuple[BasisKey, BasisKey]:
+        """Return the keys of layer ``index``'s down and up basis."""
+        return self.config.basis_keys(*self.shapes[index])
+
+    @property
+    def layers_hash(self) -> str:
+        """16 hex digits that change with the layers' names, order or shapes."""
+        lines = [f"{name} {shape[0]} {shape[1]}" for name, shape in zip(self.layer_names, self.shapes, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def check_theta(self, theta: Tensor) -> None:
+        """Raise ValueError unless theta is ``(*batch, L, row_size)``."""
+        if theta.dim() < 2 or theta.shape[-2:] != (self.num_layers, self.row_size):
+            raise ValueError(
+                f"theta has shape {tuple(theta.shape)}; this space takes (..., {self.num_layers}, {self.row_size})"
+            )
+
+    def expand(self, theta: Tensor) -> Stacks:
+        """Expand theta ``(L, row)`` or ``(B, L, row)`` to LoRA factors, stacked by width; differentiable."""
+        self.check_theta(theta)
+        return self.layout.expand(theta, self.config)
+
+    def factors(self, theta: Tensor) -> LoraFactors:
+        """Expand theta to each layer's ``lora_A`` ``(*batch, r, in)`` and ``lora_B`` ``(*batch, out, r)``, float32."""
+        return self.named(self.expand(theta))
+
+    def named(self, stacks: Stacks) -> LoraFactors:
+        """Return stacked factors by layer name."""
+        return dict(zip(self.layer_names, self.layout.unstack(stacks), strict=True))
+
+    def lora_size(self, rank: int) -> int:
+        """Return how many numbers plain LoRA factors of that rank have on these layers."""
+        return self.layout.lora_size(rank)
+
+    def init_lora(self, rank: int, generator: torch.Generator) -> Tensor:
+        """Return fresh flat LoRA factors ``(lora_size(rank),)``: ``lora_A`` Kaiming-uniform, ``lora_B`` zero."""
+        return self.layout.init_lora(rank, generator)
+
+    def split_lora(self, flat: Tensor, rank: int) -> Stacks:
+        """View flat LoRA factors ``(*batch, lora_size(rank))`` as stacks for ``apply``; differentiable, no copy."""
+        return self.layout.split_lora(flat, rank)
+
+    def lora_factors(self, flat: Tensor, rank: int) -> LoraFactors:
+        """View flat LoRA factors by layer name."""
+        return self.named(self.split_lora(flat, rank))
+
+    @contextmanager
+    def weights(self, theta: Tensor, scale: float | Tensor = 1.0) -> Iterator[None]:
+        """Run the models with theta: ``(L, row)`` for all samples, or ``(B, L, row)``, one per identity.
+
+        With B identities the batch is a multiple B*k and sample j uses identity j // k. theta is expanded once, here.
+        Differentiable, also under gradient checkpointing and when ``backward()`` runs after the block has closed.
+
+        Args:
+            theta: the weights; a change of the tensor inside the block has no effect.
+            scale: strength, on top of the config's scale; a number, or one for each identity ``(B,)``.
+        """
+        with self.apply(self.expand(theta), scale=scale):
+            yield
+
+    @contextmanager
+    def apply(self, *parts: Stacks | LoraFactors, scale: float | Tensor = 1.0) -> Iterator[None]:
+        """Run the models with the sum of low-rank updates, such as a frozen theta and a trainable LoRA.
+
+        Args:
+            parts: factors, stacked (``expand``, ``split_lora``) or by layer name, for all samples or one per identity
+                as in ``weights``. Ranks may differ from part to part.
+            scale: multiplies all updates.
+
+        A block inside a block replaces the outer one's factors until it closes.
+
+        Raises:
+            ValueError: there are no parts, or they do not fit the layers or each other.
+        """
+        if not parts:
+            raise ValueError("apply needs factors; pass space.expand(theta) or LoRA factors")
+        stacks = concatenate([part if isinstance(part, Stacks) else self.layout.stack(part) for part in parts])
+        if len(stacks.batch_shape) > 1:
+            raise ValueError(f"the factors have batch shape {tuple(stacks.batch_shape)}; pass one axis of identities")
+        stacks = prepare(stacks, self.layout, self._dtypes(), scale)
+        bound = dict(enumerate(self.layout.unstack(stacks)))
+        with self._router.routed(), self._bindings.bound(bound):
+            yield
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Return each component's floating dtype; float32 where the weights are quantised."""
+        dtypes = {}
+        for name, layer in zip(self.layer_names, self.layers, strict=True):
+            dtype = layer.weight.dtype
+            dtypes.setdefault(name.partition(".")[0], dtype if dtype.is_floating_point else torch.float32)
+        return dtypes
+
+    def theta_from_adapters(self, adapter_name: str = "default") -> Tensor:
+        """Read theta ``(L, row_size)`` from LiDB adapters that PEFT has put on the models.
+
+        Raises:
+            ValueError: a layer has no such adapter, or one of another rank, basis or scale.
+        """
+        theta = torch.zeros(self.num_layers, self.row_size)
+        for row, layer in zip(theta, self._adapters(adapter_name), strict=True):
+            down, up = layer.lidb_down[adapter_name].detach(), layer.lidb_up[adapter_name].detach()
+            row_down, row_up = self._halves(row)
+            row_down[:, : down.shape[1]] = down
+            row_up[: up.shape[0]] = up
+        return theta
+
+    @torch.no_grad()
+    def load_into_adapters(self, theta: Tensor, adapter_name: str = "default") -> None:
+        """Copy theta ``(L, row_size)`` into LiDB adapters that PEFT has put on the models.
+
+        Raises:
+            ValueError: theta has another shape, or the adapters do not fit it.
+        """
+        self.check_theta(theta)
+        if theta.dim() != 2:
+            raise ValueError(f"theta has shape {tuple(theta.shape)}; pass one identity's, (L, row_size)")
+        layers = self._adapters(adapter_name)
+        for row, layer in zip(theta.detach().contiguous(), layers, strict=True):
+            down, up = layer.lidb_down[adapter_name], layer.lidb_up[adapter_name]
+            row_down, row_up = self._halves(row)
+            down.copy_(row_down[:, : down.shape[1]])
+            up.copy_(row_up[: up.shape[0]])
+
+    def _adapters(self, adapter_name: str) -> list[LiDBLayer]:
+        """Return each layer's adapter, in the order of the space."""
+        modules = [module for model in self.models.values() for module in model.modules()]
+        wrappers = {m.get_base_layer(): m for m in modules if isinstance(m, LiDBLayer) and adapter_name in m.lidb_keys}
+        pairs = list(zip(self.layer_names, self.layers, strict=True))
+        missing = [name for name, layer in pairs if layer not in wrappers]
+        if missing:
+            raise ValueError(
+                f"no LiDB adapter called {adapter_name!r} on {missing}; add it to every layer of the space"
+            )
+        adapters = [wrappers[layer] for layer in self.layers]
+        for index, adapter in enumerate(adapters):
+            found = adapter.lidb_r[adapter_name], adapter.lidb_scale[adapter_name], adapter.lidb_keys[adapter_name]
+            expected = self.config.r, self.config.scale, self.basis_keys(index)
+            if found != expected:
+                raise ValueError(
+                    f"the adapter on {self.layer_names[index]} has rank, scale and bases {found}; this space has "
+                    f"{expected}"
+                )
+        return adapters
+
+
+def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,100 @@
+"""The whole way from a portrait to a LoRA on the bundled miniature, with a picture of every stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hypernet.base_models import BaseModel, load_base
+from hypernet.personalize import Personalization, personalize
+from hypernet.recipe import StageProgress
+from hypernet.sampling import contact_sheet, generate
+from lidb_peft import LoraFactors
+from lidb_peft.files import atomic_path
+from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed.portraits import SPLITS, draw, identity, random_scene
+
+PROMPTS = {
+    "a [V] face": "a [V] face",
+    "pencil": "a pencil drawing of a [V] face",
+    "watercolour": "a watercolour painting of a [V] face",
+    "neon": "a neon sign of a [V] face",
+    "at night": "a [V] face at night",
+    "in a crown": "a [V] face wearing a crown",
+}
+NUM_STEPS = 25
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    photo: Path
+    lora: Path
+    theta: Path
+    sheet: Path
+
+
+def run_demo(
+    out: str | Path, person: int = 0, seed: int = 0, progress: StageProgress | None = None
+) -> tuple[DemoFiles, Personalization]:
+    """Draw an identity that nothing was trained on, personalise the miniature on one photo of it, show every stage.
+
+    Args:
+        person: which identity of the test split.
+        seed: starting noise of fits and pictures.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "sks-theta.safetensors", out / "demo.png")
+    photo, others = draw_photos(person, count=6)
+    save_image(photo.resize((256, 256), Image.Resampling.NEAREST), files.photo)
+
+    base = load_base(str(miniature_path()), device="cpu")
+    recipe = replace(MINIATURE_RECIPE, seed=seed, crop=False)
+    result = personalize([files.photo], base, recipe, miniature_lidb_config(), progress=progress)
+    rows = [
+        ("the one photo,\nand five others\nof the same person\n(never shown)", [photo, *others]),
+        ("base model", _pictures(result, None, seed, progress, "draw base model")),
+        ("after the\nLiDB fit\n(rank 1)", _pictures(result, result.theta_factors, seed, progress, "draw LiDB fit")),
+        ("after relaxed\nfinetuning\n(the LoRA)", _pictures(result, result.factors, seed, progress, "draw LoRA")),
+    ]
+    sheet = contact_sheet(rows, list(PROMPTS))
+    preview = rows[-1][1][0].resize((512, 512), Image.Resampling.NEAREST)
+    result.save(files.lora, preview=preview)
+    result.save_theta(files.theta)
+    save_image(sheet, files.sheet)
+    return files, result
+
+
+def draw_photos(person: int, count: int) -> tuple[Image.Image, list[Image.Image]]:
+    """One plain photo of a test identity, and ``count - 1`` more in other poses, light and places."""
+    seed = SPLITS["test"][person]
+    rng = np.random.default_rng((seed, 0xDE))
+    who = identity(seed)
+    pictures = [Image.fromarray(draw(who, random_scene(rng, plain=True), MINIATURE_SIZE_PX)) for _ in range(count)]
+    return pictures[0], pictures[1:]
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _pictures(
+    result: Personalization, factors: LoraFactors | None, seed: int, progress: StageProgress | None, stage: str
+) -> Sequence[Image.Image]:
+    base: BaseModel = result.base
+    prompts = [prompt.replace("[V]", result.config.token) for prompt in PROMPTS.values()]
+    report = None if progress is None else partial(progress, stage)
+    return generate(
+        base,
+        prompts,
+        result.space,
+        factors,
+        seed=seed,
+        num_steps=NUM_STEPS,
+        guidance=result.config.guidance,
+        progress=report,
+    )

@@ -1,0 +1,234 @@
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from converters.describe import describe
+from converters.kohya import save_kohya, write_lora
+from converters.metadata import KohyaMetadata
+from lidb_peft import LiDBConfig
+from lidb_peft.space import LiDBSpace
+from lidb_peft.theta import save_theta
+
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+CLIP = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def lora(name, width_in=768, width_out=8, rank=2, alpha=2.0, down="lora_down.weight", up="lora_up.weight"):
+    state = {f"{name}.{down}": torch.ones(rank, width_in), f"{name}.{up}": torch.ones(width_out, rank)}
+    return state if alpha is None else state | {f"{name}.alpha": torch.tensor(alpha)}
+
+
+def described(tmp_path, state, metadata=None, name="a.safetensors"):
+    save_file(state, tmp_path / name, metadata)
+    return describe(tmp_path / name)
+
+
+def test_a_file_of_ours_is_described_in_full_and_without_warnings(tmp_path, random_factors, sd1_shapes):
+    path = tmp_path / "anna.safetensors"
+    metadata = KohyaMetadata(trigger="a sks face", base_model_name="stable-diffusion-v1-5")
+    write_lora(path, random_factors(sd1_shapes, rank=5), metadata)
+    found = describe(path)
+    assert (found.kind, found.base, found.base_model_name) == ("kohya LoRA", "SD1", "stable-diffusion-v1-5")
+    assert (found.ranks, found.alphas, found.dtypes) == ((5,), (5.0,), ("float16",))
+    assert found.layers == {"unet": 4, "text_encoder": 2}
+    assert (found.title, found.trigger_words) == ("anna", ("a sks face",))
+    assert found.warnings == ()
+    blob = path.read_bytes()
+    tensors = hashlib.sha256(blob[8 + int.from_bytes(blob[:8], "little") :]).hexdigest()
+    assert found.hashes == {
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "sshs_model_hash": tensors,
+        "a1111": tensors[:12],
+    }
+    assert found.hashes["sshs_model_hash"] == found.metadata["sshs_model_hash"]
+    assert found.size_bytes == len(blob)
+    assert found.num_parameters == sum(5 * (a + b) + 1 for a, b in sd1_shapes.values())
+    assert json.loads(json.dumps(found.to_dict()))["ranks"] == [5]
+
+
+def test_a_diffusers_folder_of_today_is_described(tmp_path):
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    unet = {f"{path}.lora_A.weight": torch.ones(4, 768), f"{path}.lora_B.weight": torch.ones(8, 4)}
+    clip = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 768)}
+    clip["text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"] = torch.ones(768, 4)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=unet, text_encoder_lora_layers=clip)
+    found = describe(tmp_path)
+    assert found.path.endswith("pytorch_lora_weights.safetensors")
+    assert (found.kind, found.base, found.ranks, found.alphas) == ("diffusers LoRA", "SD1", (4,), ())
+    assert found.layers == {"unet": 1, "text_encoder": 1}
+    assert found.warnings == ()
+
+
+def test_alphas_in_diffusers_metadata_are_read(tmp_path):
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = lora(path, rank=4, alpha=None, down="lora_A.weight", up="lora_B.weight")
+    text = json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k": 2}})
+    found = described(tmp_path, state, {"lora_adapter_metadata": text})
+    assert (found.kind, found.alphas) == ("diffusers LoRA", (8.0,))
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+def test_old_diffusers_names_are_known(tmp_path, prefix):
+    block = f"{prefix}down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor"
+    state = {f"{block}.to_k_lora.down.weight": torch.ones(4, 1024), f"{block}.to_k_lora.up.weight": torch.ones(8, 4)}
+    clip = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer"
+    state |= {f"{clip}.down.weight": torch.ones(4, 1024), f"{clip}.up.weight": torch.ones(1024, 4)}
+    found = described(tmp_path, state)
+    assert (found.kind, found.base, found.ranks) == ("diffusers LoRA", "SD2", (4,))
+    assert found.layers == {"unet": 1, "text_encoder": 1}
+
+
+def test_a_peft_folder_is_described_with_its_configs_alpha(tmp_path):
+    model = torch.nn.ModuleDict({"mid_block": torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)})})
+    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"]))
+    peft_model.save_pretrained(tmp_path)
+    found = describe(tmp_path)
+    assert (found.kind, found.ranks, found.alphas, found.layers) == ("PEFT LoRA", (4,), (6.0,), {"unet": 1})
+    assert len(found.warnings) == 1
+    assert "every layer changes nothing" in found.warnings[0]
+    assert describe(tmp_path / "adapter_model.safetensors") == found
+
+
+def test_a_theta_file_is_described(tmp_path):
+    block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 12), "to_k": torch.nn.Linear(8, 12)})
+    unet = torch.nn.ModuleDict({"mid_block": block})
+    space = LiDBSpace({"unet": unet}, LiDBConfig(r=2, down_dim=6, up_dim=4, target_modules=["to_q", "to_k"]))
+    save_theta(tmp_path / "a.theta.safetensors", space.theta_0, space, base_model_name="testbed")
+    found = describe(tmp_path / "a.theta.safetensors")
+    assert (found.kind, found.base_model_name, found.ranks) == ("LiDB theta", "testbed", (2,))
+    assert (sum(found.layers.values()), found.num_parameters, found.dtypes) == (2, 2 * 2 * 10, ("float16",))
+    assert found.warnings == ()
+
+
+def test_a_broken_theta_file_is_warned_about(tmp_path):
+    metadata = {"lidb.r": "1", "lidb.num_layers": "175"}
+    found = described(tmp_path, {"theta": torch.full((176, 150), torch.nan)}, metadata)
+    assert "says 175 layers and theta has 176 rows" in found.warnings[0]
+    assert "NaN" in found.warnings[1]
+
+
+def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
+    model = torch.nn.ModuleDict({"mid_block": torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)})})
+    config = LiDBConfig(r=2, down_dim=4, up_dim=3, target_modules=["to_q"])
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    found = describe(tmp_path)
+    assert (found.kind, found.ranks, found.layers) == ("PEFT LiDB", (2,), {"unet": 1})
+    assert len(found.warnings) == 1
+    assert "every layer changes nothing" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("state", "metadata", "message"),
+    [
+        (
+            lora(UNET) | lora(CLIP.replace("text_model_", "")),
+            {},
+            "without 'text_model_', which kohya, A1111 and ComfyUI",
+        ),
+        (lora(UNET) | lora(CLIP.replace("lora_te_", "lora_te1_")), {}, "lora_te1_ in a LoRA of SD1, which kohya drops"),
+        (lora(UNET, 2048) | lora(CLIP), {"ss_base_model_version": "sdxl_base_v1-0"}, "must be lora_te1_"),
+        (lora(UNET) | lora(CLIP, alpha=1.0), {}, r"mixed ranks \(2\) or alphas \(1, 2\)"),
+        (lora(UNET) | lora(CLIP, rank=4), {}, r"mixed ranks \(2, 4\)"),
+        (lora(UNET, alpha=None), {}, "without alpha, which is read as scale 1"),
+        (lora(UNET, alpha=0.0), {}, "alpha 0 or not finite"),
+        (lora(UNET, alpha=[2.0]), {}, "alpha is not 0-d, on which kohya fails"),
+        (lora(UNET, 2048), {"ss_v2": "False"}, "A1111 takes it for SD1 and hides it"),
+        (lora(UNET, 1024), {"ss_base_model_version": "sd_v1"}, "layers are SD2's but its metadata says SD1"),
+        (lora(UNET) | lora("lora_unet_input_blocks_4_1_proj_in"), {}, "in both diffusers' and sgm's spelling"),
+        (lora(UNET, 2048) | lora(CLIP.replace("te_", "te2_", 1), 1280), {}, "without all of q, k, v and out"),
+        (lora(UNET) | {f"{UNET}x.lora_up.weight": torch.ones(2, 2)}, {}, "only one of down and up"),
+        (lora(UNET) | {"mystery": torch.ones(1)}, {}, "1 tensor of unknown meaning: mystery"),
+        (lora(UNET) | {f"{UNET}.lora_up.weight": torch.zeros(8, 2)}, {}, "every layer changes nothing"),
+        (lora(UNET) | {f"{UNET}.lora_up.weight": torch.full((8, 2), torch.inf)}, {}, f"NaN or infinity.*{UNET}"),
+        (lora(UNET), {"sshs_model_hash": "0" * 64}, "not the hash of its tensors"),
+    ],
+)
+def test_what_readers_stumble_over_is_a_warning(tmp_path, state, metadata, message):
+    warnings = " | ".join(described(tmp_path, state, metadata).warnings)
+    assert re.search(message, warnings), warnings
+
+
+def test_a_plain_lora_of_another_tool_has_no_warnings(tmp_path):
+    state = lora(UNET) | lora(CLIP)
+    found = described(
+        tmp_path, state, {"ss_base_model_version": "sd_v1", "ss_tag_frequency": '{"1_x": {"sks": 9, "a": 2}}'}
+    )
+    assert found.warnings == ()
+    assert found.trigger_words == ("sks", "a")
+
+
+def test_other_algorithms_and_other_models_are_named(tmp_path):
+    state = {f"{UNET}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    assert described(tmp_path, state).kind == "kohya LoHa"
+    assert described(tmp_path, lora(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}).kind == "kohya DoRA"
+    flux = described(
+        tmp_path, lora("lora_unet_double_blocks_0_img_attn_proj"), {"modelspec.architecture": "flux-1-dev/lora"}
+    )
+    assert (flux.kind, flux.base, flux.layers) == ("kohya LoRA", "flux-1-dev", {"unet": 1})
+
+
+def test_float8_and_bfloat16_are_read(tmp_path):
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in lora(UNET, alpha=None).items()}
+    found = described(tmp_path, state | {f"{UNET}.alpha": torch.tensor(2.0, dtype=torch.bfloat16)})
+    assert (found.dtypes, found.alphas, found.warnings) == (("bfloat16", "f8_e4m3"), (2.0,), ())
+
+
+def test_the_sidecars_activation_text_comes_first(tmp_path):
+    (tmp_path / "a.json").write_text('{"activation text": "sks person"}')
+    found = described(tmp_path, lora(UNET), {"modelspec.trigger_phrase": "sks"})
+    assert found.trigger_words == ("sks person", "sks")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"model.diffusion_model.x": torch.ones(1)}, "a whole model, not an adapter"),
+        ({"emb_params": torch.ones(1)}, "textual inversion"),
+        ({"weight": torch.ones(1)}, "no adapter that is known here: it holds weight"),
+        ({}, "holds no tensors"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_and_says_what_it_is(tmp_path, state, message):
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        describe(tmp_path / "a.safetensors")
+
+
+def test_folders_and_pickles_are_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder without adapter_model\.safetensors or"):
+        describe(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is pickled and not read"):
+        describe(tmp_path)
+    with pytest.raises(ValueError, match="is a pickled file"):
+        describe(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        describe(tmp_path / "none.safetensors")
+
+
+def test_a_broken_adapter_config_is_one_sentence(tmp_path):
+    save_file(
+        lora("base_model.model.mid_block.to_q", down="lora_A.weight", up="lora_B.weight"),
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
+        describe(tmp_path)
+
+
+def test_an_sdxl_file_of_ours_has_no_warnings(tmp_path, random_factors):
+    block = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    shapes = {f"{block}.to_k": (2048, 64)}
+    clip = "text_model.encoder.layers.0.self_attn"
+    shapes |= {f"text_encoder_2.{clip}.{name}": (1280, 1280) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    shapes |= {f"text_encoder.{clip}.q_proj": (768, 768)}
+    save_kohya(tmp_path / "a.safetensors", random_factors(shapes), KohyaMetadata(family="sdxl"))
+    found = describe(tmp_path / "a.safetensors")
+    assert (found.base, found.warnings) == ("SDXL", ())
+    assert found.layers == {"unet": 1, "text_encoder": 1, "text_encoder_2": 4}

@@ -1,0 +1,109 @@
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+
+from converters.safe_read import read_header, read_tensors, to_bytes
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def as_file(header, data=b"\0" * 8):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_a_good_file_is_read_as_safetensors_reads_it(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.tensor(2.0, dtype=torch.bfloat16), "c": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", {"k": "v"})
+    read, metadata = read_tensors(tmp_path / "a.safetensors")
+    assert metadata == {"k": "v"}
+    assert {name: tensor.dtype for name, tensor in read.items()} == {
+        name: tensor.dtype for name, tensor in tensors.items()
+    }
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert read_header(tmp_path / "a.safetensors").tensors["a"].shape == (3, 2)
+
+
+def test_bytes_are_the_same_for_any_order_of_metadata():
+    tensors, pairs = {"a": torch.randn(3)}, [(f"k{i}", 'ü"\n\\\x01') for i in range(9)]
+    blob = to_bytes(tensors, dict(pairs))
+    assert to_bytes(tensors, dict(reversed(pairs))) == blob
+    assert torch.equal(load(blob)["a"], tensors["a"])
+    assert int.from_bytes(blob[:8], "little") % 8 == 0
+
+
+BAD = {
+    "empty": (b"", "too few"),
+    "short": (b"\x05\0\0", "too few"),
+    "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "is truncated: it announces a header"),
+    "html": (b"<!DOCTYPE html><html>", "announces a header"),
+    "no json": (as_file(b"{nonsense"), "not valid JSON"),
+    "no utf-8": (as_file(b"\xff\xfe{}"), "not valid JSON"),
+    "deep json": (as_file(b"[" * 200_000), "not valid JSON"),
+    "huge number": (as_file(b'{"a": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
+    "a list": (as_file(b"[1]"), "not a JSON object"),
+    "name twice": (as_file(b'{"a": {}, "a": {}}'), "used twice"),
+    "metadata numbers": (as_file({"__metadata__": {"k": 1}, "a": entry()}), "text to text"),
+    "entry no object": (as_file({"a": 3}), "entry of tensor 'a'"),
+    "unknown dtype": (as_file({"a": entry(dtype="F99")}), "dtype 'F99'"),
+    "dtype no text": (as_file({"a": entry(dtype=["F32"])}), "dtype"),
+    "negative shape": (as_file({"a": entry(shape=(-2,))}), "has shape"),
+    "true as shape": (as_file({"a": entry(shape=(True,))}), "has shape"),
+    "three offsets": (as_file({"a": entry(offsets=(0, 4, 8))}), "offsets"),
+    "size and shape differ": (as_file({"a": entry(shape=(3,))}), "needs 12 bytes and claims 8"),
+    "absurd shape": (as_file({"a": entry(shape=(10**18, 10**18))}), "needs 4000"),
+    "end before start": (as_file({"a": entry(offsets=(8, 0))}), "claims -8"),
+    "overlap": (as_file({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12), "'b' overlaps"),
+    "hole": (as_file({"a": entry(), "b": entry(offsets=(12, 20))}, b"\0" * 20), "'b' leaves a hole"),
+    "truncated data": (as_file({"a": entry()}, b"\0" * 7), "is truncated: its tensors take 8 bytes and 7"),
+    "bytes left over": (as_file({"a": entry()}, b"\0" * 9), "belong to no tensor"),
+    "pickle inside": (b"\x80\x02}q\0.", "is a pickled file"),
+    "zip inside": (b"PK\x03\x04" + b"\0" * 30, "is a pickled file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_or_lying_file_is_one_clear_sentence(tmp_path, case):
+    blob, message = BAD[case]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(blob)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_tensors(path)
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < len(str(path)) + 400
+
+
+def test_a_truncated_download_is_refused_at_every_length(tmp_path):
+    save_file({"a": torch.randn(3, 2), "b": torch.randn(4)}, tmp_path / "a.safetensors", {"k": "v"})
+    blob = (tmp_path / "a.safetensors").read_bytes()
+    for length in range(len(blob)):
+        (tmp_path / "a.safetensors").write_bytes(blob[:length])
+        with pytest.raises(ValueError, match=r"truncated|too few"):
+            read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".PTH"])
+def test_pickles_are_refused_by_name_and_never_opened(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"pickled .* ask its author for a \.safetensors"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickles_first_bytes_is_read(tmp_path, length):
+    text = json.dumps({"a": entry()}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + text + b"\0" * 8)
+    assert read_header(tmp_path / "a.safetensors").data_offset == 8 + length
+
+
+def test_a_folder_and_a_missing_file_say_so(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        read_header(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_header(tmp_path / "none.safetensors")
