@@ -63,7 +63,7 @@ def _load_cascade(name: str):
         found = f"OpenCV {cv2.__version__}"
         path = Path(cv2.__file__).parent / "data" / f"haarcascade_frontalface_{name}.xml"
         if hasattr(cv2, "CascadeClassifier") and path.is_file():
-            storage = cv2.FileStorage(path.read_text(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+            storage = cv2.FileStorage(path.read_text(encoding="utf-8"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
             cascade = cv2.CascadeClassifier()
             cascade.read(storage.getFirstTopLevelNode())
             return cascade

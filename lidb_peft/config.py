@@ -1,6 +1,7 @@
 """What defines a LiDB adapter: ``LiDBConfig``, saved beside the weights as ``adapter_config.json``."""
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
@@ -71,6 +72,8 @@ class LiDBConfig(PeftConfig):
                 f"rank is {self.r} but the bases have {self.down_dim} and {self.up_dim} vectors; "
                 f"choose r <= {min(self.down_dim, self.up_dim)}"
             )
+        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise ValueError(f"scale is {self.scale!r}; choose a finite number")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed is {self.seed!r}; choose an integer")
         if self.basis not in BASIS_KINDS:

@@ -141,6 +141,8 @@ class LiDBSpace:
 
         With B identities the batch is a multiple B*k and sample j uses identity j // k. theta is expanded once, here.
         Differentiable, also under gradient checkpointing and when ``backward()`` runs after the block has closed.
+        A pipeline that doubles its batch for classifier-free guidance puts all negative prompts first; with more than
+        one identity repeat theta in the same way, ``torch.cat([theta, theta])``.
 
         Args:
             theta: the weights; a change of the tensor inside the block has no effect.

@@ -4,7 +4,6 @@ A step expands theta once: one matrix product for each distinct width of each co
 instead of one for each factor, which at batch 1 on a GPU would cost more in launches than in arithmetic.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,7 @@ from .bases import get_basis
 from .config import LiDBConfig
 from .naming import natural_key
 from .product import expand_down, expand_up
-
-Factors = dict[str, tuple[Tensor, Tensor]]
+from .relax import LoraFactors
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Layout:
         ]
         return torch.cat([*pieces, torch.zeros(rank * sum(out_features for _, out_features in self.shapes))])
 
-    def stack(self, factors: Factors) -> Stacks:
+    def stack(self, factors: LoraFactors) -> Stacks:
         """Stack per-layer factors ``(*batch, r, in)``, ``(*batch, out, r)``, all of one rank and batch shape.
 
         Raises:
@@ -189,9 +187,3 @@ def prepare(stacks: Stacks, layout: Layout, dtypes: dict[str, torch.dtype], scal
     down = [tensor.to(dtypes[group.component]) for tensor, group in zip(stacks.down, layout.down_groups, strict=True)]
     up = [tensor.to(dtypes[group.component]) for tensor, group in zip(up, layout.up_groups, strict=True)]
     return Stacks(tuple(down), tuple(up))
-
-
-def flatten(stacks: Stacks) -> Tensor:
-    """Return stacks as the flat vector that ``Layout.split_lora`` splits, ``(*batch, lora_size(rank))``."""
-    pieces = itertools.chain(stacks.down, stacks.up)
-    return torch.cat([piece.movedim(0, -3).flatten(-3) for piece in pieces], dim=-1)

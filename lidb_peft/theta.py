@@ -176,7 +176,9 @@ def _check_space(path: Path, config: LiDBConfig, metadata: dict[str, str], space
 def _check_bases(path: Path, metadata: dict[str, str], space: LiDBSpace) -> None:
     try:
         records = json.loads(metadata["bases"])
-        parsed = {label: (str(record[0]), torch.tensor(record[1:])) for label, record in records.items()}
+        parsed = {
+            label: (str(record[0]), torch.tensor([float(v) for v in record[1:]])) for label, record in records.items()
+        }
     except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"{path} has no readable record of its bases ({error}); it is damaged") from error
     for key in _distinct_keys(space):
@@ -215,13 +217,10 @@ def same_base(first: str, second: str) -> bool:
     if first == second:
         return True
     try:
-        ours, theirs = json.loads(first), json.loads(second)
-    except ValueError:
+        ours, theirs = ({name: torch.tensor(v) for name, v in json.loads(text).items()} for text in (first, second))
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # not what base_fingerprint writes
         return False
-    if not isinstance(ours, dict) or not isinstance(theirs, dict) or ours.keys() != theirs.keys():
-        return False
-    return all(
-        len(ours[name]) == len(theirs[name])
-        and torch.allclose(torch.tensor(ours[name]), torch.tensor(theirs[name]), rtol=0.006, atol=1e-7)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].shape == theirs[name].shape and torch.allclose(ours[name], theirs[name], rtol=0.006, atol=1e-7)
         for name in ours
     )

@@ -168,7 +168,7 @@ def _fixed_initialisation() -> Iterator[None]:
 
 def _pixels(images: np.ndarray) -> Tensor:
     """uint8 ``(n, h, w, 3)`` -> float ``(n, 3, h, w)`` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def psnr_db(first: Tensor, second: Tensor) -> float:

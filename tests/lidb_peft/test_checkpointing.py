@@ -1,6 +1,7 @@
 """Per-sample weights under gradient checkpointing: the recomputation must see the factors of its own forward."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -169,9 +170,10 @@ def test_the_models_own_checkpointing_functions_come_back(models, space):
     owners = [m for model in models.values() for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     before = [owner._gradient_checkpointing_func for owner in owners]
     assert owners
-    with pytest.raises(ZeroDivisionError), space.weights(space.theta_0), space.weights(space.theta_0):
+    with space.weights(space.theta_0):
+        with pytest.raises(ZeroDivisionError), space.weights(space.theta_0):
+            raise ZeroDivisionError
         assert any(owner._gradient_checkpointing_func is not f for owner, f in zip(owners, before, strict=True))
-        raise ZeroDivisionError
     assert all(owner._gradient_checkpointing_func is f for owner, f in zip(owners, before, strict=True))
 
 
@@ -197,6 +199,19 @@ def test_training_the_base_model_after_sampling_in_the_space_is_no_concern_of_it
     switch_on(models, reentrant=False)
     loss_of(models, latents, timesteps, ids).backward()
     assert models["unet"].conv_out.weight.grad.any()
+
+
+@pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
+def test_backward_may_run_in_another_thread(models, space, reentrant):
+    """As autograd does for every backward on a GPU."""
+    expected = gradient(models, space)
+    switch_on(models, reentrant)
+    theta = make_theta(space, 2)
+    with space.weights(theta):
+        thread = threading.Thread(target=loss_of(models, *make_inputs()).backward)
+        thread.start()
+        thread.join()
+    assert close(theta.grad, expected)
 
 
 def test_the_graph_outlives_the_space(models):

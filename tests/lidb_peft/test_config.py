@@ -32,6 +32,7 @@ def test_the_config_survives_files_dicts_and_pickling(tmp_path):
         ({"down_dim": 1.5}, "down_dim is 1.5"),
         ({"up_dim": -1}, "up_dim is -1"),
         ({"r": 8, "up_dim": 4}, "rank is 8 but the bases have 100 and 4 vectors; choose r <= 4"),
+        ({"scale": float("nan")}, "scale is nan; choose a finite number"),
         ({"seed": "x"}, "seed is 'x'; choose an integer"),
         ({"basis": "learned"}, "basis is 'learned'; choose one of orthogonal"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),

@@ -1,0 +1,67 @@
+"""What the bundled miniature must be, whatever its weights."""
+
+import pytest
+import torch
+
+from hypernet.base_models import load_base
+from lidb_peft import LiDBSpace
+from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed.demo import PROMPTS, run_demo
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(str(miniature_path()), device="cpu")
+
+
+def test_it_has_the_layers_of_sd15(base):
+    names = LiDBSpace(base.adapted, miniature_lidb_config()).layer_names
+    assert len(names) == 176
+    assert sum(name.startswith("unet.") for name in names) == 128
+    blocks = base.unet.config.down_block_types
+    assert blocks == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    assert base.unet.config.norm_num_groups == 32
+
+
+def test_its_bases_are_far_from_complete(base):
+    space = LiDBSpace(base.adapted, miniature_lidb_config())
+    for index, (fan_in, fan_out) in enumerate(space.shapes):
+        down, up = space.basis_keys(index)
+        assert down.dim <= 0.32 * fan_in
+        assert up.dim <= 0.16 * fan_out
+
+
+def test_it_is_small(base):
+    assert sum(file.stat().st_size for file in miniature_path().rglob("*") if file.is_file()) <= 16_000_000
+    assert base.size_px == MINIATURE_SIZE_PX
+
+
+def test_its_autoencoder_reconstructs_test_portraits(base):
+    import numpy as np
+
+    from testbed.corpus import portrait
+    from testbed.train import psnr_db
+
+    images = np.stack([portrait(index, "test")[0] for index in range(64)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        output = base.vae.decode(base.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    assert psnr_db(output, pixels) > 23
+
+
+def test_demo_writes_everything_and_counts_progress(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    import testbed.demo as demo
+
+    monkeypatch.setattr(demo, "MINIATURE_RECIPE", replace(demo.MINIATURE_RECIPE, theta_steps=2, steps=2))
+    monkeypatch.setattr(demo, "NUM_STEPS", 2)
+    seen = []
+    files, result = run_demo(tmp_path / "out", progress=lambda stage, done, total: seen.append((stage, done, total)))
+    assert {stage for stage, _, _ in seen} >= {"fit theta", "finetune LoRA", "draw LoRA"}
+    assert all(done <= total for _, done, total in seen)
+    assert set(result.seconds) >= {"fit theta", "finetune LoRA"}
+    for file in (files.photo, files.lora, files.theta, files.sheet, files.lora.with_suffix(".json")):
+        assert file.stat().st_size > 0
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(PROMPTS) == 6

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from click.testing import CliRunner
+
+from hypernet.base_models import load_base
+from hypernet.sampling import generate
+from testbed.train import Trainer, main, psnr_db
+
+
+class Interrupted(Exception):
+    pass
+
+
+def _train(out, stop_at=None):
+    model = torch.nn.Linear(3, 1)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        model.bias.zero_()
+    losses = []
+
+    def loss_of_step(step):
+        if step == stop_at:
+            raise Interrupted
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        losses.append(loss.item())
+        return loss
+
+    Trainer("tiny", out, model, num_steps=12, lr=0.05).run(loss_of_step, save_every_s=0)
+    return losses, model.weight.detach().clone()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    losses, weight = _train(tmp_path / "unbroken")
+    with pytest.raises(Interrupted):
+        _train(tmp_path / "broken", stop_at=5)
+    resumed_losses, resumed_weight = _train(tmp_path / "broken")
+    assert resumed_losses == losses[5:]
+    assert torch.equal(resumed_weight, weight)
+    assert losses[-1] < losses[0]
+
+
+def test_the_recipe_makes_a_pipeline_from_nothing(tmp_path):
+    arguments = ["--out", str(tmp_path), "--portraits", "70", "--vae-steps", "2", "--steps", "1", "--threads", "1"]
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0
+    base = load_base(str(tmp_path / "miniature"), device="cpu")
+    assert generate(base, ["a sks face"], num_steps=2)[0].size == (32, 32)
+    assert base.tokenizer.tokenize("a sks face") == ["a</w>", "sks</w>", "face</w>"]
+
+
+def test_psnr():
+    assert psnr_db(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20.0)  # peak 2, error 0.2
