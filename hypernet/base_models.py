@@ -4,7 +4,6 @@ A base is a Hugging Face id, a folder in diffusers' layout, or a single-file che
 and kohya users have.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from converters.safe_read import PICKLE_SUFFIXES
+from hypernet.base_files import check_channels, check_checkpoint, check_folder, check_pipeline_class, check_text_encoder
 from hypernet.devices import choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def load_base(source: str = DEFAULT_BASE, device: str = "auto", precision: str =
     if path.is_file():
         pipeline = _load_single_file(path, dtype)
     elif path.is_dir():
-        _check_folder(path)
-        pipeline = _load_pretrained(str(path), dtype)
+        pipeline = _load_folder(path, dtype)
     else:
         pipeline = _load_from_hub(source, dtype)
     _check_architecture(source, pipeline)
@@ -118,7 +118,17 @@ def load_base(source: str = DEFAULT_BASE, device: str = "auto", precision: str =
     )
 
 
-def _load_pretrained(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline":
+def _load_folder(folder: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    variant = check_folder(folder)
+    try:
+        pipeline = _load_pretrained(str(folder), dtype, variant=variant)
+    except (OSError, ValueError, RuntimeError) as error:  # configs that do not fit the weights, or each other
+        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
+    check_text_encoder(folder / "text_encoder", variant, pipeline.text_encoder)
+    return pipeline
+
+
+def _load_pretrained(source: str, dtype: torch.dtype, **options) -> "StableDiffusionPipeline":
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(
@@ -128,6 +138,7 @@ def _load_pretrained(source: str, dtype: torch.dtype) -> "StableDiffusionPipelin
         requires_safety_checker=False,
         use_safetensors=True,
         **_dtype_argument(dtype),
+        **options,
     )
 
 
@@ -140,52 +151,55 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def _load_from_hub(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline":
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    if Path(source).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
+        raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
     try:
+        validate_repo_id(source)
         return _load_pretrained(source, dtype)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
             f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
-            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package"
+            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package "
+            f"({_first_line(error)})"
         ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    """A checkpoint has neither tokenizer nor configuration: diffusers takes both from the hub, or from its cache."""
     from diffusers import StableDiffusionPipeline
 
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path} is not a .safetensors file; convert the checkpoint to safetensors first "
-            f"(.ckpt, .pt and .bin files are pickles, which can run code, and are never read)"
-        )
-    return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, **_dtype_argument(dtype))
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} is not a Stable Diffusion in diffusers' layout: it has no model_index.json; "
-                         f"pass the folder that holds unet/, vae/ and text_encoder/")  # fmt: skip
+    check_checkpoint(path)
     try:
-        kind = json.loads(index.read_text()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{index} is not a JSON object; download the base model again") from error
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-        raise ValueError(f"{folder} holds a {kind}; expected a StableDiffusionPipeline (SD 1.x or 2.x)")
-    for part in ("unet", "text_encoder", "vae", "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
+        return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, **_dtype_argument(dtype))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} holds weights only, and the tokenizer and configuration that go with it (3 MB) could not be had "
+            f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
+            f"({_first_line(error)})"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
 
 
 def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> None:
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        raise ValueError(f"{source} is an SDXL model, which is not supported yet; pass an SD 1.x or 2.x base")
-    channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
-        raise ValueError(f"{source} has a UNet with {channels} input channels (an inpainting or depth model?); "
-                         f"pass the plain text-to-image model")  # fmt: skip
+    read, given = pipeline.unet.config.cross_attention_dim, pipeline.text_encoder.config.hidden_size
+    if read != given:
+        raise ValueError(
+            f"{source} has a UNet that reads prompts of width {read} and a text encoder of width {given} "
+            f"(an SDXL model? it is not supported yet); pass an SD 1.x or 2.x base"
+        )
+    check_channels(source, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        missing = [name for name, parameter in part.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of its {type(part).__name__}, {missing[0]} for "
+                             f"one; download the base model again")  # fmt: skip
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")
@@ -194,3 +208,7 @@ def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> Non
 def _family(pipeline: "StableDiffusionPipeline") -> str:
     """SD2.x took OpenCLIP's text encoder of width 1024; everything else of this shape is SD1.x to its readers."""
     return "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

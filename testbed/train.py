@@ -1,8 +1,8 @@
 """Make the miniature Stable Diffusion from nothing: ``python -m testbed.train --out runs/miniature``.
 
-Stages: draw the corpus, train the autoencoder, train the tokenizer, cache latents, train UNet and text encoder
-together, pack. Every stage resumes where it was stopped; the learning rate follows the step, not the clock, and the
-randomness of a step is keyed by its number, so that a resumed run equals an unbroken one.
+Stages: draw the corpus, train the autoencoder, cache latents, train the decoder on, train the tokenizer, train UNet and
+text encoder together, pack. Every stage resumes where it was stopped; the learning rate follows the step, not the
+clock, and the randomness of a step is keyed by its number, so that a resumed run equals an unbroken one.
 """
 
 import json
@@ -26,6 +26,7 @@ from testbed.corpus import MAX_TOKENS, portrait, train_tokenizer
 SIZE_PX = 32
 BATCH = 64
 EMA_DECAY = 0.9995
+DECODER_NOISE = 0.03  # of the latents' standard deviation
 UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
 
 
@@ -205,6 +206,22 @@ def cache_latents(out: Path, vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     return latents * vae.config.scaling_factor
 
 
+def train_decoder(out: Path, vae: AutoencoderKL, latents: Tensor, images: np.ndarray, num_steps: int) -> None:
+    """Train the decoder on, with the latents as they are: the denoiser may be trained on them meanwhile."""
+    decoder = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = _generator(3, step)
+        rows = torch.randint(0, len(images), (16,), generator=generator)
+        pixels = _pixels(images[rows.numpy()])
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        noisy = latents[rows] + DECODER_NOISE * noise  # what a denoiser leaves, and more than the posterior's own
+        output = vae.decode(noisy / vae.config.scaling_factor).sample
+        return F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
+
+    Trainer("decoder", out, decoder, num_steps, lr=1.5e-3).run(loss_of_step)
+
+
 class Denoiser(torch.nn.Module):
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
         super().__init__()
@@ -247,20 +264,22 @@ def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = tor
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Working folder; resumes what it holds.")
 @click.option("--portraits", default=100_000, show_default=True, help="Portraits to draw.")
 @click.option("--vae-steps", default=10_000, show_default=True, help="Autoencoder steps of 16 portraits.")
-@click.option("--steps", default=6_000, show_default=True, help="Denoiser steps of 64 portraits.")
+@click.option("--decoder-steps", default=12_000, show_default=True, help="Steps of 16 portraits for the decoder alone.")
+@click.option("--steps", default=4_800, show_default=True, help="Denoiser steps of 64 portraits.")
 @click.option("--threads", default=2, show_default=True, help="Processor threads.")
-def main(out: Path, portraits: int, vae_steps: int, steps: int, threads: int) -> None:
+def main(out: Path, portraits: int, vae_steps: int, decoder_steps: int, steps: int, threads: int) -> None:
     """Make the miniature's weights from nothing, or go on where a run was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     images, captions = draw_corpus(out, portraits)
     vae = train_autoencoder(out, images, vae_steps)
+    latents = cache_latents(out, vae, images)
+    train_decoder(out, vae, latents, images, decoder_steps)
     with torch.no_grad():
         held_out = _pixels(np.stack([portrait(i, "test")[0] for i in range(500)]))
         score = psnr_db(vae.decode(vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1), held_out)
     click.echo(f"autoencoder: {score:.2f} dB on 500 test portraits")
     tokenizer = train_tokenizer(captions[:20_000], out / "tokenizer")
-    latents = cache_latents(out, vae, images)
     with _fixed_initialisation():
         model = Denoiser(*build_denoiser(tokenizer))
     tokens = tokenizer([*captions, ""], padding="max_length", max_length=MAX_TOKENS, truncation=True)["input_ids"]

@@ -1,14 +1,14 @@
 """Photos as people have them, made here; the real face is scikit-image's astronaut."""
 
+import importlib.util
 import io
 import os
 import struct
-import sys
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageDraw
+from PIL import Image, ImageCms
 from skimage import data
 
 from hypernet.faces import find_faces
@@ -153,7 +153,7 @@ def test_an_embedded_profile_is_applied_and_a_broken_one_ignored(save):
 
 def test_heic_is_read_with_pillow_heif_or_names_it(tmp_path):
     path = tmp_path / "phone.heic"
-    if "pillow_heif" in sys.modules or _has_pillow_heif():
+    if importlib.util.find_spec("pillow_heif"):
         import pillow_heif
 
         pillow_heif.from_pillow(gradient()).save(path, quality=100)
@@ -162,12 +162,6 @@ def test_heic_is_read_with_pillow_heif_or_names_it(tmp_path):
         path.write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(100))
         with pytest.raises(ValueError, match=r"phone\.heic is a HEIC photo; run pip install pillow-heif"):
             read_image(path)
-
-
-def _has_pillow_heif() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def test_a_jpeg_of_a_hundred_megapixels_is_decoded_smaller(save):
@@ -282,7 +276,6 @@ def test_the_astronauts_face_is_found_squared_and_scaled(save, astronaut, size_p
     assert photo.image.mode == "RGB"
     assert holds(photo.face, FACE)
     assert photo.face.side < 150
-    assert photo.note == "" or size_px == 512
 
 
 def test_the_crop_shows_hair_and_shoulders_around_the_face(astronaut):
@@ -342,13 +335,13 @@ def test_a_small_face_is_told(astronaut):
 
 
 def test_most_faces_and_few_other_patches_of_lfw_are_taken_for_faces():
-    """100 faces, then 100 non-faces, grey, 25 x 25; a tenth of each is enough here (all: 98 and 2 found)."""
+    """100 faces, then 100 non-faces, grey, 25 x 25; a tenth of each is enough here (of all, 98 and none are found)."""
     found = []
     for patch in data.lfw_subset()[::10]:
         image = Image.fromarray((patch * 255).astype(np.uint8)).resize((100, 100), Image.Resampling.BICUBIC)
         found.append(bool(find_faces(Image.fromarray(np.pad(np.asarray(image), 40, mode="reflect")))))
     assert sum(found[:10]) >= 9
-    assert sum(found[10:]) <= 1
+    assert sum(found[10:]) == 0
 
 
 def test_an_opencv_without_cascades_is_told(astronaut, monkeypatch):
@@ -364,11 +357,10 @@ def test_an_opencv_without_cascades_is_told(astronaut, monkeypatch):
 
 
 def test_without_a_crop_the_centre_of_the_photo_is_squared():
-    wide = Image.new("RGB", (120, 60), "blue")
-    ImageDraw.Draw(wide).rectangle((30, 0, 89, 59), fill="red")
-    photo = prepare_photo(wide, 30, crop=False)
+    wide = gradient((120, 60))
+    photo = prepare_photo(wide, 60, crop=False)
     assert photo.face is None
-    np.testing.assert_array_equal(pixels(photo.image), np.broadcast_to((255, 0, 0), (30, 30, 3)))
+    np.testing.assert_array_equal(pixels(photo.image), pixels(wide)[:, 30:90])
 
 
 def test_scaling_down_is_antialiased():

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_a_seed_is_a_portrait():
 
 def test_splits_do_not_overlap_and_draw_different_portraits():
     ranges = sorted(SPLITS.values(), key=lambda split: split.start)
-    assert all(left.stop <= right.start for left, right in zip(ranges, ranges[1:], strict=False))
+    assert all(left.stop <= right.start for left, right in itertools.pairwise(ranges))
     assert len({portrait(3, split)[0].tobytes() for split in SPLITS}) == 3
 
 
@@ -43,7 +44,7 @@ def test_an_identity_looks_more_like_itself_than_like_others():
     assert own < 0.6 * other
 
 
-@pytest.mark.parametrize("field, values", [("style", STYLES), ("place", SCENES), ("attire", ATTIRES)])
+@pytest.mark.parametrize(("field", "values"), [("style", STYLES), ("place", SCENES), ("attire", ATTIRES)])
 def test_every_style_place_and_attire_shows(field, values):
     pictures = [draw(identity(1), replace(Scene(), **{field: value})) for value in values]
     for i, first in enumerate(pictures):

@@ -7,7 +7,7 @@ from hypernet.sampling import generate
 from testbed.train import Trainer, main, psnr_db
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
@@ -20,7 +20,7 @@ def _train(out, stop_at=None):
 
     def loss_of_step(step):
         if step == stop_at:
-            raise Interrupted
+            raise InterruptedRunError
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
         losses.append(loss.item())
@@ -34,7 +34,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "broken").mkdir()
     losses, weight = _train(tmp_path / "unbroken")
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         _train(tmp_path / "broken", stop_at=5)
     resumed_losses, resumed_weight = _train(tmp_path / "broken")
     assert resumed_losses == losses[5:]
@@ -43,7 +43,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
 
 
 def test_the_recipe_makes_a_pipeline_from_nothing(tmp_path):
-    arguments = ["--out", str(tmp_path), "--portraits", "70", "--vae-steps", "2", "--steps", "1", "--threads", "1"]
+    arguments = ["--out", str(tmp_path), "--portraits", "70", "--vae-steps", "2", "--decoder-steps", "2",
+                 "--steps", "1", "--threads", "1"]  # fmt: skip
     threads = torch.get_num_threads()
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     torch.set_num_threads(threads)

@@ -1,0 +1,137 @@
+"""The files of a base model, checked before anything is loaded: a broken download is one sentence that names the file.
+
+Only headers and JSON are read here. What the libraries do with broken folders otherwise: an empty tokenizer/ or a text
+encoder without some of its weights loads without a word, and a truncated file is reported without its name.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from torch import nn
+
+from converters.safe_read import PICKLE_SUFFIXES, read_header
+
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
+_CONFIG_FILES = (
+    *(f"{part}/config.json" for part in _WEIGHTED_PARTS),
+    "scheduler/scheduler_config.json",
+)
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_CHECKPOINT_UNET = "model.diffusion_model.input_blocks.0.0.weight"
+_CHECKPOINT_PARTS = {"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
+
+
+def check_folder(folder: Path) -> str | None:
+    """Check a folder in diffusers' layout; return the variant that its weights are stored as: None or ``fp16``.
+
+    Raises:
+        ValueError: it is no Stable Diffusion 1.x or 2.x, is not complete, or a file in it is damaged.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is not a Stable Diffusion in diffusers' layout: it has no model_index.json; "
+            f"pass the folder that holds unet/, vae/ and text_encoder/"
+        )
+    check_pipeline_class(str(folder), _read_json(folder / "model_index.json").get("_class_name"))
+    for part in (*_WEIGHTED_PARTS, "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
+    for name in _CONFIG_FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not complete: it has no {name}; download the base model again")
+        _read_json(folder / name)
+    _check_tokenizer(folder / "tokenizer")
+    for variant in (None, "fp16"):
+        found = [weight_files(folder / part, variant) for part in _WEIGHTED_PARTS]
+        if all(found):
+            for files in found:
+                for file in files:
+                    read_header(file)
+            return variant
+    missing = next(part for part in _WEIGHTED_PARTS if not weight_files(folder / part))
+    pickled = [file.name for file in sorted((folder / missing).iterdir()) if file.suffix in PICKLE_SUFFIXES]
+    hint = f" ({pickled[0]} is a pickle, which can run code and is never read)" if pickled else ""
+    raise ValueError(f"{folder / missing} has no weights in safetensors{hint}; download the base model again")
+
+
+def check_pipeline_class(source: str, name: str | None) -> None:
+    """Raise ValueError unless ``name`` is that of a plain Stable Diffusion 1.x or 2.x pipeline."""
+    if name not in PIPELINE_CLASSES:
+        hint = "; SDXL is not supported yet" if "XL" in str(name) else ""
+        raise ValueError(f"{source} holds a {name}; expected a StableDiffusionPipeline (SD 1.x or 2.x){hint}")
+
+
+def weight_files(part: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a part of a pipeline, shards too; those of other variants (``non_ema``) are left out."""
+    middle = "" if variant is None else rf"\.{variant}"
+    name = re.compile(rf"(model|diffusion_pytorch_model){middle}(-\d+-of-\d+)?\.safetensors")
+    return [file for file in sorted(part.glob("*.safetensors")) if name.fullmatch(file.name)]
+
+
+def check_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module) -> None:
+    """Raise ValueError if the folder lacks weights of the text encoder: transformers draws missing ones at random."""
+    stored = {_bare(name) for file in weight_files(folder, variant) for name in read_header(file).tensors}
+    missing = sorted(_bare(name) for name, _ in text_encoder.named_parameters() if _bare(name) not in stored)
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, {missing[0]} for one; download the base model again")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check a single-file checkpoint by the names and shapes in its header.
+
+    Raises:
+        ValueError: a pickle, a damaged file, a LoRA, an SDXL or inpainting model, or no whole Stable Diffusion.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"{path} is not a .safetensors file; convert the checkpoint to safetensors first "
+            f"(.ckpt, .pt and .bin files are pickles, which can run code, and are never read)"
+        )
+    tensors = read_header(path).tensors
+    if any("lora_" in name or ".lora." in name for name in tensors):
+        raise ValueError(f"{path} is a LoRA, not a base model; pass the checkpoint that it belongs to as --base")
+    if any(name.startswith("conditioner.") for name in tensors):
+        raise ValueError(f"{path} is an SDXL model, which is not supported yet; pass an SD 1.x or 2.x base")
+    if _CHECKPOINT_UNET not in tensors:
+        raise ValueError(
+            f"{path} is not a Stable Diffusion checkpoint: it holds {', '.join(sorted(tensors)[:2]) or 'no tensors'}; "
+            f"pass a whole SD 1.x or 2.x model"
+        )
+    for prefix, part in _CHECKPOINT_PARTS.items():
+        if not any(name.startswith(prefix) for name in tensors):
+            raise ValueError(f"{path} has no {part}; pass a checkpoint with UNet, VAE and text encoder")
+    check_channels(str(path), tensors[_CHECKPOINT_UNET].shape[1], 4)
+
+
+def check_channels(source: str, channels: int, latent_channels: int) -> None:
+    """Raise ValueError if the UNet takes more than the noisy latents."""
+    if channels != latent_channels:
+        raise ValueError(
+            f"{source} has a UNet with {channels} input channels (an inpainting or depth model?); "
+            f"pass the plain text-to-image model"
+        )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; download the base model "
+                         f"again")  # fmt: skip
+    for file in folder.glob("*.json"):
+        _read_json(file)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); download the base model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object; download the base model again")
+    return content
+
+
+def _bare(name: str) -> str:
+    """transformers 5 dropped ``text_model.`` from the names of CLIPTextModel's modules; files have it or not."""
+    return name.removeprefix("text_model.")
