@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hypernet.recipe import PersonalizeConfig
+from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig
 
 if TYPE_CHECKING:
     from hypernet.base_models import BaseModel
     from lidb_peft import LiDBConfig
-
-DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 base_option = click.option(
     "--base",
@@ -21,6 +19,9 @@ base_option = click.option(
     help="Base model: a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or testbed, the miniature "
     "that ships with this package.",
 )
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Keys all noise."
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 precision_option = click.option(
     "--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16: the base model's dtype."
@@ -29,11 +30,19 @@ precision_option = click.option(
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base with the recipe and bases that go with it."""
+    """A loaded base and the LiDB bases that go with it."""
 
     model: "BaseModel"
-    recipe: PersonalizeConfig
     lidb_config: "LiDBConfig"
+
+
+def base_recipe(name: str) -> PersonalizeConfig:
+    """The recipe that goes with ``--base``; loads nothing, so that bad options are told at once."""
+    if name != "testbed":
+        return PersonalizeConfig()
+    from testbed import MINIATURE_RECIPE
+
+    return MINIATURE_RECIPE
 
 
 def open_base(name: str, device: str, precision: str) -> Base:
@@ -45,10 +54,10 @@ def open_base(name: str, device: str, precision: str) -> Base:
 
     quiet_libraries()
     if name == "testbed":
-        from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+        from testbed import miniature_lidb_config, miniature_path
 
-        base = Base(load_base(str(miniature_path()), device, precision), MINIATURE_RECIPE, miniature_lidb_config())
+        base = Base(load_base(str(miniature_path()), device, precision), miniature_lidb_config())
     else:
-        base = Base(load_base(name, device, precision), PersonalizeConfig(), LiDBConfig())
+        base = Base(load_base(name, device, precision), LiDBConfig())
     click.echo(f"base {name} on {describe_choice(base.model.device, base.model.dtype)}", err=True)
     return base

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from cli.bases import seed_option
+
 
 @click.command(name="demo")
 @click.option(
@@ -11,7 +13,7 @@ import click
     help="Folder for the results.",
 )  # fmt: skip
 @click.option("--person", default=0, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
-@click.option("--seed", default=0, show_default=True, help="Starting noise of the fits and the pictures.")
+@seed_option
 def command(out: Path, person: int, seed: int) -> None:
     """Show the whole way on a bundled miniature, offline: portrait, LiDB fit, LoRA, pictures.
 

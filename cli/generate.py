@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, device_option, open_base, precision_option
+from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, seed_option
+from hypernet.recipe import PersonalizeConfig
 
 
 @click.command(name="generate")
@@ -15,8 +16,9 @@ from cli.bases import base_option, device_option, open_base, precision_option
 @click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
               help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
 @click.option("--num-steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
-@click.option("--guidance", default=7.5, show_default=True, help="Classifier-free guidance.")
-@click.option("--seed", default=0, show_default=True, help="Starting noise.")
+@click.option("--guidance", type=float, show_default=f"{PersonalizeConfig.guidance}; testbed has its own",
+              help="Classifier-free guidance.")  # fmt: skip
+@seed_option
 @device_option
 @precision_option
 def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device, precision) -> None:
@@ -24,11 +26,14 @@ def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device,
 
     \b
     hdb generate "a sks face" "a pencil drawing of a sks face" --lora me.safetensors
-    hdb generate "a face at night" --base testbed --guidance 4
+    hdb generate "a face at night" --base testbed
     """
     from cli.progress import progress_bars
-    from hypernet.sampling import generate_to_file
+    from hypernet.sampling import check_pictures, generate_to_file
 
+    if guidance is None:
+        guidance = base_recipe(base).guidance
+    check_pictures(out, lora)
     opened = open_base(base, device, precision)
     with progress_bars() as report:
         generate_to_file(

@@ -2,15 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from converters import FileDescription
+
+_HAS_WARNINGS = 3
+_MAX_CHARS = 300
+_MAX_NUMBERS = 8
 
 
 @click.command(name="inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-def command(file: Path, as_json: bool) -> None:
+@click.pass_context
+def command(context: click.Context, file: Path, as_json: bool) -> None:
     """Say what a LoRA or LiDB file holds, whoever made it, and what would go wrong with it.
+
+    The exit code is 0 for a sound file, 3 for one with warnings, and 1 for one that cannot be read.
 
     \b
     hdb inspect me.safetensors
@@ -19,4 +30,52 @@ def command(file: Path, as_json: bool) -> None:
     from converters import describe
 
     description = describe(file)
-    click.echo(json.dumps(description.to_dict(), indent=2) if as_json else str(description))
+    click.echo(json.dumps(description.to_dict(), indent=2) if as_json else as_text(description))
+    if description.warnings:
+        context.exit(_HAS_WARNINGS)
+
+
+def as_text(description: "FileDescription") -> str:
+    """A description for people: a topic and a finding on each line, what is unknown left out."""
+    rows = [
+        ("file", f"{description.path} ({description.size_bytes / 1000:,.0f} KB)"),
+        ("kind", description.kind),
+        ("base", " ".join(filter(None, [description.base, _in_brackets(description.base_model_name)])) or "not said"),
+        ("rank", _numbers(description.ranks)),
+        ("alpha", _numbers(description.alphas)),
+        ("layers", _layers(description.layers)),
+        ("LiDB", _lidb(description.metadata)),
+        ("numbers", f"{description.num_parameters:,} in {', '.join(description.dtypes)}"),
+        ("title", description.title),
+        ("trigger words", ", ".join(description.trigger_words)),
+        *((f"hash {name}", value) for name, value in description.hashes.items()),
+        *(("warning", warning) for warning in description.warnings),
+    ]
+    return "\n".join(f"{topic:24}{_printable(finding)}" for topic, finding in rows if finding)
+
+
+def _in_brackets(text: str) -> str:
+    return f"({text})" if text else ""
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    more = f" and {len(values) - _MAX_NUMBERS} more" if len(values) > _MAX_NUMBERS else ""
+    return ", ".join(f"{value:g}" for value in values[:_MAX_NUMBERS]) + more
+
+
+def _layers(layers: dict[str, int]) -> str:
+    parts = [f"{count} {component}" for component, count in layers.items() if component != "all"]
+    return f"{sum(layers.values())}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def _lidb(metadata: dict[str, str]) -> str:
+    """The dimensions, seed and kind of the bases of a theta file; empty for other files."""
+    fields = {"down_dim": "down", "up_dim": "up", "seed": "seed", "scale": "scale", "basis": "basis"}
+    found = {name: metadata.get(f"lidb.{key}") for key, name in fields.items()}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value)
+
+
+def _printable(text: str) -> str:
+    """Metadata is anybody's: no control characters reach the terminal, and no novel either."""
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + "..."

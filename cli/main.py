@@ -28,6 +28,8 @@ class LazyGroup(click.Group):
     def invoke(self, context: click.Context):
         try:
             return super().invoke(context)
+        except BrokenPipeError:  # click ends quietly when the reader of a pipe has gone
+            raise
         except OSError as error:
             message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
             raise click.ClickException(message) from error

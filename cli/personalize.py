@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, device_option, open_base, precision_option
+from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, seed_option
 from hypernet.recipe import PersonalizeConfig
 
 _RECIPE = PersonalizeConfig()
@@ -29,7 +29,7 @@ def _recipe_option(flag: str, field: str, kind, text: str):
 @click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that will mean this person.")
 @click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
-@click.option("--seed", default=_RECIPE.seed, show_default=True, help="Keys all noise.")
+@seed_option
 @device_option
 @precision_option
 @click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
@@ -45,12 +45,13 @@ def command(photos, base, out, previews, device, precision, no_crop, save_theta,
     hdb personalize portrait.png --base testbed --no-crop
     """
     from cli.progress import progress_bars
-    from hypernet.personalize import personalize_to_files
+    from hypernet.personalize import check_request, personalize_to_files
 
     out = out or Path(Path(photos[0]).stem + ".safetensors")
-    opened = open_base(base, device, precision)
     given = {name: value for name, value in options.items() if value is not None}
-    recipe = replace(opened.recipe, **given, crop=not no_crop)
+    recipe = replace(base_recipe(base), **given, crop=not no_crop)
+    check_request(photos, out, save_theta, from_theta)
+    opened = open_base(base, device, precision)
     with progress_bars() as report:
         result = personalize_to_files(
             photos, opened.model, out, recipe, opened.lidb_config,

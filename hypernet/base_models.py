@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from converters.safe_read import PICKLE_SUFFIXES
-from hypernet.base_files import check_channels, check_checkpoint, check_folder, check_pipeline_class, check_text_encoder
+from hypernet.base_files import check_channels, check_checkpoint, check_folder, check_text_encoder
 from hypernet.devices import choose_device, choose_dtype
+from hypernet.recipe import DEFAULT_BASE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTokenizer
-
-DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass
@@ -123,7 +122,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
     try:
         pipeline = _load_pretrained(str(folder), dtype, variant=variant)
     except (OSError, ValueError, RuntimeError) as error:  # configs that do not fit the weights, or each other
-        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
     check_text_encoder(folder / "text_encoder", variant, pipeline.text_encoder)
     return pipeline
 
@@ -151,7 +150,7 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def _load_from_hub(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline":
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     if Path(source).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
@@ -160,14 +159,15 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline"
         validate_repo_id(source)
         return _load_pretrained(source, dtype)
     except (HFValidationError, OSError) as error:
+        is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
+        reason = f" ({_first_sentence(error)})" if is_telling else ""
         raise FileNotFoundError(
             f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
             f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
-            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package "
-            f"({_first_line(error)})"
+            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package{reason}"
         ) from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
+        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
@@ -181,10 +181,10 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipelin
         raise FileNotFoundError(
             f"{path} holds weights only, and the tokenizer and configuration that go with it (3 MB) could not be had "
             f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
-            f"({_first_line(error)})"
+            f"({_first_sentence(error)})"
         ) from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
 
 
 def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> None:
@@ -210,5 +210,6 @@ def _family(pipeline: "StableDiffusionPipeline") -> str:
     return "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _first_sentence(error: BaseException) -> str:
+    """What another library says, without its advice and its links."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")

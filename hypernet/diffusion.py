@@ -50,9 +50,9 @@ def encode_photos(base: BaseModel, pixels: Tensor) -> Tensor:
     It runs in float32: SD1.5's overflows in float16.
     """
     dtype = base.vae.dtype
-    vae = base.vae.to(base.device, torch.float32)
+    vae = base.vae.to(base.device).type(torch.float32)  # at a cast by to() diffusers logs a warning
     moments = torch.cat([vae.encode(photo[None].to(base.device)).latent_dist.parameters for photo in pixels])
-    base.vae.to("cpu", dtype)
+    base.vae.type(dtype).to("cpu")
     return moments
 
 

@@ -56,8 +56,13 @@ def fit_theta(
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
+
+    Raises:
+        ValueError: ``start`` or the subjects do not fit, or the fit diverged.
     """
+    _check_subjects(subjects)
     start = space.theta_0 if start is None else start
+    _check_thetas(space, start, len(subjects))
     theta = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32).clone()
     losses = _fit(base, space, subjects, config, theta, lambda values: [space.expand(values)], progress)
     return theta.detach().cpu(), losses
@@ -75,17 +80,21 @@ def fit_lora(
     """Rank-relaxed finetuning: fit a fresh LoRA of rank ``rank`` per subject beside its frozen theta.
 
     Args:
-        theta: ``(N, L, row)``, frozen; None fits a plain LoRA.
+        theta: ``(N, L, row)`` or ``(L, row)``, frozen; None fits a plain LoRA.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
         on the CPU.
 
     Raises:
-        ValueError: rank < 1.
+        ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected 1 or more")
+    _check_subjects(subjects)
+    if theta is not None:
+        _check_thetas(space, theta, len(subjects))
+        theta = theta.expand(len(subjects), *theta.shape[-2:])
     fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
     lora = torch.stack(fresh).to(base.device)
     frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32))]
@@ -104,7 +113,6 @@ def fit_lora(
 
 def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, progress) -> Tensor:
     """Optimise one flat parameter buffer ``(N, ...)`` in place; ``parts`` maps it to the factors to apply."""
-    _check_subjects(subjects)
     parameters.requires_grad_(True)
     optimizer = torch.optim.AdamW([parameters], lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
@@ -131,7 +139,7 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
     parameters.requires_grad_(False)
     history = torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
     if not torch.isfinite(parameters).all():
-        raise ValueError(f"the fit diverged (loss {history[-1].tolist()}); lower the learning rate {config.lr}")
+        raise ValueError(f"the fit diverged (losses {history[-1:].tolist()}); lower the learning rate {config.lr}")
     return history
 
 
@@ -161,9 +169,18 @@ def _check_subjects(subjects: Sequence[Subject]) -> None:
     keys = [subject.key for subject in subjects]
     if len(set(keys)) < len(keys):
         raise ValueError(f"two subjects share the key {max(keys, key=keys.count)!r}; keys name identities")
+    empty = [subject.key for subject in subjects if len(subject.moments) == 0]
+    if empty:
+        raise ValueError(f"the subject {empty[0]!r} has no photos; pass at least one")
     shapes = {tuple(subject.moments.shape[1:]) for subject in subjects}
     if len(shapes) > 1:
         raise ValueError(f"the subjects' latents have shapes {sorted(shapes)}; prepare all photos at one size")
+
+
+def _check_thetas(space: LiDBSpace, theta: Tensor, num_subjects: int) -> None:
+    space.check_theta(theta)
+    if theta.dim() > 3 or theta.shape[:-2] not in ((), (num_subjects,)):
+        raise ValueError(f"theta has shape {tuple(theta.shape)} for {num_subjects} subjects; pass one each, or one")
 
 
 def _generator(seed: int, key: str, purpose: str) -> torch.Generator:

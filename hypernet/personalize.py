@@ -16,7 +16,7 @@ from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos
 from hypernet.fit import Subject, fit_lora, fit_theta
-from hypernet.photos import Photo, load_photo
+from hypernet.photos import Photo, load_photo, read_image
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.sampling import contact_sheet, generate
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
@@ -82,6 +82,10 @@ def personalize(
     Raises:
         ValueError, OSError: a photo is unusable; the message names it.
     """
+    if not config.theta_steps and not config.steps and from_theta is None:
+        raise ValueError(
+            "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
+        )
     start = None
     if from_theta is not None:
         lidb_config = load_theta(from_theta).config
@@ -132,10 +136,7 @@ def personalize_to_files(
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} does not end in .safetensors; name the LoRA file so, or readers will not find it")
-    for target in (out, *([] if save_theta is None else [save_theta])):
-        check_writable(target)
+    check_outputs(out, save_theta, from_theta)
     result = personalize(photos, base, config, lidb_config, from_theta, progress)
     prompts = [config.trigger, *previews]
 
@@ -159,13 +160,43 @@ def personalize_to_files(
     return result
 
 
+def check_request(photos: Sequence[str | Path], out: str | Path, save_theta=None, from_theta=None) -> None:
+    """Find what is wrong with the files before a base model is loaded, which may be a download of gigabytes.
+
+    Raises:
+        ValueError, OSError: a photo or theta file is unusable, or an output cannot be written.
+    """
+    check_outputs(out, save_theta, from_theta)
+    if from_theta is not None:
+        load_theta(from_theta)
+    for photo in photos:
+        read_image(photo)
+
+
+def check_outputs(out: str | Path, save_theta: str | Path | None = None, from_theta: str | Path | None = None) -> None:
+    """Raise now what writing the LoRA and theta would raise after all the work.
+
+    Raises:
+        ValueError: a file is not named .safetensors, or the LoRA would overwrite a theta file.
+        OSError: the folder is not there or not writable.
+    """
+    targets = [Path(out)] if save_theta is None else [Path(out), Path(save_theta)]
+    for target in targets:
+        if target.suffix.lower() != ".safetensors":
+            raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+        check_writable(target)
+    for theta in (save_theta, from_theta):
+        if theta is not None and Path(theta).resolve() == Path(out).resolve():
+            raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
+
+
 def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigger: str) -> list[Path]:
     """Write a theta file as a kohya LoRA of rank r, exact; returns the files written.
 
     Raises:
         ValueError: the theta does not belong to this architecture or its bases cannot be rebuilt.
     """
-    check_writable(out)
+    check_outputs(out, from_theta=theta_file)
     space = LiDBSpace(base.adapted, load_theta(theta_file).config)
     theta = load_theta(theta_file, space).theta
     return write_lora(out, space.factors(theta), lora_metadata(base, trigger))

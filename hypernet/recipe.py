@@ -1,7 +1,10 @@
 """How to fit and how to personalise: plain configs, light to import, so that `hdb --help` shows their defaults."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all) after every step."""
@@ -30,8 +33,10 @@ class FitConfig:
     def __post_init__(self):
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; expected 0 or more")
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; expected more than 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; expected a finite number above 0")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected more than 0")
         if self.timesteps_per_step < 1:
             raise ValueError(f"timesteps_per_step is {self.timesteps_per_step}; expected 1 or more")
 

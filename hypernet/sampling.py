@@ -1,17 +1,22 @@
 """Pictures from a base model, plain or with somebody's weights, and labelled sheets of them."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from converters import describe
+from converters import FileDescription, describe
+from converters.safe_read import iter_tensors
 from hypernet.base_models import BaseModel
 from hypernet.fit import Progress
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path, check_writable
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
 @torch.no_grad()
@@ -40,7 +45,7 @@ def generate(
         nonlocal steps_done
         steps_done += 1
         if progress is not None:
-            progress(steps_done, num_steps)
+            progress(steps_done, pipeline.num_timesteps)  # some schedulers take a step more than asked for
         return tensors
 
     with space.apply(factors) if factors is not None else nullcontext():
@@ -68,24 +73,79 @@ def generate_to_file(
     """Draw prompts, with a LoRA file of any author if given, and write one picture, or a sheet of several.
 
     Args:
-        lora: loaded by diffusers' own reader, in place, into the base.
         options: of `generate`.
 
     Raises:
-        ValueError: the LoRA file is damaged, or no LoRA.
+        ValueError, OSError: as `check_pictures`, or `lora_applied` refuses the LoRA.
     """
-    check_writable(out)
-    if lora is not None:
-        description = describe(lora)
-        pipeline = base.pipeline()
-        path = Path(description.path)
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
-        pipeline.set_adapters(["lora"], [weight])
-    pictures = generate(base, prompts, progress=progress, **options)
+    check_pictures(out)
+    with nullcontext() if lora is None else lora_applied(base, lora, weight):
+        pictures = generate(base, prompts, progress=progress, **options)
     label = "base" if lora is None else Path(lora).stem
     sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts, max(base.size_px, 192))
     with atomic_path(out) as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def check_pictures(out: str | Path, lora: str | Path | None = None) -> None:
+    """Raise ValueError or OSError now if pictures cannot be written to ``out`` or ``lora`` is no usable LoRA."""
+    if Path(out).suffix.lower() != ".png":
+        raise ValueError(f"{out} does not end in .png; pictures are written as PNG")
+    check_writable(out)
+    if lora is not None:
+        _check_lora(lora)
+
+
+@contextmanager
+def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iterator[None]:
+    """Put a LoRA file of any author on the base for a block, by diffusers' own reader.
+
+    Raises:
+        ValueError: the file is damaged, no LoRA, holds NaN, or is made for another base.
+    """
+    description = _check_lora(lora)
+    if description.base in ("SD1", "SD2", "SDXL") and description.base.lower() != base.family:
+        raise ValueError(f"{lora} is made for {description.base} and {base.name} is {base.family.upper()}")
+    pipeline = base.pipeline()
+    try:
+        _load_quietly(pipeline, Path(description.path))
+        if not any("lora" in names for names in pipeline.get_list_adapters().values()):
+            raise ValueError("none of its layers is there")
+        pipeline.set_adapters(["lora"], [weight])
+    except (ValueError, RuntimeError) as error:
+        pipeline.unload_lora_weights()
+        raise ValueError(
+            f"{lora} does not fit {base.name}: its layers have other names or widths; draw with the base it is made for"
+        ) from error
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def _load_quietly(pipeline: "StableDiffusionPipeline", path: Path) -> None:
+    """Load the adapter ``lora``; diffusers would log a line for each of hundreds of layers that do not fit."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_lora(lora: str | Path) -> FileDescription:
+    """Refuse what diffusers would load wrongly or without a word."""
+    description = describe(lora)
+    if description.kind == "LiDB theta":
+        raise ValueError(f"{lora} holds LiDB weights, not a LoRA; make one of them with hdb export")
+    if not description.kind.endswith((" LoRA", " DoRA")):
+        raise ValueError(f"{lora} is a {description.kind}; only a LoRA can be drawn with")
+    bad = [name for name, tensor in iter_tensors(description.path) if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        raise ValueError(f"{lora} holds NaN or infinity in {len(bad)} tensors, {bad[0]} for one; it draws nothing")
+    return description
 
 
 def contact_sheet(

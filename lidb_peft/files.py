@@ -47,6 +47,10 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or str(error.filename) not in ("None", name):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error  # a full disk names no file
     finally:
         temporary.unlink(missing_ok=True)
 

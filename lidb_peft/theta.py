@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .bases import BASIS_VERSION, BasisKey, basis_fingerprint, basis_probes, check_basis, get_basis
@@ -73,8 +73,10 @@ def save_theta(
         "bases": json.dumps(_basis_records(space)),
         **config,
     }
+    # To bytes first: save_file would report a full disk as a SafetensorError.
+    blob = save({"theta": stored}, metadata={_PREFIX + key: str(value) for key, value in metadata.items()})
     with atomic_path(path) as temporary:
-        save_file({"theta": stored}, temporary, metadata={_PREFIX + key: str(value) for key, value in metadata.items()})
+        temporary.write_bytes(blob)
 
 
 def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> ThetaFile:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from transformers import CLIPTokenizer
 
-from testbed.portraits import CLOTHES, SPLITS, STYLE_WORDS, caption, draw, identity, random_scene
+from testbed.drawing import draw
+from testbed.portraits import CLOTHES, SPLITS, STYLE_WORDS, caption, identity, random_scene
 
 MAX_TOKENS = 32
 EXTRA_SENTENCES = (

@@ -15,7 +15,8 @@ from hypernet.sampling import contact_sheet, generate
 from lidb_peft import LoraFactors
 from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
-from testbed.portraits import SPLITS, draw, identity, random_scene
+from testbed.drawing import draw
+from testbed.portraits import SPLITS, identity, random_scene
 
 PROMPTS = {
     "a [V] face": "a [V] face",

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from testbed.corpus import portrait
+from testbed.drawing import draw
 from testbed.portraits import (
     ATTIRES,
     RARE_TOKENS,
@@ -13,7 +14,6 @@ from testbed.portraits import (
     STYLES,
     Scene,
     caption,
-    draw,
     identity,
     random_scene,
 )

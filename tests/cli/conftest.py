@@ -1,0 +1,82 @@
+"""`hdb` run in this process, in an empty folder of its own; what takes a process of its own is in test_process.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from cli.main import main
+from testbed.demo import draw_photos
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """The models are so narrow that a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def portrait(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "portrait.png"
+    picture, _ = draw_photos(person=3, count=1)
+    picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+@dataclass
+class Hdb:
+    """Runs `hdb` in ``folder``, which is the working folder."""
+
+    folder: Path
+
+    def files(self) -> list[str]:
+        return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*"))
+
+    def run(self, *arguments, code: int = 0) -> str:
+        """Everything it prints; the exit code is ``code``, and nothing escapes as a traceback."""
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def fail(self, *arguments, code: int = 1) -> str:
+        """The one sentence of a failure, which leaves every file as it was."""
+        before = {name: (self.folder / name).stat().st_mtime_ns for name in self.files()}
+        lines = self.run(*arguments, code=code).splitlines()
+        assert [line for line in lines if line.startswith("Error: ")] == lines[-1:], lines
+        assert {name: (self.folder / name).stat().st_mtime_ns for name in self.files()} == before
+        return lines[-1].removeprefix("Error: ")
+
+
+@pytest.fixture
+def hdb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    return Hdb(tmp_path)
+
+
+QUICK = ("--base", "testbed", "--no-crop", "--theta-steps", 1, "--steps", 1)
+
+
+@pytest.fixture
+def personalize():
+    """The arguments of the quickest ``hdb personalize`` there is."""
+    return lambda *arguments: ("personalize", *arguments, *QUICK)
+
+
+@pytest.fixture(scope="package")
+def made(portrait, tmp_path_factory):
+    """A folder with a LoRA (``me.safetensors``) and the LiDB weights (``theta.safetensors``) of one quick fit."""
+    folder = tmp_path_factory.mktemp("made")
+    out, theta = folder / "me.safetensors", folder / "theta.safetensors"
+    arguments = ["personalize", portrait, *QUICK, "--out", out, "--save-theta", theta]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder

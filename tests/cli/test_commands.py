@@ -1,0 +1,137 @@
+"""Every command's happy path, with as few steps as there can be."""
+
+import json
+import shutil
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+from PIL import Image
+from skimage import data
+
+import testbed.demo
+from cli.main import COMMANDS
+from converters import describe
+from hypernet.base_models import load_base
+from hypernet.sampling import generate, lora_applied
+from testbed import miniature_path
+
+
+def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait, personalize):
+    output = hdb.run(*personalize(portrait), "--preview", "a sks face at night", "--save-theta", "theta.safetensors")
+    written = ["portrait-preview.png", "portrait.json", "portrait.png", "portrait.safetensors", "theta.safetensors"]
+    assert hdb.files() == written
+    assert all(f"wrote {name}" in output for name in written)
+    assert "<lora:portrait:1>" in output
+    assert "base testbed on cpu, fp32" in output
+    assert "fit theta" in output
+    description = describe("portrait.safetensors")
+    assert (description.kind, description.base, sum(description.layers.values())) == ("kohya LoRA", "SD1", 176)
+
+
+def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
+    shutil.copy(portrait, "second.png")
+    hdb.run(
+        "personalize", portrait, "second.png", "--base", "testbed", "--out", "both.safetensors", "--theta-steps", 1,
+        "--theta-lr", 0.01, "--steps", 1, "--lr", 0.001, "--rank", 3, "--token", "ohwx", "--prompt", "a photo of [V]",
+        "--seed", 7, "--device", "cpu", "--precision", "fp32", "--no-crop",
+    )  # fmt: skip
+    description = describe("both.safetensors")
+    assert description.ranks == (4,)
+    assert description.trigger_words == ("a photo of ohwx",)
+
+
+def test_personalize_on_a_real_photograph_makes_a_lora_that_changes_the_picture(hdb):
+    Image.fromarray(data.astronaut()).save("astronaut.jpg")
+    hdb.run("personalize", "astronaut.jpg", "--base", "testbed", "--theta-steps", 3, "--steps", 3)
+    base = load_base(str(miniature_path()), device="cpu")
+    plain = generate(base, ["a sks face"], num_steps=2)[0]
+    with lora_applied(base, "astronaut.safetensors"):
+        assert generate(base, ["a sks face"], num_steps=2)[0].tobytes() != plain.tobytes()
+
+
+def test_personalize_goes_on_from_a_theta(hdb, portrait, made):
+    hdb.run("personalize", portrait, "--base", "testbed", "--no-crop", "--theta-steps", 0, "--steps", 0,
+            "--from-theta", made / "theta.safetensors", "--out", "again.safetensors")  # fmt: skip
+    assert describe("again.safetensors").ranks == (1,)
+
+
+def test_export_makes_a_lora_of_a_theta(hdb, made):
+    shutil.copy(made / "theta.safetensors", "theta.safetensors")
+    output = hdb.run("export", "theta.safetensors", "--base", "testbed", "--token", "ohwx")
+    assert "wrote theta-lora.safetensors" in output
+    assert hdb.files() == ["theta-lora.json", "theta-lora.safetensors", "theta.safetensors"]
+    assert describe("theta-lora.safetensors").trigger_words == ("a ohwx face",)
+
+
+def test_generate_draws_with_and_without_a_lora(hdb, made):
+    hdb.run("generate", "a face", "--base", "testbed", "--num-steps", 1, "--out", "plain.png")
+    hdb.run("generate", "a sks face", "a pencil drawing", "--base", "testbed", "--num-steps", 1,
+            "--lora", made / "me.safetensors", "--weight", 0.8, "--seed", 3)  # fmt: skip
+    assert Image.open("plain.png").size == (32, 32)
+    assert Image.open("pictures.png").size > (300, 200)
+
+
+def test_demo_shows_the_whole_way(hdb, monkeypatch):
+    quick = replace(testbed.MINIATURE_RECIPE, theta_steps=1, steps=1)
+    monkeypatch.setattr(testbed.demo, "MINIATURE_RECIPE", quick)
+    monkeypatch.setattr(testbed.demo, "NUM_STEPS", 1)
+    output = hdb.run("demo", "--out", "shown", "--person", 7)
+    assert "shown/demo.png" in output
+    assert "took" in output
+    assert {"shown/demo.png", "shown/photo.png", "shown/sks.safetensors", "shown/sks.json"} <= set(hdb.files())
+
+
+def test_doctor_says_what_auto_chooses(hdb):
+    output = hdb.run("doctor")
+    assert "auto chooses" in output
+    assert "torch" in output
+
+
+def test_inspect_describes_a_lora_for_people(hdb, made):
+    lines = hdb.run("inspect", made / "me.safetensors").splitlines()
+    found = {line[:24].strip(): line[24:] for line in lines}
+    assert found["kind"] == "kohya LoRA"
+    assert found["base"] == "SD1 (miniature)"
+    assert found["rank"] == found["alpha"] == "9"
+    assert found["layers"] == "176: 48 text_encoder, 128 unet"
+    assert found["numbers"].endswith(" in float16")
+    assert found["trigger words"] == "a sks face"
+    assert found["hash sshs_model_hash"].startswith(found["hash a1111"])
+    assert "warning" not in found
+
+
+def test_inspect_describes_a_theta_for_people(hdb, made):
+    lines = hdb.run("inspect", made / "theta.safetensors").splitlines()
+    found = {line[:24].strip(): line[24:] for line in lines}
+    assert found["kind"] == "LiDB theta"
+    assert found["base"] == "(miniature)"
+    assert found["layers"] == "176"
+    assert found["LiDB"] == "down 20, up 10, seed 0, scale 1.0, basis orthogonal"
+    assert found["numbers"] == "5,280 in float16"
+
+
+def test_inspect_prints_json_for_scripts(hdb, made):
+    entries = json.loads(hdb.run("inspect", made / "me.safetensors", "--json"))
+    assert entries["kind"] == "kohya LoRA"
+    assert entries["layers"] == {"text_encoder": 48, "unet": 128}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(hdb, command):
+    output = hdb.run(command, "--help")
+    assert f"hdb {command}" in output
+    assert f"{command} [OPTIONS]" in output
+    assert hdb.run(command, "-h") == output
+
+
+def test_help_lists_every_command(hdb):
+    assert all(command in hdb.run("--help") for command in COMMANDS)
+
+
+def test_version_is_the_installed_ones(hdb):
+    try:
+        installed = version("lidb-peft")
+    except PackageNotFoundError:
+        pytest.skip("lidb-peft is not installed, only its source is here")
+    assert installed in hdb.run("--version")

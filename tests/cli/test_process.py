@@ -1,0 +1,72 @@
+"""What only shows in a process of its own: signals, pipes, and what is imported for `--help`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cli.main import COMMANDS
+
+HDB = (sys.executable, "-m", "cli.main")
+
+
+@pytest.fixture
+def environment():
+    paths = [path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def test_help_imports_nothing_heavy(environment):
+    script = f"""
+import json, sys
+from click.testing import CliRunner
+from cli.main import main
+for command in ([], *{[[name] for name in COMMANDS]}):
+    assert CliRunner().invoke(main, [*command, "--help"]).exit_code == 0
+print(json.dumps(sorted(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    heavy = {"torch", "numpy", "PIL", "diffusers", "transformers", "peft", "cv2", "rich", "safetensors"}
+    assert not heavy & set(json.loads(result.stdout))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
+def test_ctrl_c_in_the_middle_of_a_fit_leaves_no_file(environment, portrait, tmp_path):
+    (tmp_path / "me.safetensors").write_text("the one from yesterday")
+    arguments = ("personalize", portrait, "--base", "testbed", "--no-crop", "--theta-steps", 1_000_000,
+                 "--out", "me.safetensors", "--save-theta", "theta.safetensors")  # fmt: skip
+    process = subprocess.Popen(
+        [*HDB, *map(str, arguments)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("base testbed on"):
+            break
+    time.sleep(1.5)  # the fit has begun
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (1, 130)
+    assert stderr.rstrip().endswith("Aborted!")
+    assert "Traceback" not in stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["me.safetensors"]
+    assert (tmp_path / "me.safetensors").read_text() == "the one from yesterday"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_reader_that_goes_away_is_no_error(environment, made):
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [*HDB, "inspect", str(made / "me.safetensors")],
+        env=environment,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert result.stderr == ""
+    assert result.returncode == 1

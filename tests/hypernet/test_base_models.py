@@ -1,0 +1,302 @@
+import json
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import hypernet.base_models as base_models
+from hypernet.base_models import load_base
+from testbed import miniature_path
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+CLIP = "text_encoder/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+CHECKPOINT_HEAD = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the miniature to break."""
+    return shutil.copytree(miniature_path(), tmp_path / "model")
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(tensors, name="model.safetensors"):
+        save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def refused(source, text, kind=ValueError, culprit=None):
+    """Loading fails with one sentence that names the culprit: the source, or a file in it."""
+    with pytest.raises(kind, match=text) as caught:
+        load_base(str(source), device="cpu")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(source if culprit is None else source / culprit) in message
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- what loads ----
+
+
+def test_a_folder_loads_frozen(base):
+    assert base.family == "sd1"
+    assert base.prediction_type in ("epsilon", "v_prediction")
+    assert base.size_px == 32
+    assert base.device.type == "cpu"
+    assert base.dtype == torch.float32
+    assert base.alphas_cumprod.shape == (1000,)
+    for model in (base.unet, base.text_encoder, base.vae):
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    stored = load_file(miniature_path() / UNET)["conv_in.weight"]
+    assert torch.equal(base.unet.conv_in.weight, stored.float())
+
+
+def test_prompts_become_the_pipelines_tokens(base):
+    prompt = "a pencil drawing of a sks face"
+    expected = base.tokenizer(prompt, padding="max_length", max_length=base.tokenizer.model_max_length)["input_ids"]
+    assert base.token_ids(prompt).tolist() == [expected]
+    long = base.token_ids("a face " * 200)
+    assert long.shape == (1, base.tokenizer.model_max_length)
+
+
+def test_the_precision_is_the_bases(folder):
+    assert load_base(str(folder), device="cpu", precision="bf16").unet.dtype == torch.bfloat16
+
+
+def test_weights_of_the_fp16_variant_load(folder, base):
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    loaded = load_base(str(folder), device="cpu")
+    assert torch.equal(loaded.unet.conv_in.weight, base.unet.conv_in.weight)
+
+
+def test_a_tokenizer_of_two_classic_files_is_the_same_tokenizer(folder, base):
+    (folder / "tokenizer/tokenizer.json").unlink()
+    prompt = "a watercolour painting of a sks face wearing a crown"
+    assert torch.equal(load_base(str(folder), device="cpu").token_ids(prompt), base.token_ids(prompt))
+
+
+def test_text_encoder_weights_load_with_and_without_the_text_model_level(folder, base):
+    for prefix in ("", "text_model."):
+        tensors = {prefix + name.removeprefix("text_model."): value for name, value in load_file(folder / CLIP).items()}
+        save_file(tensors, folder / CLIP, metadata={"format": "pt"})
+        loaded = load_base(str(folder), device="cpu").text_encoder.state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in base.text_encoder.state_dict().items())
+
+
+def test_a_single_file_checkpoint_loads(base, tmp_path, monkeypatch, import_helper):
+    file = tmp_path / "miniature.safetensors"
+    import_helper("ldm_checkpoint").write_checkpoint(base, file)
+    # Offline, the configuration comes from the folder instead of the hub.
+    local = partial(StableDiffusionPipeline.from_single_file, config=str(miniature_path()))
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", local)
+    loaded = load_base(str(file), device="cpu", precision="fp32")
+    for part in ("unet", "text_encoder", "vae"):
+        expected = getattr(base, part).state_dict()
+        found = getattr(loaded, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), part
+
+
+# ---- folders that are no Stable Diffusion ----
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    refused(tmp_path, "not a Stable Diffusion in diffusers' layout.*pass the folder that holds unet/")
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"])
+def test_another_kind_of_pipeline_is_refused(folder, name):
+    edit_json(folder / "model_index.json", _class_name=name)
+    refused(folder, f"holds a {name}; expected a StableDiffusionPipeline")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    refused(folder, f"has no {part}/ folder")
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"])
+def test_a_missing_config_is_named(folder, name):
+    (folder / name).unlink()
+    refused(folder, f"has no {name}")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae/config.json", "tokenizer/vocab.json"])
+@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b"\xff\xfe\x00", b"", b"[" * 100_000])
+def test_a_broken_config_is_named(folder, name, content):
+    (folder / name).write_bytes(content)
+    refused(folder, "is not valid JSON|is not a JSON object", culprit=name)
+
+
+@pytest.mark.parametrize("name", [UNET, CLIP, VAE])
+@pytest.mark.parametrize("damage", ["half", "empty", "text"])
+def test_a_damaged_weights_file_is_named(folder, name, damage):
+    whole = (folder / name).read_bytes()
+    content = {"half": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>" * 9}[damage]
+    (folder / name).write_bytes(content)
+    refused(folder, "truncated|too few|not a safetensors file", culprit=name)
+
+
+@pytest.mark.parametrize("name", [UNET, CLIP, VAE])
+def test_missing_weights_are_named(folder, name):
+    (folder / name).unlink()
+    refused(folder, "has no weights in safetensors", culprit=name.partition("/")[0])
+
+
+def test_pickled_weights_are_never_read(folder):
+    (folder / UNET).unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    refused(folder, r"diffusion_pytorch_model.bin is a pickle, which can run code", culprit="unet")
+
+
+def test_an_empty_tokenizer_is_refused(folder):
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    refused(folder, "neither tokenizer.json nor vocab.json and merges.txt", culprit="tokenizer")
+
+
+@pytest.mark.parametrize("name", [UNET, VAE, CLIP])
+def test_weights_that_lack_a_tensor_are_refused(folder, name):
+    tensors = load_file(folder / name)
+    dropped = sorted(tensors)[3]
+    del tensors[dropped]
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    refused(folder, f"lacks 1 weights.*{dropped.removeprefix('text_model.')}")
+
+
+def test_weights_of_another_width_are_refused(folder):
+    edit_json(folder / "unet/config.json", block_out_channels=[32, 64, 96, 96])
+    refused(folder, "cannot be loaded as a Stable Diffusion")
+
+
+def test_a_component_of_no_known_class_is_refused(folder):
+    edit_json(folder / "model_index.json", unet=["diffusers", "NoSuchModel"])
+    refused(folder, "cannot be loaded as a Stable Diffusion")
+
+
+def test_an_inpainting_unet_is_refused(folder):
+    tensors = load_file(folder / UNET)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
+    save_file(tensors, folder / UNET, metadata={"format": "pt"})
+    edit_json(folder / "unet/config.json", in_channels=9)
+    refused(folder, "9 input channels")
+
+
+def test_another_prediction_is_refused(folder):
+    edit_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+    refused(folder, "predicts 'sample'")
+
+
+# ---- the hub ----
+
+
+def test_an_id_that_cannot_be_had_says_the_three_ways_on(monkeypatch):
+    def offline(source, dtype):
+        raise OSError("Cannot load model nobody/nothing: not cached locally.\nSee the documentation.")
+
+    monkeypatch.setattr(base_models, "_load_pretrained", offline)
+    refused("nobody/nothing", "connect to the internet.*diffusers folder.*--base testbed", FileNotFoundError)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "a b", "~/models/sd15"])
+def test_a_path_that_is_not_there_asks_no_hub(source, monkeypatch):
+    monkeypatch.setattr(base_models, "_load_pretrained", None)
+    refused(source, "is not a folder or file here", FileNotFoundError)
+
+
+@pytest.mark.parametrize("source", ["v1-5.safetensors", "models/v1-5.ckpt"])
+def test_a_checkpoint_that_is_not_there_asks_no_hub(source, monkeypatch):
+    monkeypatch.setattr(base_models, "_load_pretrained", None)
+    refused(source, "does not exist", FileNotFoundError)
+
+
+def test_a_full_disk_during_the_download_is_said(monkeypatch):
+    def full(source, dtype):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(base_models, "_load_pretrained", full)
+    refused("some/model", "No space left on device", FileNotFoundError)
+
+
+def test_an_sdxl_model_from_the_hub_is_refused(monkeypatch):
+    config = SimpleNamespace
+    pipeline = SimpleNamespace(
+        unet=SimpleNamespace(config=config(cross_attention_dim=2048)),
+        text_encoder=SimpleNamespace(config=config(hidden_size=768)),
+        scheduler=DDIMScheduler(),
+    )
+    monkeypatch.setattr(base_models, "_load_pretrained", lambda source, dtype: pipeline)
+    refused("some/xl", "SDXL")
+
+
+# ---- single files ----
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin"])
+def test_a_pickled_checkpoint_is_never_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    refused(tmp_path / name, "are pickles, which can run code, and are never read")
+
+
+def test_a_pickle_under_another_name_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00." * 4)
+    refused(tmp_path / "model.safetensors", "pickled file")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (1, 2)}, "is a LoRA, not a base model"),
+        ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (1, 2)}, "is a LoRA, not a base model"),
+        ({"conditioner.embedders.1.model.ln_final.weight": (1,), CHECKPOINT_HEAD: (1, 4, 1, 1)}, "SDXL"),
+        ({"conv_in.weight": (1,), "conv_out.bias": (1,)}, "not a Stable Diffusion checkpoint: it holds conv_in.weight"),
+        ({}, "it holds no tensors"),
+        ({CHECKPOINT_HEAD: (1, 4, 1, 1), "cond_stage_model.x": (1,)}, "has no VAE"),
+        ({CHECKPOINT_HEAD: (1, 4, 1, 1), "first_stage_model.x": (1,)}, "has no text encoder"),
+        (
+            {CHECKPOINT_HEAD: (1, 9, 1, 1), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)},
+            "9 input channels",
+        ),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(save, tensors, text):
+    refused(save(tensors), text)
+
+
+def test_a_truncated_checkpoint_is_refused(save):
+    file = save({CHECKPOINT_HEAD: (32, 4, 3, 3)})
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(file, "truncated")
+
+
+def test_a_checkpoint_without_hub_says_what_is_missing(save, monkeypatch):
+    def offline(*args, **options):
+        raise FileNotFoundError("Cannot find an appropriate cached snapshot folder. Connect.")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", offline)
+    file = save({CHECKPOINT_HEAD: (1, 4, 1, 1), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)})
+    refused(file, "tokenizer and configuration.*connect to the internet once", FileNotFoundError)
+
+
+def test_a_checkpoint_of_odd_shapes_is_refused(base, tmp_path, monkeypatch, import_helper):
+    file = tmp_path / "odd.safetensors"
+    tensors = import_helper("ldm_checkpoint").checkpoint_tensors(base)
+    tensors["model.diffusion_model.out.2.bias"] = torch.zeros(7)
+    save_file(tensors, file)
+    local = partial(StableDiffusionPipeline.from_single_file, config=str(miniature_path()))
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", local)
+    refused(file, "cannot be loaded as a Stable Diffusion")

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from hypernet.devices import choose_device, choose_dtype, describe_choice
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Pretend that there are so many CUDA cards, with or without bf16, and no Apple GPU."""
+
+    def pretend(count: int, bf16: bool = True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+    return pretend
+
+
+def test_auto_takes_the_card_and_its_half_precision(cards):
+    cards(1)
+    assert choose_device("auto").type == "cuda"
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    cards(1, bf16=False)
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+
+
+def test_auto_takes_the_processor_in_float32_where_there_is_no_card(cards):
+    cards(0)
+    assert choose_device("auto") == CPU
+    assert choose_dtype("auto", CPU) == torch.float32
+    assert describe_choice(CPU, torch.float32) == "cpu, fp32"
+
+
+def test_auto_takes_an_apple_gpu(cards, monkeypatch):
+    cards(0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").type == "mps"
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_a_named_device_is_taken(cards):
+    cards(2)
+    assert choose_device("cpu") == CPU
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "text"),
+    [
+        ("cuda", 0, "--device cuda was asked for.*no CUDA device"),
+        ("cuda:3", 2, "--device cuda:3 was asked for, but there are 2"),
+        ("mps", 1, "no Apple GPU"),
+        ("gpu", 1, "'gpu' is not a device"),
+        ("", 1, "'' is not a device"),
+        ("meta", 1, "'meta' is not supported"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(cards, device, count, text):
+    cards(count)
+    with pytest.raises(ValueError, match=text):
+        choose_device(device)
+
+
+def test_a_precision_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="--precision 'fp8' is unknown"):
+        choose_dtype("fp8", CPU)
+    with pytest.raises(ValueError, match="fp16 does not train on a CPU"):
+        choose_dtype("fp16", CPU)
+    assert choose_dtype("bf16", CPU) == torch.bfloat16

@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from hypernet.diffusion import add_noise, denoising_loss, encode_photos, prediction_target, sample_latents
+
+TIMESTEPS = torch.tensor([0, 1, 499, 998, 999])
+
+
+@pytest.fixture
+def scheduler():
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 5, 4, 8, 8, generator=generator)
+
+
+def test_noise_is_added_as_diffusers_adds_it(scheduler, pair):
+    clean, noise = pair
+    expected = scheduler.add_noise(clean, noise, TIMESTEPS)
+    assert torch.allclose(add_noise(clean, noise, scheduler.alphas_cumprod[TIMESTEPS]), expected, atol=1e-6)
+
+
+def test_the_target_is_the_noise_or_diffusers_velocity(scheduler, pair):
+    clean, noise = pair
+    alphas = scheduler.alphas_cumprod[TIMESTEPS]
+    assert prediction_target(clean, noise, alphas, "epsilon") is noise
+    expected = scheduler.get_velocity(clean, noise, TIMESTEPS)
+    assert torch.allclose(prediction_target(clean, noise, alphas, "v_prediction"), expected, atol=1e-6)
+
+
+def test_the_target_says_where_the_noisy_latents_came_from(scheduler, pair):
+    clean, noise = pair
+    alphas = scheduler.alphas_cumprod[TIMESTEPS]
+    noisy, velocity = add_noise(clean, noise, alphas), prediction_target(clean, noise, alphas, "v_prediction")
+    alpha = alphas.view(-1, 1, 1, 1)
+    assert torch.allclose(alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity, clean, atol=1e-5)
+
+
+def test_latents_are_drawn_as_diffusers_draws_them():
+    moments = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    moments[0, 4:] = 50.0  # beyond the clamp of the log variance
+    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    expected = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(2)) * 0.18215
+    assert torch.allclose(sample_latents(moments, noise, 0.18215), expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_per_sample(base, pair, prediction_type):
+    clean, noise = pair[:, :3]
+    typed = replace(base, scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type=prediction_type))
+    timesteps = torch.tensor([10, 500, 990])
+    with torch.no_grad():
+        embeds = base.text_encoder(base.token_ids("a face"))[0].expand(3, -1, -1)
+        together = denoising_loss(typed, clean, noise, timesteps, embeds)
+        alone = [
+            denoising_loss(typed, *(part[i : i + 1] for part in (clean, noise, timesteps, embeds))) for i in range(3)
+        ]
+    assert together.shape == (3,)
+    assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
+    assert together.unique().numel() == 3
+
+
+def test_photos_are_encoded_as_the_autoencoder_encodes_them(base):
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    moments = encode_photos(base, pixels)
+    with torch.no_grad():
+        expected = base.vae.encode(pixels).latent_dist
+    mean, log_variance = moments.chunk(2, dim=1)
+    assert torch.allclose(mean, expected.mean, atol=1e-5)
+    assert torch.allclose(log_variance.clamp(-30, 20), expected.logvar, atol=1e-5)
+
+
+def test_photos_are_encoded_in_float32_whatever_the_base_runs_in(base):
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    expected = encode_photos(base, pixels)
+    base.vae.to(torch.float16)
+    moments = encode_photos(base, pixels)
+    assert base.vae.dtype == torch.float16  # as it was
+    base.vae.to(torch.float32)
+    assert moments.dtype == torch.float32
+    assert torch.allclose(moments, expected, atol=1e-2)

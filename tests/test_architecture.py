@@ -1,0 +1,90 @@
+"""Which package may import which, what importing costs, and that nothing is unpickled."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAIN = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
+FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
+# An entry point like the CLI: it may reach one package to the left, and nothing may import it.
+KOHYA_ENTRY = Path("lidb_peft/kohya.py")
+OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow", "triton", "wandb", "matplotlib",
+            "skimage", "datasets", "pillow_heif"}  # fmt: skip
+UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+
+
+def parse(file: Path) -> ast.AST:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Full names of what a file imports, at any depth of it; relative ones are resolved."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_there_is_something_to_check():
+    assert {file.relative_to(ROOT).parts[0] for file in FILES} == set(CHAIN)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_to_the_right_only(file):
+    relative = file.relative_to(ROOT)
+    allowed = set(CHAIN[CHAIN.index(relative.parts[0]) :])
+    if relative == KOHYA_ENTRY:
+        allowed.add("converters")
+    ours = {name for name in imported_modules(file) if name.split(".")[0] in CHAIN}
+    assert {name for name in ours if name.split(".")[0] not in allowed} == set()
+    assert not any(name.startswith("lidb_peft.kohya") for name in ours) or relative == KOHYA_ENTRY
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_is_unpickled_but_our_own_training_state(file):
+    assert not {name.split(".")[0] for name in imported_modules(file)} & UNPICKLERS
+    for call in (node for node in ast.walk(parse(file)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name == "torch.load":
+            assert file.relative_to(ROOT) == Path("testbed/train.py"), f"line {call.lineno} unpickles"
+            assert options.get("weights_only") == "True", f"line {call.lineno}"
+        assert options.get("allow_pickle", "False") == "False", f"line {call.lineno}"
+        assert name not in ("eval", "exec", "torch.hub.load"), f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_library_code_seeds_a_global_generator(file):
+    forbidden = {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed", "random.seed",
+                 "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "set_seed"}  # fmt: skip
+    called = {ast.unparse(node.func) for node in ast.walk(parse(file)) if isinstance(node, ast.Call)}
+    assert not called & forbidden
+
+
+def test_importing_brings_in_no_optional_dependency():
+    script = """
+import json, sys
+import torch, peft, transformers  # whatever these three import is not ours to forbid
+before = set(sys.modules)
+import lidb_peft, converters, hypernet, testbed, cli
+import hypernet.personalize, hypernet.doctor, testbed.demo, cli.main
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    brought = set(json.loads(result.stdout))
+    assert set(CHAIN) <= brought
+    assert not brought & OPTIONAL
+    assert "diffusers" not in brought  # it takes seconds, and imports every optional package that is installed
