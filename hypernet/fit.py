@@ -146,7 +146,7 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
 def _draw_batch(base: BaseModel, subjects, generators, copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """Clean latents, noise and timesteps of N * copies samples, identity by identity, from each one's own generator.
 
-    The timesteps of one identity's copies are stratified over the schedule, which halves the noise of the loss.
+    The timesteps of one identity's copies are stratified, so that every step sees the whole schedule.
     """
     num_timesteps = base.scheduler.config.num_train_timesteps
     moments, latent_noise, noise, timesteps = [], [], [], []

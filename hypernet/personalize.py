@@ -152,7 +152,7 @@ def personalize_to_files(
     if save_theta is not None:
         result.save_theta(save_theta)
     if previews:
-        sheet = contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts, base.size_px)
+        sheet = contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts)
         file = out.with_name(f"{out.stem}-preview.png")
         with atomic_path(file) as temporary:
             sheet.save(temporary, format="PNG")

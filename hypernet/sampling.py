@@ -82,7 +82,7 @@ def generate_to_file(
     with nullcontext() if lora is None else lora_applied(base, lora, weight):
         pictures = generate(base, prompts, progress=progress, **options)
     label = "base" if lora is None else Path(lora).stem
-    sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts, max(base.size_px, 192))
+    sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts)
     with atomic_path(out) as temporary:
         sheet.save(temporary, format="PNG")
 
@@ -148,26 +148,34 @@ def _check_lora(lora: str | Path) -> FileDescription:
     return description
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]], column_labels: Sequence[str], cell_px: int = 192
-) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], column_labels: Sequence[str]) -> Image.Image:
     """Lay pictures out in labelled rows and columns; small pictures are enlarged without smoothing."""
-    margin, label_px, left = 8, 26, 150
+    cell_px = max(192, *(picture.width for _, pictures in rows for picture in pictures))
+    font, line_px, margin, left = ImageFont.load_default(size=15), 18, 8, 150
+    labels = [_wrap(label, font, cell_px) for label in column_labels]
+    top_px = margin + line_px * max(label.count("\n") + 1 for label in labels)
     columns = max(len(pictures) for _, pictures in rows)
-    sheet = Image.new(
-        "RGB",
-        (left + columns * (cell_px + margin) + margin, label_px + len(rows) * (cell_px + margin) + margin),
-        "white",
-    )
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for column, label in enumerate(column_labels):
+    size = (left + columns * (cell_px + margin) + margin, top_px + len(rows) * (cell_px + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, label in enumerate(labels):
         centre = left + margin + column * (cell_px + margin) + cell_px // 2
-        pen.text((centre, label_px // 2 + 2), label, fill="black", font=font, anchor="mm")
+        place = (centre, (top_px + margin) // 2)
+        pen.multiline_text(place, label, fill="black", font=font, anchor="mm", align="center")
     for row, (label, pictures) in enumerate(rows):
-        top = label_px + margin + row * (cell_px + margin)
+        top = top_px + margin + row * (cell_px + margin)
         pen.multiline_text((left - 6, top + cell_px // 2), label, fill="black", font=font, anchor="rm", align="right")
         for column, picture in enumerate(pictures):
             method = Image.Resampling.NEAREST if picture.width < cell_px // 2 else Image.Resampling.LANCZOS
             place = (left + margin + column * (cell_px + margin), top)
             sheet.paste(picture.convert("RGB").resize((cell_px, cell_px), method), place)
     return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    """Break text into lines of at most ``width_px``."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if font.getlength(longer) <= width_px or not lines[-1] else [lines[-1], word]
+    return "\n".join(lines)

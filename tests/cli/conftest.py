@@ -4,21 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from cli.main import main
 from testbed.demo import draw_photos
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """The models are so narrow that a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="package")

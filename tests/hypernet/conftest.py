@@ -14,15 +14,6 @@ from testbed import miniature_lidb_config, miniature_path
 from testbed.demo import draw_photos
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """The models are so narrow that a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="package")
 def base():
     return load_base(str(miniature_path()), device="cpu", precision="fp32")

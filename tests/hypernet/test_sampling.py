@@ -79,7 +79,7 @@ def test_one_prompt_is_a_picture_and_several_are_a_sheet(base, lora, tmp_path):
 def test_a_sheet_holds_every_picture():
     colours = ["red", "green", "blue", "white"]
     rows = [("a", [Image.new("RGB", (8, 8), c) for c in colours[:2]]), ("b\nc", [Image.new("RGB", (500, 300), "blue")])]
-    sheet = contact_sheet(rows, ["one", "two"], cell_px=64)
+    sheet = contact_sheet(rows, ["one", "a long label that takes more than the one line which a cell is wide"])
     found = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= found
 
