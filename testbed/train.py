@@ -264,7 +264,7 @@ def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = tor
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Working folder; resumes what it holds.")
 @click.option("--portraits", default=100_000, show_default=True, help="Portraits to draw.")
 @click.option("--vae-steps", default=10_000, show_default=True, help="Autoencoder steps of 16 portraits.")
-@click.option("--decoder-steps", default=12_000, show_default=True, help="Steps of 16 portraits for the decoder alone.")
+@click.option("--decoder-steps", default=9_000, show_default=True, help="Steps of 16 portraits for the decoder alone.")
 @click.option("--steps", default=4_800, show_default=True, help="Denoiser steps of 64 portraits.")
 @click.option("--threads", default=2, show_default=True, help="Processor threads.")
 def main(out: Path, portraits: int, vae_steps: int, decoder_steps: int, steps: int, threads: int) -> None:
