@@ -12,14 +12,14 @@ from cli.bases import seed_option
     "--out", type=click.Path(file_okay=False, path_type=Path), default="hdb-demo", show_default=True,
     help="Folder for the results.",
 )  # fmt: skip
-@click.option("--person", default=0, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
+@click.option("--person", default=3, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
 @seed_option
 def command(out: Path, person: int, seed: int) -> None:
     """Show the whole way on a bundled miniature, offline: portrait, LiDB fit, LoRA, pictures.
 
     \b
     hdb demo
-    hdb demo --person 7 --out demo7
+    hdb demo --person 5 --out demo5
     """
     from cli.progress import progress_bars, quiet_libraries
     from testbed.demo import run_demo

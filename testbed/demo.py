@@ -18,13 +18,14 @@ from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, 
 from testbed.drawing import draw
 from testbed.portraits import SPLITS, identity, random_scene
 
+# Column -> prompt, and what of the scene it changes.
 PROMPTS = {
-    "a [V] face": "a [V] face",
-    "pencil": "a pencil drawing of a [V] face",
-    "watercolour": "a watercolour painting of a [V] face",
-    "neon": "a neon sign of a [V] face",
-    "at night": "a [V] face at night",
-    "in a crown": "a [V] face wearing a crown",
+    "a [V] face": ("a [V] face", {}),
+    "pencil": ("a pencil drawing of a [V] face", {"style": "pencil"}),
+    "watercolour": ("a watercolour painting of a [V] face", {"style": "watercolour"}),
+    "neon": ("a neon sign of a [V] face", {"style": "neon"}),
+    "at night": ("a [V] face at night", {"place": "night"}),
+    "in a crown": ("a [V] face wearing a crown", {"attire": "crown"}),
 }
 NUM_STEPS = 25
 
@@ -38,7 +39,7 @@ class DemoFiles:
 
 
 def run_demo(
-    out: str | Path, person: int = 0, seed: int = 0, progress: StageProgress | None = None
+    out: str | Path, person: int = 3, seed: int = 0, progress: StageProgress | None = None
 ) -> tuple[DemoFiles, Personalization]:
     """Draw an identity that nothing was trained on, personalise the miniature on one photo of it, show every stage.
 
@@ -49,14 +50,14 @@ def run_demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "sks-theta.safetensors", out / "demo.png")
-    photo, others = draw_photos(person, count=6)
+    photo, *truth = draw_photos(person)
     save_image(photo.resize((256, 256), Image.Resampling.NEAREST), files.photo)
 
     base = load_base(str(miniature_path()), device="cpu")
     recipe = replace(MINIATURE_RECIPE, seed=seed, crop=False)
     result = personalize([files.photo], base, recipe, miniature_lidb_config(), progress=progress)
     rows = [
-        ("the one photo,\nand five others\nof the same person\n(never shown)", [photo, *others]),
+        ("the one photo,\nand right answers\n(never shown)", [photo, *truth]),
         ("base model", _pictures(result, None, seed, progress, "draw base model")),
         ("after the\nLiDB fit\n(rank 1)", _pictures(result, result.theta_factors, seed, progress, "draw LiDB fit")),
         ("after relaxed\nfinetuning\n(the LoRA)", _pictures(result, result.factors, seed, progress, "draw LoRA")),
@@ -69,13 +70,12 @@ def run_demo(
     return files, result
 
 
-def draw_photos(person: int, count: int) -> tuple[Image.Image, list[Image.Image]]:
-    """One plain photo of a test identity, and ``count - 1`` more in other poses, light and places."""
+def draw_photos(person: int) -> list[Image.Image]:
+    """One plain photo of a test identity, then the same person as each further prompt of `PROMPTS` asks for."""
     seed = SPLITS["test"][person]
     rng = np.random.default_rng((seed, 0xDE))
-    who = identity(seed)
-    pictures = [Image.fromarray(draw(who, random_scene(rng, plain=True), MINIATURE_SIZE_PX)) for _ in range(count)]
-    return pictures[0], pictures[1:]
+    scenes = [replace(random_scene(rng, plain=True), **change) for _, change in PROMPTS.values()]
+    return [Image.fromarray(draw(identity(seed), scene, MINIATURE_SIZE_PX)) for scene in scenes]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -87,7 +87,7 @@ def _pictures(
     result: Personalization, factors: LoraFactors | None, seed: int, progress: StageProgress | None, stage: str
 ) -> Sequence[Image.Image]:
     base: BaseModel = result.base
-    prompts = [prompt.replace("[V]", result.config.token) for prompt in PROMPTS.values()]
+    prompts = [prompt.replace("[V]", result.config.token) for prompt, _ in PROMPTS.values()]
     report = None if progress is None else partial(progress, stage)
     return generate(
         base,

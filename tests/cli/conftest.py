@@ -14,7 +14,7 @@ from testbed.demo import draw_photos
 @pytest.fixture(scope="package")
 def portrait(tmp_path_factory):
     path = tmp_path_factory.mktemp("photos") / "portrait.png"
-    picture, _ = draw_photos(person=3, count=1)
+    picture = draw_photos(person=3)[0]
     picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
     return path
 

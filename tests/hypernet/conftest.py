@@ -47,7 +47,7 @@ def new_subject():
 def photo(tmp_path_factory):
     """A drawn portrait in a file, to be used with ``crop=False``: a drawing is no face to the detector."""
     path = tmp_path_factory.mktemp("photos") / "portrait.png"
-    picture, _ = draw_photos(person=3, count=1)
+    picture = draw_photos(person=3)[0]
     picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
     return path
 

@@ -6,7 +6,7 @@ import torch
 from hypernet.base_models import load_base
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
-from testbed.demo import PROMPTS, run_demo
+from testbed.demo import PROMPTS, draw_photos, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -64,4 +64,4 @@ def test_demo_writes_everything_and_counts_progress(tmp_path, monkeypatch):
     for file in (files.photo, files.lora, files.theta, files.sheet, files.lora.with_suffix(".json")):
         assert file.stat().st_size > 0
     assert not list(tmp_path.rglob("*.tmp"))
-    assert len(PROMPTS) == 6
+    assert len(draw_photos(0)) == len(PROMPTS)
