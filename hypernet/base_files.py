@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from converters.safe_read import PICKLE_SUFFIXES, read_header
+from converters.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
@@ -19,6 +19,7 @@ _CONFIG_FILES = (
     "scheduler/scheduler_config.json",
 )
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_CLIP_LEVEL = "text_model."
 _CHECKPOINT_UNET = "model.diffusion_model.input_blocks.0.0.weight"
 _CHECKPOINT_PARTS = {"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
 
@@ -70,12 +71,23 @@ def weight_files(part: Path, variant: str | None = None) -> list[Path]:
     return [file for file in sorted(part.glob("*.safetensors")) if name.fullmatch(file.name)]
 
 
-def check_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module) -> None:
-    """Raise ValueError if the folder lacks weights of the text encoder: transformers draws missing ones at random."""
-    stored = {_bare(name) for file in weight_files(folder, variant) for name in read_header(file).tensors}
-    missing = sorted(_bare(name) for name, _ in text_encoder.named_parameters() if _bare(name) not in stored)
+def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module) -> None:
+    """Make sure that the text encoder has the folder's weights: transformers draws those it does not find at random.
+
+    transformers 4 finds none in a folder that 5 saved, which has no ``text_model.`` in its names: they are loaded here.
+
+    Raises:
+        ValueError: the folder lacks weights.
+    """
+    files = weight_files(folder, variant)
+    stored = {name for file in files for name in read_header(file).tensors}
+    named = dict(text_encoder.named_parameters())
+    missing = sorted({_bare(name) for name in named} - {_bare(name) for name in stored})
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights, {missing[0]} for one; download the base model again")
+    if any(name.startswith(_CLIP_LEVEL) for name in named) and not any(name.startswith(_CLIP_LEVEL) for name in stored):
+        weights = {_bare(name): value for file in files for name, value in iter_tensors(file)}
+        text_encoder.load_state_dict({name: weights[_bare(name)] for name in named}, strict=False)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -134,4 +146,4 @@ def _read_json(file: Path) -> dict:
 
 def _bare(name: str) -> str:
     """transformers 5 dropped ``text_model.`` from the names of CLIPTextModel's modules; files have it or not."""
-    return name.removeprefix("text_model.")
+    return name.removeprefix(_CLIP_LEVEL)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.safe_read import PICKLE_SUFFIXES
-from hypernet.base_files import check_channels, check_checkpoint, check_folder, check_text_encoder
+from hypernet.base_files import check_channels, check_checkpoint, check_folder, mend_text_encoder
 from hypernet.devices import choose_device, choose_dtype
 from hypernet.recipe import DEFAULT_BASE
 
@@ -123,7 +123,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
         pipeline = _load_pretrained(str(folder), dtype, variant=variant)
     except (OSError, ValueError, RuntimeError) as error:  # configs that do not fit the weights, or each other
         raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
-    check_text_encoder(folder / "text_encoder", variant, pipeline.text_encoder)
+    mend_text_encoder(folder / "text_encoder", variant, pipeline.text_encoder)
     return pipeline
 
 

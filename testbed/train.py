@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -248,12 +249,19 @@ def train_denoiser(out: Path, latents: Tensor, tokens: Tensor, empty: Tensor, mo
 
 
 def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = torch.float16) -> None:
-    """Save the pipeline in diffusers' layout, with the tokenizer's two classic files for transformers 4."""
+    """Save the pipeline in diffusers' layout, with what transformers 4 needs besides.
+
+    That is the tokenizer's two classic files, and the classic names of the text encoder's weights: transformers 4 would
+    not find those without ``text_model.`` and draw them at random.
+    """
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(dtype).save_pretrained(folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(Path(tokenizer.name_or_path) / name, folder / "tokenizer" / name)
     for file in folder.rglob("*.safetensors"):
