@@ -29,24 +29,29 @@ def _recipe_option(flag: str, field: str, kind, text: str):
 @click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that will mean this person.")
 @click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
+@click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
 @seed_option
 @device_option
 @precision_option
 @click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
-def command(photos, base, out, previews, device, precision, no_crop, save_theta, from_theta, **options) -> None:
+def command(
+    photos, base, out, previews, no_preview, device, precision, no_crop, save_theta, from_theta, **options
+) -> None:
     """Make a LoRA of the person in PHOTOS; several photos are one person.
 
     \b
     hdb personalize me.jpg
     hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
     hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 80
-    hdb personalize portrait.png --base testbed --no-crop
+    hdb personalize portrait.png --base testbed --no-crop --no-preview
     """
     from cli.progress import progress_bars
     from hypernet.personalize import check_request, personalize_to_files
 
+    if previews and no_preview:
+        raise click.UsageError("--preview and --no-preview contradict each other; pass one of them")
     out = out or Path(Path(photos[0]).stem + ".safetensors")
     given = {name: value for name, value in options.items() if value is not None}
     recipe = replace(base_recipe(base), **given, crop=not no_crop)
@@ -55,7 +60,7 @@ def command(photos, base, out, previews, device, precision, no_crop, save_theta,
     with progress_bars() as report:
         result = personalize_to_files(
             photos, opened.model, out, recipe, opened.lidb_config,
-            previews=previews, save_theta=save_theta, from_theta=from_theta, progress=report,
+            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, progress=report,
         )  # fmt: skip
     for photo in result.photos:
         if photo.note:

@@ -121,7 +121,7 @@ def personalize_to_files(
     out: str | Path,
     config: PersonalizeConfig = PersonalizeConfig(),  # noqa: B008  frozen
     lidb_config: LiDBConfig | None = None,
-    previews: Sequence[str] = (),
+    previews: Sequence[str] | None = (),
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
     progress: StageProgress | None = None,
@@ -129,7 +129,8 @@ def personalize_to_files(
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
 
     Args:
-        previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own.
+        previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
+            None draws nothing, not even the preview picture.
         save_theta: write theta there too.
 
     Raises:
@@ -138,26 +139,36 @@ def personalize_to_files(
     out = Path(out)
     check_outputs(out, save_theta, from_theta)
     result = personalize(photos, base, config, lidb_config, from_theta, progress)
-    prompts = [config.trigger, *previews]
+    if previews is None:
+        result.save(out)
+    else:
+        _save_with_pictures(result, out, [config.trigger, *previews], progress)
+    if save_theta is not None:
+        result.save_theta(save_theta)
+    return result
+
+
+def _save_with_pictures(
+    result: Personalization, out: Path, prompts: Sequence[str], progress: StageProgress | None
+) -> None:
+    """Draw the prompts; the first is the LoRA's preview, and all of them, if there are more, make a sheet."""
+    config = result.config
 
     def draw(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
         report = None if progress is None else partial(progress, stage)
         return generate(
-            base, prompts, result.space, factors, seed=config.seed, guidance=config.guidance, progress=report
+            result.base, prompts, result.space, factors, seed=config.seed, guidance=config.guidance, progress=report
         )
 
     with _timed(result.seconds, "draw preview"):
         pictures = draw("draw preview", result.factors)
     result.save(out, preview=pictures[0])
-    if save_theta is not None:
-        result.save_theta(save_theta)
-    if previews:
+    if len(prompts) > 1:
         sheet = contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts)
         file = out.with_name(f"{out.stem}-preview.png")
         with atomic_path(file) as temporary:
             sheet.save(temporary, format="PNG")
         result.files.append(file)
-    return result
 
 
 def check_request(photos: Sequence[str | Path], out: str | Path, save_theta=None, from_theta=None) -> None:

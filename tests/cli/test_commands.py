@@ -29,6 +29,13 @@ def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait
     assert (description.kind, description.base, sum(description.layers.values())) == ("kohya LoRA", "SD1", 176)
 
 
+def test_personalize_without_a_preview_draws_nothing(hdb, portrait, personalize):
+    output = hdb.run(*personalize(portrait), "--no-preview")
+    assert hdb.files() == ["portrait.json", "portrait.safetensors"]
+    assert "draw" not in output
+    assert "contradict" in hdb.fail(*personalize(portrait), "--no-preview", "--preview", "a face", code=2)
+
+
 def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
     shutil.copy(portrait, "second.png")
     hdb.run(
