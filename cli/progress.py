@@ -9,10 +9,13 @@ from hypernet.recipe import StageProgress
 def quiet_libraries() -> None:
     """Silence the loading bars of diffusers and transformers; downloads keep theirs."""
     import diffusers
+    import huggingface_hub
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # which switches off the hub's bars too
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the user's own choice
+        huggingface_hub.utils.enable_progress_bars()
 
 
 @contextmanager
