@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter_checks import ModuleFacts, base_from_metadata, base_from_shapes, find_warnings
 from .adapter_layout import AdapterModule, Layout, read_layout
 from .metadata import read_sidecar
-from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, read_header
+from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, read_header, read_json_object
 
 THETA_PREFIX = "lidb."
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -126,13 +126,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, dict]]:
     config_path = path.with_name("adapter_config.json")
     if path.name != "adapter_model.safetensors" or not config_path.is_file():
         return path, {}
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_path} is not valid JSON ({error}); save the adapter again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path} is not a JSON object; save the adapter again")
-    return path, {"": config}
+    return path, {"": read_json_object(config_path, "save the adapter again")}
 
 
 def _diffusers_configs(metadata: dict[str, str]) -> dict[str, dict]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lidb_peft.files import atomic_path
+from lidb_peft.files import atomic_path, to_bytes
 from lidb_peft.relax import LoraFactors
 
 from .key_maps import from_kohya_name, to_kohya_name
 from .metadata import KohyaMetadata, add_hashes, build_metadata, write_preview, write_sidecar
-from .safe_read import read_tensors, to_bytes
+from .safe_read import read_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image

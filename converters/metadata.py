@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lidb_peft.files import atomic_path
-
-from .safe_read import to_bytes
+from lidb_peft.files import atomic_path, to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

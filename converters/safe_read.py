@@ -1,4 +1,4 @@
-"""Safetensors files from anywhere: checked before use, never unpickled, written the same way every time.
+"""Safetensors files from anywhere: checked before use, never unpickled.
 
 The header is read and checked here, whole, before any tensor is touched: a truncated download, a header that lies
 about offsets or a pickle under another name is one clear ``ValueError`` instead of another library's traceback.
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -98,19 +97,15 @@ def iter_tensors(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Serialise as safetensors with sorted metadata.
-
-    The library writes metadata in a random order, so that the same LoRA would give other bytes on each run.
-    """
-    blob = safetensors.torch.save(tensors, metadata)
-    length = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + length])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+def read_json_object(path: Path, remedy: str) -> dict:
+    """Read a JSON file that must hold an object; ``remedy`` ends the sentence of the ValueError otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; {remedy}")
+    return content
 
 
 def _parse_header(path: Path, raw: bytes, data_bytes: int) -> Header:

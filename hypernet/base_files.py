@@ -4,13 +4,12 @@ Only headers and JSON are read here. What the libraries do with broken folders o
 encoder without some of its weights loads without a word, and a truncated file is reported without its name.
 """
 
-import json
 import re
 from pathlib import Path
 
 from torch import nn
 
-from converters.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header
+from converters.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header, read_json_object
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
@@ -135,13 +134,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); download the base model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object; download the base model again")
-    return content
+    return read_json_object(file, "download the base model again")
 
 
 def _bare(name: str) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos
-from hypernet.fit import Subject, fit_lora, fit_theta
+from hypernet.fit import Progress, Subject, fit_lora, fit_theta
 from hypernet.photos import Photo, load_photo, read_image
 from hypernet.recipe import PersonalizeConfig, StageProgress
-from hypernet.sampling import contact_sheet, generate
+from hypernet.sampling import contact_sheet, generate, save_picture
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
-from lidb_peft.files import atomic_path, check_writable
+from lidb_peft.files import check_writable
 
 
 @dataclass
@@ -47,6 +47,19 @@ class Personalization:
     seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        factors: LoraFactors | None,
+        num_steps: int = 30,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Draw prompts with ``factors``, this person's or None for the base, from the noise of the config's seed."""
+        return generate(
+            self.base, prompts, self.space, factors,
+            seed=self.config.seed, num_steps=num_steps, guidance=self.config.guidance, progress=progress,
+        )  # fmt: skip
 
     def save(self, path: str | Path, preview: Image.Image | None = None, dtype: torch.dtype = torch.float16) -> None:
         """Write the LoRA as kohya safetensors with A1111's sidecar and, if given, a preview picture."""
@@ -86,12 +99,10 @@ def personalize(
         raise ValueError(
             "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
         )
-    start = None
-    if from_theta is not None:
-        lidb_config = load_theta(from_theta).config
-    space = LiDBSpace(base.adapted, lidb_config or LiDBConfig())
-    if from_theta is not None:
-        start = load_theta(from_theta, space).theta
+    if from_theta is None:
+        space, start = LiDBSpace(base.adapted, lidb_config or LiDBConfig()), None
+    else:
+        space, start = _open_theta(from_theta, base)
     seconds: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
 
@@ -152,22 +163,17 @@ def _save_with_pictures(
     result: Personalization, out: Path, prompts: Sequence[str], progress: StageProgress | None
 ) -> None:
     """Draw the prompts; the first is the LoRA's preview, and all of them, if there are more, make a sheet."""
-    config = result.config
 
     def draw(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
         report = None if progress is None else partial(progress, stage)
-        return generate(
-            result.base, prompts, result.space, factors, seed=config.seed, guidance=config.guidance, progress=report
-        )
+        return result.draw(prompts, factors, progress=report)
 
     with _timed(result.seconds, "draw preview"):
         pictures = draw("draw preview", result.factors)
     result.save(out, preview=pictures[0])
     if len(prompts) > 1:
-        sheet = contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts)
         file = out.with_name(f"{out.stem}-preview.png")
-        with atomic_path(file) as temporary:
-            sheet.save(temporary, format="PNG")
+        save_picture(contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts), file)
         result.files.append(file)
 
 
@@ -208,9 +214,14 @@ def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigg
         ValueError: the theta does not belong to this architecture or its bases cannot be rebuilt.
     """
     check_outputs(out, from_theta=theta_file)
-    space = LiDBSpace(base.adapted, load_theta(theta_file).config)
-    theta = load_theta(theta_file, space).theta
+    space, theta = _open_theta(theta_file, base)
     return write_lora(out, space.factors(theta), lora_metadata(base, trigger))
+
+
+def _open_theta(path: str | Path, base: BaseModel) -> tuple[LiDBSpace, Tensor]:
+    """A theta file's own space on ``base``, and its theta ``(L, row)``, checked against that space."""
+    space = LiDBSpace(base.adapted, load_theta(path).config)
+    return space, load_theta(path, space).theta
 
 
 def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMetadata:

@@ -83,8 +83,13 @@ def generate_to_file(
         pictures = generate(base, prompts, progress=progress, **options)
     label = "base" if lora is None else Path(lora).stem
     sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts)
-    with atomic_path(out) as temporary:
-        sheet.save(temporary, format="PNG")
+    save_picture(sheet, out)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def check_pictures(out: str | Path, lora: str | Path | None = None) -> None:

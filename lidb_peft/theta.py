@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .bases import BASIS_VERSION, BasisKey, basis_fingerprint, basis_probes, check_basis, get_basis
 from .config import LiDBConfig
-from .files import atomic_path
+from .files import atomic_path, to_bytes
 from .naming import clean_module_name, natural_key
 from .space import LiDBSpace
 
@@ -74,7 +73,7 @@ def save_theta(
         **config,
     }
     # To bytes first: save_file would report a full disk as a SafetensorError.
-    blob = save({"theta": stored}, metadata={_PREFIX + key: str(value) for key, value in metadata.items()})
+    blob = to_bytes({"theta": stored}, {_PREFIX + key: str(value) for key, value in metadata.items()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(blob)
 

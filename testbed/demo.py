@@ -1,6 +1,5 @@
 """The whole way from a portrait to a LoRA on the bundled miniature, with a picture of every stage."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hypernet.base_models import BaseModel, load_base
+from hypernet.base_models import load_base
 from hypernet.personalize import Personalization, personalize
 from hypernet.recipe import StageProgress
-from hypernet.sampling import contact_sheet, generate
+from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors
-from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.drawing import draw
 from testbed.portraits import SPLITS, identity, random_scene
@@ -51,22 +49,28 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "sks-theta.safetensors", out / "demo.png")
     photo, *truth = draw_photos(person)
-    save_image(photo.resize((256, 256), Image.Resampling.NEAREST), files.photo)
+    save_picture(photo.resize((256, 256), Image.Resampling.NEAREST), files.photo)
 
     base = load_base(str(miniature_path()), device="cpu")
     recipe = replace(MINIATURE_RECIPE, seed=seed, crop=False)
     result = personalize([files.photo], base, recipe, miniature_lidb_config(), progress=progress)
+    prompts = [prompt.replace("[V]", recipe.token) for prompt, _ in PROMPTS.values()]
+
+    def pictures(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
+        report = None if progress is None else partial(progress, stage)
+        return result.draw(prompts, factors, NUM_STEPS, report)
+
     rows = [
         ("the one photo,\nand right answers\n(never shown)", [photo, *truth]),
-        ("base model", _pictures(result, None, seed, progress, "draw base model")),
-        ("after the\nLiDB fit\n(rank 1)", _pictures(result, result.theta_factors, seed, progress, "draw LiDB fit")),
-        ("after relaxed\nfinetuning\n(the LoRA)", _pictures(result, result.factors, seed, progress, "draw LoRA")),
+        ("base model", pictures("draw base model", None)),
+        ("after the\nLiDB fit\n(rank 1)", pictures("draw LiDB fit", result.theta_factors)),
+        ("after relaxed\nfinetuning\n(the LoRA)", pictures("draw LoRA", result.factors)),
     ]
     sheet = contact_sheet(rows, list(PROMPTS))
     preview = rows[-1][1][0].resize((512, 512), Image.Resampling.NEAREST)
     result.save(files.lora, preview=preview)
     result.save_theta(files.theta)
-    save_image(sheet, files.sheet)
+    save_picture(sheet, files.sheet)
     return files, result
 
 
@@ -76,26 +80,3 @@ def draw_photos(person: int) -> list[Image.Image]:
     rng = np.random.default_rng((seed, 0xDE))
     scenes = [replace(random_scene(rng, plain=True), **change) for _, change in PROMPTS.values()]
     return [Image.fromarray(draw(identity(seed), scene, MINIATURE_SIZE_PX)) for scene in scenes]
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
-def _pictures(
-    result: Personalization, factors: LoraFactors | None, seed: int, progress: StageProgress | None, stage: str
-) -> Sequence[Image.Image]:
-    base: BaseModel = result.base
-    prompts = [prompt.replace("[V]", result.config.token) for prompt, _ in PROMPTS.values()]
-    report = None if progress is None else partial(progress, stage)
-    return generate(
-        base,
-        prompts,
-        result.space,
-        factors,
-        seed=seed,
-        num_steps=NUM_STEPS,
-        guidance=result.config.guidance,
-        progress=report,
-    )

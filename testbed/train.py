@@ -26,6 +26,7 @@ from testbed.corpus import MAX_TOKENS, portrait, train_tokenizer
 
 SIZE_PX = 32
 BATCH = 64
+AUTOENCODER_BATCH = 16
 EMA_DECAY = 0.9995
 DECODER_NOISE = 0.03  # of the latents' standard deviation
 UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
@@ -178,18 +179,21 @@ def psnr_db(first: Tensor, second: Tensor) -> float:
     return float(10 * torch.log10(4 / F.mse_loss(first, second)))
 
 
+def _reconstruction_loss(output: Tensor, pixels: Tensor) -> Tensor:
+    return F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
+
+
 def train_autoencoder(out: Path, images: np.ndarray, num_steps: int) -> AutoencoderKL:
     """L1 + L2 reconstruction with a very small KL term."""
     with _fixed_initialisation():
         vae = build_autoencoder()
-    batch = 16
 
     def loss_of_step(step: int) -> Tensor:
         generator = _generator(1, step)
-        pixels = _pixels(images[torch.randint(0, len(images), (batch,), generator=generator).numpy()])
+        pixels = _pixels(images[torch.randint(0, len(images), (AUTOENCODER_BATCH,), generator=generator).numpy()])
         posterior = vae.encode(pixels).latent_dist
         output = vae.decode(posterior.sample(generator)).sample
-        return F.l1_loss(output, pixels) + F.mse_loss(output, pixels) + 1e-6 * posterior.kl().mean()
+        return _reconstruction_loss(output, pixels) + 1e-6 * posterior.kl().mean()
 
     return Trainer("autoencoder", out, vae, num_steps, lr=2e-3).run(loss_of_step)
 
@@ -213,12 +217,12 @@ def train_decoder(out: Path, vae: AutoencoderKL, latents: Tensor, images: np.nda
 
     def loss_of_step(step: int) -> Tensor:
         generator = _generator(3, step)
-        rows = torch.randint(0, len(images), (16,), generator=generator)
+        rows = torch.randint(0, len(images), (AUTOENCODER_BATCH,), generator=generator)
         pixels = _pixels(images[rows.numpy()])
         noise = torch.randn(latents[rows].shape, generator=generator)
         noisy = latents[rows] + DECODER_NOISE * noise  # what a denoiser leaves, and more than the posterior's own
         output = vae.decode(noisy / vae.config.scaling_factor).sample
-        return F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
+        return _reconstruction_loss(output, pixels)
 
     Trainer("decoder", out, decoder, num_steps, lr=1.5e-3).run(loss_of_step)
 

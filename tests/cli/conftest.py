@@ -5,18 +5,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from cli.main import main
-from testbed.demo import draw_photos
-
-
-@pytest.fixture(scope="package")
-def portrait(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photos") / "portrait.png"
-    picture = draw_photos(person=3)[0]
-    picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
-    return path
 
 
 @dataclass

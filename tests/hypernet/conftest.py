@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from hypernet.base_models import load_base
 from hypernet.fit import Subject
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
-from testbed.demo import draw_photos
 
 
 @pytest.fixture(scope="package")
@@ -44,12 +42,8 @@ def new_subject():
 
 
 @pytest.fixture(scope="package")
-def photo(tmp_path_factory):
-    """A drawn portrait in a file, to be used with ``crop=False``: a drawing is no face to the detector."""
-    path = tmp_path_factory.mktemp("photos") / "portrait.png"
-    picture = draw_photos(person=3)[0]
-    picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
-    return path
+def photo(portrait):
+    return portrait
 
 
 @pytest.fixture(scope="package")

@@ -215,3 +215,9 @@ def test_every_message_is_one_line(space, theta, path):
     with pytest.raises(ValueError, match="no readable record") as error:
         load_theta(path, space)
     assert "\n" not in str(error.value)
+
+
+def test_the_same_theta_is_the_same_file(space, theta, path, tmp_path):
+    save_theta(path, theta, space)
+    save_theta(tmp_path / "again.safetensors", theta, space)
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
