@@ -28,6 +28,12 @@ precision_option = click.option(
 )
 
 
+def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):
+    """An option for a field of `PersonalizeConfig` whose default is that of the base's own recipe."""
+    default = f"{getattr(PersonalizeConfig, field)}; testbed has its own"
+    return click.option(flag, field, type=kind, default=None, help=text, show_default=default)
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded base and the LiDB bases that go with it."""

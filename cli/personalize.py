@@ -5,27 +5,23 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, seed_option
+from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, recipe_option, seed_option
 from hypernet.recipe import PersonalizeConfig
 
 _RECIPE = PersonalizeConfig()
-
-
-def _recipe_option(flag: str, field: str, kind, text: str):
-    """An option whose default is the recipe's own, so that a base may bring another recipe."""
-    default = f"{getattr(_RECIPE, field)}; testbed has its own"
-    return click.option(flag, field, type=kind, default=None, help=text, show_default=default)
 
 
 @click.command(name="personalize")
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
 @base_option
 @click.option("--out", type=click.Path(path_type=Path), help="LoRA to write.  [default: the photo's name .safetensors]")
-@_recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit.")
-@_recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
-@_recipe_option("--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning; 0 leaves it out.")
-@_recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
-@_recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
+@recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit.")
+@recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
+@recipe_option("--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning; 0 leaves it out.")
+@recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
+@recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
+@recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
+@recipe_option("--background", "background", click.FloatRange(0), "How much the background counts; the head counts 1.")
 @click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that will mean this person.")
 @click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")

@@ -1,9 +1,12 @@
-"""The denoising loss: what a base model is asked to predict, and how far off it is, sample by sample."""
+"""Denoising: what a base model is asked to predict, and how far off it is, sample by sample."""
 
 import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
+
+# Of a portrait as `prepare_photo` crops it, in halves of the picture.
+HEAD_HALF_WIDTH, HEAD_HALF_HEIGHT = 0.725, 0.9
 
 
 def add_noise(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -20,23 +23,59 @@ def prediction_target(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, pred
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
 
-def denoising_loss(base: BaseModel, clean: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-    """Mean squared error of the base's prediction, per sample.
+def question(base: BaseModel, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents that the UNet is shown, and the target it should answer; both ``(n, 4, h, w)``.
 
     Args:
         clean: scaled latents ``(n, 4, h, w)`` float32.
         noise: standard normal, same shape.
         timesteps: ``(n,)`` integers.
-        prompt_embeds: ``(n, tokens, width)``.
-
-    Returns:
-        ``(n,)`` float32.
     """
     alphas = base.alphas_cumprod[timesteps]
-    noisy = add_noise(clean, noise, alphas)
-    target = prediction_target(clean, noise, alphas, base.prediction_type)
-    prediction = base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample
-    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+    return add_noise(clean, noise, alphas), prediction_target(clean, noise, alphas, base.prediction_type)
+
+
+def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    """The UNet's answer ``(n, 4, h, w)`` in float32.
+
+    Args:
+        noisy: ``(n, 4, h, w)``.
+        timesteps: ``(n,)`` integers.
+        prompt_embeds: ``(n, tokens, width)``.
+    """
+    return base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample.float()
+
+
+def denoising_loss(
+    base: BaseModel,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    background: float = 1.0,
+) -> Tensor:
+    """`denoising_error` of the UNet's answer to `question`, ``(n,)`` float32."""
+    noisy, target = question(base, clean, noise, timesteps)
+    return denoising_error(predict(base, noisy, timesteps, prompt_embeds), target, background)
+
+
+def denoising_error(prediction: Tensor, target: Tensor, background: float = 1.0) -> Tensor:
+    """Mean squared error per sample, ``(n,)``; the background counts ``background`` times as much as the head.
+
+    The head is the ellipse in which prepared portraits show it with its hair; weights have mean 1.
+    """
+    error = (prediction - target).square()
+    if background != 1:
+        error = error * _head_weights(*error.shape[-2:], background).to(error.device)
+    return error.mean(dim=(1, 2, 3))
+
+
+def _head_weights(height: int, width: int, background: float) -> Tensor:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 2 * height + 1)[1::2], torch.linspace(-1, 1, 2 * width + 1)[1::2],
+                          indexing="ij")  # fmt: skip
+    inside = (x / HEAD_HALF_WIDTH) ** 2 + (y / HEAD_HALF_HEIGHT) ** 2 < 1
+    weights = torch.where(inside, 1.0, background)
+    return weights / weights.mean()
 
 
 @torch.no_grad()

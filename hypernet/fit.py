@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_loss, sample_latents
+from hypernet.diffusion import denoising_error, predict, question, sample_latents
+from hypernet.preservation import Preserved, PromptPreservation
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace, LoraFactors, combine
 from lidb_peft.stacks import Stacks
@@ -34,11 +35,13 @@ class Subject:
         key: names the identity; its noise and timesteps follow from the key and the seed.
         moments: VAE moments of its photos, ``(photos, 8, h, w)``.
         prompt: what the photos show, e.g. ``a sks face``.
+        class_prompt: the same without the subject, ``a face``; prompt preservation needs it.
     """
 
     key: str
     moments: Tensor
     prompt: str
+    class_prompt: str = ""
 
 
 def fit_theta(
@@ -116,6 +119,7 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
     parameters.requires_grad_(True)
     optimizer = torch.optim.AdamW([parameters], lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
+    preservation = _make_preservation(base, subjects, config)
     prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
     loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
     history = []
@@ -123,17 +127,16 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
         for step in range(config.steps):
             optimizer.param_groups[0]["lr"] = config.lr * (1 - 0.9 * step / config.steps)
             clean, noise, timesteps = _draw_batch(base, subjects, generators, config.timesteps_per_step)
+            noisy, target = question(base, clean, noise, timesteps)
+            preserved = preservation and preservation.draw(noisy, timesteps, generators)
             with space.apply(*parts(parameters)):
-                prompt_embeds = base.text_encoder(prompt_ids)[0]
-                prompt_embeds = prompt_embeds.repeat_interleave(config.timesteps_per_step, dim=0)
-                per_sample = denoising_loss(base, clean, noise, timesteps, prompt_embeds)
-            losses = per_sample.view(len(subjects), -1).mean(dim=1)
+                losses, denoising = _losses(base, config, prompt_ids, noisy, timesteps, target, preserved)
             (losses.sum() * loss_scale).backward()
             parameters.grad.div_(loss_scale)
             _clip_per_identity(parameters.grad, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-            history.append(losses.detach())
+            history.append(denoising.detach())
             if progress is not None:
                 progress(step + 1, config.steps)
     parameters.requires_grad_(False)
@@ -141,6 +144,39 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
     if not torch.isfinite(parameters).all():
         raise ValueError(f"the fit diverged (losses {history[-1:].tolist()}); lower the learning rate {config.lr}")
     return history
+
+
+def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPreservation | None:
+    if not config.preservation:
+        return None
+    nameless = [subject.key for subject in subjects if not subject.class_prompt]
+    if nameless:
+        raise ValueError(
+            f"the subject {nameless[0]!r} has no class_prompt; prompt preservation needs it, e.g. 'a face'"
+        )
+    prompts, class_prompts = zip(*((subject.prompt, subject.class_prompt) for subject in subjects), strict=True)
+    return PromptPreservation(base, prompts, class_prompts, config.preserved)
+
+
+def _losses(
+    base: BaseModel, config: FitConfig, prompt_ids: Tensor, noisy: Tensor, timesteps: Tensor, target: Tensor,
+    preserved: Preserved | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each subject's loss and its denoising part, ``(N,)`` each, under the weights that are applied."""
+    ids, rows = prompt_ids[:, None], torch.arange(len(noisy), device=noisy.device).view(len(prompt_ids), -1)
+    copies = rows.shape[1]
+    if preserved is not None:
+        ids = torch.cat([ids, preserved.token_ids.unflatten(0, (len(ids), -1))], dim=1)
+        rows = torch.cat([rows, preserved.rows.view(len(ids), -1)], dim=1)
+    embeds = base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2])
+    embeds = torch.cat([embeds[:, :1].expand(-1, copies, -1, -1), embeds[:, 1:]], dim=1).flatten(0, 1)
+    answers = predict(base, noisy[rows.flatten()], timesteps[rows.flatten()], embeds).unflatten(0, rows.shape)
+    plain, styled = answers[:, :copies].flatten(0, 1), answers[:, copies:].flatten(0, 1)
+    denoising = denoising_error(plain, target, config.background).view(-1, copies).mean(dim=1)
+    if preserved is None:
+        return denoising, denoising
+    change = preserved.loss(plain[preserved.rows], styled).view(len(ids), -1).mean(dim=1)
+    return denoising + config.preservation * change, denoising
 
 
 def _draw_batch(base: BaseModel, subjects, generators, copies: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,7 +111,7 @@ def personalize(
 
     with _timed(seconds, "prepare photos"):
         prepared = [load_photo(photo, base.size_px, crop=config.crop) for photo in photos]
-        subject = make_subject(base, prepared, config.trigger)
+        subject = make_subject(base, prepared, config.trigger, config.class_prompt)
     with _timed(seconds, "fit theta"):
         thetas, losses["fit theta"] = fit_theta(
             base, space, [subject], config.theta_fit, start=start, progress=stage("fit theta")
@@ -236,13 +236,13 @@ def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMe
     )
 
 
-def make_subject(base: BaseModel, photos: Sequence[Photo], prompt: str) -> Subject:
+def make_subject(base: BaseModel, photos: Sequence[Photo], prompt: str, class_prompt: str = "") -> Subject:
     """One identity from its prepared photos; the key is a digest of their pixels, so a photo has one noise stream."""
     if not photos:
         raise ValueError("there is no photo; pass at least one")
     pixels = torch.stack([photo.to_tensor() for photo in photos])
     key = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-    return Subject(key=key, moments=encode_photos(base, pixels), prompt=prompt)
+    return Subject(key=key, moments=encode_photos(base, pixels), prompt=prompt, class_prompt=class_prompt)
 
 
 @contextmanager

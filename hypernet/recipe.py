@@ -2,12 +2,20 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
 
-StageProgress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all) after every step."""
+StageProgress = Callable[[str, int, int | None], None]
+"""Called with (stage, steps done, steps in all or None if nobody knows) after every step."""
+
+
+PRESERVED = (
+    "a pencil drawing of {}", "a watercolour painting of {}", "an oil painting of {}", "a cartoon of {}",
+    "{} at night", "{} on a beach", "{} in a forest", "{} in a city", "{} wearing a hat", "{} wearing sunglasses",
+)  # fmt: skip
+"""Prompts whose effect a fit preserves, by default; others gain from it too."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,9 @@ class FitConfig:
         steps: optimiser steps.
         lr: peak learning rate of AdamW; decays linearly to a tenth.
         timesteps_per_step: noisy copies of a photo in each step.
+        background: how much the photo's background counts; 1 as much as the head.
+        preservation: weight of prompt preservation, see `hypernet.preservation`; 0 leaves it out.
+        preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
         max_grad_norm: each identity's gradient is clipped to this norm.
         seed: keys the noise, together with the identity's key.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
@@ -26,6 +37,9 @@ class FitConfig:
     steps: int
     lr: float
     timesteps_per_step: int = 1
+    background: float = 1.0
+    preservation: float = 0.0
+    preserved: tuple[str, ...] = PRESERVED
     max_grad_norm: float = 1.0
     seed: int = 0
     gradient_checkpointing: bool = False
@@ -37,6 +51,11 @@ class FitConfig:
             raise ValueError(f"lr is {self.lr}; expected a finite number above 0")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected more than 0")
+        for name in ("background", "preservation"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
+        if self.preservation and not all("{}" in prompt for prompt in self.preserved or ("",)):
+            raise ValueError(f"preserved is {self.preserved}; expected prompts with {{}}, which stands for the subject")
         if self.timesteps_per_step < 1:
             raise ValueError(f"timesteps_per_step is {self.timesteps_per_step}; expected 1 or more")
 
@@ -51,6 +70,7 @@ class PersonalizeConfig:
         theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
         timesteps_per_step: noisy copies of the photos in each step.
+        background, preservation: of both fits, see `FitConfig`.
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
         guidance: classifier-free guidance of the preview pictures.
@@ -64,6 +84,8 @@ class PersonalizeConfig:
     lr: float = 5e-4
     rank: int = 4
     timesteps_per_step: int = 1
+    background: float = 0.2
+    preservation: float = 1.0
     seed: int = 0
     crop: bool = True
     guidance: float = 7.5
@@ -75,6 +97,11 @@ class PersonalizeConfig:
             raise ValueError("token is empty; pass a rare word such as sks")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; expected 1 or more")
+        if self.preservation and not self.class_prompt:
+            raise ValueError(
+                f"prompt is {self.prompt!r}, of which nothing is left without the person; say what the person is, as "
+                "in 'a [V] face', or set preservation to 0"
+            )
         _ = self.theta_fit, self.lora_fit  # they check the rest
 
     @property
@@ -83,9 +110,133 @@ class PersonalizeConfig:
         return self.prompt.replace("[V]", self.token)
 
     @property
+    def class_prompt(self) -> str:
+        """The prompt without the person, e.g. ``a face``."""
+        return " ".join(self.prompt.replace("[V]", "").split())
+
+    @property
     def theta_fit(self) -> FitConfig:
-        return FitConfig(self.theta_steps, self.theta_lr, self.timesteps_per_step, seed=self.seed)
+        return self._fit(self.theta_steps, self.theta_lr, self.seed)
 
     @property
     def lora_fit(self) -> FitConfig:
-        return FitConfig(self.steps, self.lr, self.timesteps_per_step, seed=self.seed + 1)
+        return self._fit(self.steps, self.lr, self.seed + 1)
+
+    def _fit(self, steps: int, lr: float, seed: int) -> FitConfig:
+        return FitConfig(
+            steps, lr, self.timesteps_per_step, background=self.background, preservation=self.preservation, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class PreoptimizeConfig:
+    """How to fit a theta to each person of a data set.
+
+    Attributes:
+        recipe: its LiDB fit, prompt and cropping are everybody's.
+        batch: people fitted at once; None is as many as the memory at hand allows.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+    """
+
+    recipe: PersonalizeConfig = PersonalizeConfig()
+    batch: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.recipe.theta_steps < 1:
+            raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; expected 1 or more, or None for auto")
+
+    @property
+    def fit(self) -> FitConfig:
+        return replace(self.recipe.theta_fit, gradient_checkpointing=self.gradient_checkpointing)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a hypernetwork.
+
+    Attributes:
+        steps: optimiser steps.
+        lr, warmup_steps, schedule: peak learning rate, linear steps up to it, and ``cosine`` or ``linear`` to zero.
+        batch, accumulation: people in each process and pass, and passes in each step.
+        optimizer: ``adamw``, or ``adamw8bit`` by bitsandbytes.
+        denoising, weights, preservation: what each term of the loss counts (paper, equation 2: alpha and beta); 0
+            leaves it out. ``weights`` needs targets; of preservation see `hypernet.preservation`.
+        compare: what ``weights`` compares with the targets: the ``updates``, or theta's own numbers, the ``factors``.
+        deep_supervision: the loss is on every round of refinement, not on the last alone.
+        timesteps_per_step, background, preserved: of the base's losses, see `FitConfig`.
+        same_photo: the photo that is denoised is the one the encoder sees, also of a person with several.
+        flip: mirror half of the photos.
+        jitter: up to this fraction of a photo's side is cut off.
+        caption_dropout: how often the prompt is the empty one.
+        validation: the fraction of the people that is held out.
+        crop: find each face and crop to it; False takes the middle square.
+        seed: keys the order of people, all noise and what is held out.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        log_every, checkpoint_every: steps; each checkpoint comes with a validation and sample pictures.
+        workers: processes that decode photos; 0 decodes between the steps.
+    """
+
+    steps: int = 20_000
+    lr: float = 1e-4
+    warmup_steps: int = 200
+    schedule: str = "cosine"
+    batch: int = 4
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    denoising: float = 1.0
+    weights: float = 0.0
+    preservation: float = 0.0
+    compare: str = "updates"
+    deep_supervision: bool = False
+    timesteps_per_step: int = 1
+    background: float = 1.0
+    preserved: tuple[str, ...] = PRESERVED
+    same_photo: bool = False
+    flip: bool = False
+    jitter: float = 0.0
+    caption_dropout: float = 0.0
+    validation: float = 0.02
+    crop: bool = True
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 500
+    workers: int = 4
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("denoising", "weights", "weight_decay", "warmup_steps", "workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
+        for name in ("jitter", "caption_dropout", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
+        for name, choices in TRAIN_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(choices)}")
+        if not self.denoising and not self.weights:
+            raise ValueError("denoising and weights are both 0; nothing would be learned: choose at least one above 0")
+        # What it has in common with a fit is checked there.
+        FitConfig(self.steps, self.lr, self.timesteps_per_step, self.background, self.preservation, self.preserved,
+                  self.max_grad_norm)  # fmt: skip
+
+    @property
+    def augments(self) -> bool:
+        """Whether a photo differs from step to step."""
+        return self.flip or self.jitter > 0
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a term asks the base; comparing weights alone does not."""
+        return self.denoising > 0 or self.preservation > 0
+
+
+TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": ("adamw", "adamw8bit"),
+                 "compare": ("updates", "factors")}  # fmt: skip

@@ -1,10 +1,11 @@
-"""The whole way from a portrait to a LoRA on the bundled miniature, with a picture of every stage."""
+"""The whole way from a portrait to a LoRA on the bundled miniature, with a picture and a score of every stage."""
 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from hypernet.base_models import load_base
@@ -12,19 +13,12 @@ from hypernet.personalize import Personalization, personalize
 from hypernet.recipe import StageProgress
 from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors
-from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
-from testbed.drawing import draw
-from testbed.portraits import SPLITS, identity, random_scene
+from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+from testbed.measuring import load_measuring_network, to_pixels
+from testbed.portraits import SPLITS
+from testbed.protocol import PROMPTS, SHOWN, Judge, photo, true_picture
 
-# Column -> prompt, and what of the scene it changes.
-PROMPTS = {
-    "a [V] face": ("a [V] face", {}),
-    "pencil": ("a pencil drawing of a [V] face", {"style": "pencil"}),
-    "watercolour": ("a watercolour painting of a [V] face", {"style": "watercolour"}),
-    "neon": ("a neon sign of a [V] face", {"style": "neon"}),
-    "at night": ("a [V] face at night", {"place": "night"}),
-    "in a crown": ("a [V] face wearing a crown", {"attire": "crown"}),
-}
+COLUMNS = ("plain", "pencil", "watercolour", "neon", "cartoon", "night", "crown")
 NUM_STEPS = 25
 
 
@@ -48,35 +42,42 @@ def run_demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "sks-theta.safetensors", out / "demo.png")
-    photo, *truth = draw_photos(person)
-    save_picture(photo.resize((256, 256), Image.Resampling.NEAREST), files.photo)
+    shown, truth = draw_photos(person)
+    save_picture(shown.resize((256, 256), Image.Resampling.NEAREST), files.photo)
 
     base = load_base(str(miniature_path()), device="cpu")
     recipe = replace(MINIATURE_RECIPE, seed=seed, crop=False)
     result = personalize([files.photo], base, recipe, miniature_lidb_config(), progress=progress)
-    prompts = [prompt.replace("[V]", recipe.token) for prompt, _ in PROMPTS.values()]
+    prompts = [PROMPTS[column][0].replace("[V]", recipe.token) for column in COLUMNS]
+    judge = Judge(load_measuring_network(), "test", COLUMNS)
 
-    def pictures(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
-        report = None if progress is None else partial(progress, stage)
-        return result.draw(prompts, factors, NUM_STEPS, report)
+    def row(label: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
+        pixels = to_pixels([np.asarray(picture) for picture in pictures])[None]
+        scores = judge.score(pixels, [SPLITS["test"][person]])
+        likeness = torch.stack(list(scores.identities.values())).mean().clamp(0, 1).item()
+        obeyed = int(sum(scores.right.values()))
+        return f"{label}\n\nlikeness {likeness:.0%}\nprompts {obeyed} of {len(scores.right)}", pictures
+
+    def drawn(label: str, stage: str, factors: LoraFactors | None) -> tuple[str, list[Image.Image]]:
+        report = None if progress is None else partial(progress, f"draw {stage}")
+        return row(label, result.draw(prompts, factors, NUM_STEPS, report))
 
     rows = [
-        ("the one photo,\nand right answers\n(never shown)", [photo, *truth]),
-        ("base model", pictures("draw base model", None)),
-        ("after the\nLiDB fit\n(rank 1)", pictures("draw LiDB fit", result.theta_factors)),
-        ("after relaxed\nfinetuning\n(the LoRA)", pictures("draw LoRA", result.factors)),
+        ("the one photo\nthat is given", [shown]),
+        drawn("base model\n(does not know\nthe person)", "base model", None),
+        drawn("LiDB fit", "LiDB fit", result.theta_factors),
+        drawn("LoRA\n(the result)", "LoRA", result.factors),
+        row("right answers\n(never shown)", truth),
     ]
-    sheet = contact_sheet(rows, list(PROMPTS))
-    preview = rows[-1][1][0].resize((512, 512), Image.Resampling.NEAREST)
+    sheet = contact_sheet(rows, [PROMPTS[column][0] for column in COLUMNS])
+    preview = rows[3][1][0].resize((512, 512), Image.Resampling.NEAREST)
     result.save(files.lora, preview=preview)
     result.save_theta(files.theta)
     save_picture(sheet, files.sheet)
     return files, result
 
 
-def draw_photos(person: int) -> list[Image.Image]:
-    """One plain photo of a test identity, then the same person as each further prompt of `PROMPTS` asks for."""
+def draw_photos(person: int) -> tuple[Image.Image, list[Image.Image]]:
+    """The one photo of a test identity, and the true picture of that person for each of `COLUMNS`."""
     seed = SPLITS["test"][person]
-    rng = np.random.default_rng((seed, 0xDE))
-    scenes = [replace(random_scene(rng, plain=True), **change) for _, change in PROMPTS.values()]
-    return [Image.fromarray(draw(identity(seed), scene, MINIATURE_SIZE_PX)) for scene in scenes]
+    return Image.fromarray(photo(seed, SHOWN)), [Image.fromarray(true_picture(seed, column)) for column in COLUMNS]

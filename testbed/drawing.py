@@ -84,8 +84,8 @@ def _draw_place(pen: _Pen, scene: Scene, rng: np.random.Generator) -> None:
         _vertical_gradient(pen, _mix(scene.background, (255, 255, 255), 0.25), _mix(scene.background, (0, 0, 0), 0.15))
     elif place == "night":
         _vertical_gradient(pen, (8, 10, 40), (24, 28, 80))
-        for x, y in rng.random((14, 2)):
-            pen.ellipse(x, y * 0.8, 0.018, 0.018, (255, 255, 220), posed=False)
+        for x, y in rng.random((8, 2)):
+            pen.ellipse(x, y * 0.8, 0.025, 0.025, (255, 255, 220), posed=False)
         pen.ellipse(0.12 if rng.random() < 0.5 else 0.88, 0.16, 0.09, 0.09, (250, 240, 180), posed=False)
     elif place == "beach":
         _vertical_gradient(pen, (120, 200, 250), (190, 230, 255))
@@ -99,35 +99,35 @@ def _draw_place(pen: _Pen, scene: Scene, rng: np.random.Generator) -> None:
             pen.polygon([(x - 0.14, 0.62), (x, 0.04 + 0.1 * rng.random()), (x + 0.14, 0.62)], (20, 90, 40), posed=False)
     elif place == "city":
         _vertical_gradient(pen, (200, 190, 190), (230, 200, 170))
-        for left in np.arange(0, 1, 0.17):
+        for left in np.arange(0, 1, 0.25):
             top, shade = 0.08 + 0.35 * rng.random(), 70 + 50 * rng.random()
-            pen.rectangle(left, top, left + 0.15, 1, (shade, shade, shade + 20), posed=False)
-            for y in np.arange(top + 0.06, 0.95, 0.12):
-                pen.rectangle(left + 0.03, y, left + 0.06, y + 0.05, (255, 230, 120), posed=False)
-                pen.rectangle(left + 0.09, y, left + 0.12, y + 0.05, (255, 230, 120), posed=False)
+            pen.rectangle(left, top, left + 0.22, 1, (shade, shade, shade + 20), posed=False)
+            for y in np.arange(top + 0.06, 0.95, 0.18):
+                pen.rectangle(left + 0.03, y, left + 0.09, y + 0.08, (255, 230, 120), posed=False)
+                pen.rectangle(left + 0.13, y, left + 0.19, y + 0.08, (255, 230, 120), posed=False)
     elif place == "snow":
         _vertical_gradient(pen, (176, 196, 220), (226, 236, 246))
         pen.rectangle(0, 0.72, 1, 1, (250, 252, 255), posed=False)
-        for x, y in rng.random((22, 2)):
-            pen.ellipse(x, y, 0.02, 0.02, (255, 255, 255), posed=False)
+        for x, y in rng.random((12, 2)):
+            pen.ellipse(x, y, 0.028, 0.028, (255, 255, 255), posed=False)
 
 
 def _draw_person(pen: _Pen, who: Identity, scene: Scene, rng: np.random.Generator) -> None:
     """Back to front: back hair, body, head, face, front hair, attire."""
     skin = _skin(who.skin)
-    hair = _mix(HAIR_COLOURS[who.hair_colour], (255, 255, 255), 0.25 * (who.hair_shade - 0.3))
-    half_width = 0.19 + 0.07 * who.face_width
-    half_height = 0.23 + 0.07 * who.face_height
-    x, y = 0.5, 0.5
+    hair = np.asarray(HAIR_COLOURS[who.hair_colour], np.float64)
+    half_width = 0.2 + 0.1 * who.face_width
+    half_height = 0.25 + 0.09 * who.face_height
+    x, y = 0.5, 0.53
     turn = 0.05 * np.clip(scene.yaw, -1, 1)  # features slide over the head as it turns
 
     _draw_back_hair(pen, who, hair, x, y, half_width, half_height)
     shirt = CLOTHES[scene.shirt_colour]
-    pen.ellipse(x, 1.06, 0.4, 0.24, shirt)
-    pen.rectangle(x - 0.085, y + 0.15, x + 0.085, 0.86, _mix(skin, (0, 0, 0), 0.15))
+    pen.ellipse(x, 1.1, 0.44, 0.24, shirt)
+    pen.rectangle(x - 0.1, y + 0.15, x + 0.1, 0.93, _mix(skin, (0, 0, 0), 0.15))
     for side in (-1, 1):
         pen.ellipse(x + side * half_width, y + 0.02, 0.035, 0.055, _mix(skin, (0, 0, 0), 0.08))
-    jaw = 0.55 + 0.4 * who.jaw
+    jaw = 0.5 + 0.45 * who.jaw
     pen.ellipse(x, y - 0.02, half_width, half_height * 0.92, skin)
     pen.ellipse(x, y + 0.3 * half_height, half_width * jaw, half_height * 0.72, skin)
     _draw_beard(pen, who, hair, x + turn, y, half_width, half_height, jaw)
@@ -137,7 +137,7 @@ def _draw_person(pen: _Pen, who: Identity, scene: Scene, rng: np.random.Generato
 
 
 def _draw_back_hair(pen, who: Identity, hair, x, y, half_width, half_height) -> None:
-    volume = 0.03 + 0.05 * who.hair_volume
+    volume = 0.02 + 0.08 * who.hair_volume
     if who.hair_style == "long":
         pen.ellipse(x, y - 0.06, half_width + volume + 0.01, half_height + volume, hair)
         pen.rectangle(x - half_width - volume, y - 0.05, x + half_width + volume, y + 0.42, hair)
@@ -150,7 +150,7 @@ def _draw_back_hair(pen, who: Identity, hair, x, y, half_width, half_height) -> 
 
 
 def _draw_front_hair(pen, who: Identity, hair, x, y, half_width, half_height) -> None:
-    volume = 0.02 + 0.04 * who.hair_volume
+    volume = 0.01 + 0.06 * who.hair_volume
     top = y - 0.02 - half_height * 0.92
     if who.hair_style == "bald":
         return
@@ -164,55 +164,56 @@ def _draw_front_hair(pen, who: Identity, hair, x, y, half_width, half_height) ->
     wide, tall = half_width + volume * 0.8, half_height * 0.92 + volume
     cap = np.stack([x + wide * np.cos(angles), y - 0.02 + tall * np.sin(angles)], 1)
     if who.hair_style == "fringe":
-        cap = np.concatenate([cap, [(x + wide * 0.9, y - 0.075), (x - wide * 0.9, y - 0.075)]])
+        cap = np.concatenate([cap, [(x + wide * 0.9, y - 0.09), (x - wide * 0.9, y - 0.09)]])
     elif who.hair_style == "long":
         cap = np.concatenate([cap, [(x, top + 0.08)]])  # a parting in the middle
     pen.polygon(cap, hair)
 
 
 def _draw_face(pen, who: Identity, scene: Scene, skin, hair, x, y, half_width, rng) -> None:
-    apart = 0.075 + 0.045 * who.eye_spacing
-    eye = 0.026 + 0.02 * who.eye_size
+    apart = 0.085 + 0.055 * who.eye_spacing
+    eye = 0.032 + 0.028 * who.eye_size
     dark = who.skin > 0.7
     for side in (-1, 1):
         at = x + side * apart
         pen.ellipse(at, y - 0.01, eye * 1.25, eye, (250, 250, 250))
         pen.ellipse(at + 0.008 * scene.yaw, y - 0.01, eye * 0.72, eye * 0.85, EYE_COLOURS[who.eye_colour])
         brow = _mix(hair, (0, 0, 0), 0.35) if who.hair_style != "bald" else _mix(skin, (0, 0, 0), 0.6)
-        pen.ellipse(at, y - 0.045 - eye, 0.055, 0.008 + 0.016 * who.brow, brow)
+        pen.ellipse(at, y - 0.055 - eye, 0.06, 0.008 + 0.026 * who.brow, brow)
     if who.freckles:
         for side in (-1, 1):
-            for dx, dy in ((0, 0), (0.035, 0.02), (-0.03, 0.025)):
-                pen.ellipse(x + side * 0.11 + dx, y + 0.07 + dy, 0.011, 0.011, _mix(skin, (150, 60, 20), 0.7))
-    pen.ellipse(x, y + 0.065, 0.022, 0.03, _mix(skin, (255, 160, 140) if dark else (120, 40, 20), 0.3))
-    mouth = 0.05 + 0.05 * who.mouth_width
-    lips = _mix(skin, (190, 30, 50), 0.65)
-    height = 0.012 + 0.03 * min(scene.mouth_open, 1.0)
+            for dx, dy in ((0, 0), (0.04, 0.03), (-0.035, 0.03)):
+                pen.ellipse(x + side * 0.13 + dx, y + 0.085 + dy, 0.016, 0.016, _mix(skin, (150, 60, 20), 0.8))
+    nose = 0.018 + 0.034 * who.nose
+    pen.ellipse(x, y + 0.075, nose, 0.03 + 0.3 * nose, _mix(skin, (255, 160, 140) if dark else (120, 40, 20), 0.4))
+    mouth = 0.05 + 0.08 * who.mouth_width
+    lips = _mix(skin, (190, 30, 50), 0.75)
+    height = 0.016 + 0.03 * min(scene.mouth_open, 1.0)
     curve = 0.03 * scene.smile
-    pen.polygon([(x - mouth, y + 0.15 - curve), (x, y + 0.15 - height * 0.3), (x + mouth, y + 0.15 - curve),
-                 (x, y + 0.155 + height + curve * 0.6)], lips)  # fmt: skip
+    pen.polygon([(x - mouth, y + 0.18 - curve), (x, y + 0.175 - height * 0.5), (x + mouth, y + 0.18 - curve),
+                 (x, y + 0.185 + height + curve * 0.6)], lips)  # fmt: skip
     if who.glasses != "none":
         frame = (24, 24, 28)
         for side in (-1, 1):
             at = x + side * apart
             if who.glasses == "round":
-                pen.ellipse(at, y - 0.01, 0.078, 0.078, frame, width=0.024)
+                pen.ellipse(at, y - 0.01, 0.09, 0.09, frame, width=0.026)
             else:
-                for band in ((-0.085, -0.07, 0.085, -0.045), (-0.085, 0.035, 0.085, 0.06),
-                             (-0.085, -0.07, -0.06, 0.06), (0.06, -0.07, 0.085, 0.06)):  # fmt: skip
+                for band in ((-0.1, -0.08, 0.1, -0.052), (-0.1, 0.048, 0.1, 0.076),
+                             (-0.1, -0.08, -0.072, 0.076), (0.072, -0.08, 0.1, 0.076)):  # fmt: skip
                     pen.rectangle(at + band[0], y + band[1], at + band[2], y + band[3], frame)
-        pen.rectangle(x - 0.035, y - 0.02, x + 0.035, y + 0.0, frame)
+        pen.rectangle(x - 0.04, y - 0.022, x + 0.04, y + 0.004, frame)
 
 
 def _draw_beard(pen, who: Identity, hair, x, y, half_width, half_height, jaw) -> None:
     colour = _mix(hair, (0, 0, 0), 0.2)
     if who.beard == "full":
         pen.ellipse(x, y + 0.3 * half_height, half_width * jaw, half_height * 0.74, colour, arc=(0, 180))
-        pen.ellipse(x, y + 0.11, 0.11, 0.035, colour)
+        pen.ellipse(x, y + 0.13, 0.12, 0.035, colour)
     elif who.beard == "goatee":
-        pen.ellipse(x, y + 0.225, 0.065, 0.06, colour)
+        pen.ellipse(x, y + 0.265, 0.07, 0.065, colour)
     elif who.beard == "moustache":
-        pen.ellipse(x, y + 0.118, 0.1, 0.026, colour)
+        pen.ellipse(x, y + 0.13, 0.115, 0.03, colour)
 
 
 def _draw_attire(pen, scene: Scene, x, y, half_width, half_height) -> None:
@@ -224,8 +225,9 @@ def _draw_attire(pen, scene: Scene, x, y, half_width, half_height) -> None:
             x - half_width * 1.45, top + 0.08, x + half_width * 1.45, top + 0.14, _mix(colour, (0, 0, 0), 0.3)
         )
     elif scene.attire == "scarf":
-        pen.ellipse(x, y + half_height + 0.12, 0.25, 0.09, colour)
-        pen.rectangle(x + 0.06, y + half_height + 0.12, x + 0.18, 1.1, _mix(colour, (0, 0, 0), 0.2))
+        neck = y + 0.9 * half_height + 0.06
+        pen.ellipse(x, neck, 0.25, 0.085, colour)
+        pen.rectangle(x + 0.06, neck, x + 0.18, 1.1, _mix(colour, (0, 0, 0), 0.2))
     elif scene.attire == "crown":
         w = half_width * 0.9
         zigzag = [(x - w, top + 0.1), (x - w, top - 0.12), (x - w / 2, top - 0.02), (x, top - 0.15),
@@ -251,6 +253,10 @@ def _apply_light(canvas: np.ndarray, scene: Scene) -> np.ndarray:
 
 def _apply_style(picture: np.ndarray, scene: Scene, size_px: int, rng: np.random.Generator) -> np.ndarray:
     """Turn the supersampled drawing in [0, 1] into the finished uint8 picture."""
+    if scene.style == "cartoon":  # flat, strong colours; before it is made small, so that edges stay smooth
+        flat = np.round(picture * 5) / 5
+        mean = flat.mean(axis=2, keepdims=True)
+        picture = np.clip(mean + (flat - mean) * 1.35, 0, 1)
     small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
     if scene.style == "pencil":
         grey = small @ np.array([0.3, 0.59, 0.11], np.float32)
@@ -258,23 +264,21 @@ def _apply_style(picture: np.ndarray, scene: Scene, size_px: int, rng: np.random
         small = np.repeat(np.clip(shade, 0, 1)[..., None], 3, axis=2)
     elif scene.style == "pixel":
         blocks = cv2.resize(picture, (16, 16), interpolation=cv2.INTER_AREA)
-        blocks = np.round(blocks * 4) / 4
+        blocks = np.round(blocks * 6) / 6
         small = cv2.resize(blocks, (size_px, size_px), interpolation=cv2.INTER_NEAREST)
     elif scene.style == "neon":
-        glow = np.clip(_edges(picture, size_px) * 1.5, 0, 1)[..., None]
-        grey = small.mean(axis=2, keepdims=True)
-        vivid = np.clip(grey + 0.25 + (small - grey) * 3, 0, 1)
+        tube = cv2.GaussianBlur(_edges(picture, size_px), (0, 0), size_px / 60)
+        glow = np.clip(tube * 1.5, 0, 1)[..., None]
+        wide = cv2.GaussianBlur(small, (0, 0), size_px / 30)
+        grey = wide.mean(axis=2, keepdims=True)
+        vivid = np.clip(grey + 0.2 + (wide - grey) * 2.5, 0, 1)
         small = np.array([0.05, 0.0, 0.1], np.float32) + 0.14 * small + glow * vivid
     elif scene.style == "watercolour":
-        blur = cv2.GaussianBlur(small, (0, 0), size_px / 30)
+        blur = cv2.GaussianBlur(small, (0, 0), size_px / 45)
         paper = np.array([0.99, 0.97, 0.92], np.float32)
         blotch = cv2.resize(rng.random((5, 5)).astype(np.float32), (size_px, size_px), interpolation=cv2.INTER_CUBIC)
         wash = (0.5 + 0.25 * blotch)[..., None]
         small = blur * wash + paper * (1 - wash)
-    elif scene.style == "cartoon":
-        flat = np.round(small * 5) / 5
-        mean = flat.mean(axis=2, keepdims=True)
-        small = mean + (flat - mean) * 1.35
     return np.round(np.clip(small, 0, 1) * 255).astype(np.uint8)
 
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SPLITS = {"train": range(0, 1_000_000), "validation": range(1_000_000, 1_010_000), "test": range(2_000_000, 2_010_000)}
+SPLITS = {
+    "train": range(0, 1_000_000), "validation": range(1_000_000, 1_010_000), "test": range(2_000_000, 2_010_000),
+    "measuring": range(3_000_000, 4_000_000),
+}  # fmt: skip
+"""Seeds of identities: what the base is trained on, what choices are made on, what results are reported on, and what
+the measuring network is trained on."""
 RARE_TOKENS = ("sks", "ohwx", "zwx", "bnha")
 
 HAIR_COLOURS = {
@@ -51,8 +56,8 @@ class Identity:
     eye_size: float
     brow: float
     mouth_width: float
+    nose: float
     hair_volume: float
-    hair_shade: float
     hair_colour: str
     hair_style: str
     eye_colour: str
@@ -74,7 +79,7 @@ class Scene:
     roll: float = 0.0
     yaw: float = 0.0
     shift: tuple[float, float] = (0.0, 0.0)
-    zoom: float = 1.0
+    zoom: float = 1.08
     light: float = 0.0
     smile: float = 0.3
     mouth_open: float = 0.0
@@ -85,8 +90,8 @@ def identity(seed: int) -> Identity:
     """The identity of a seed; see `SPLITS` for which seeds may be trained on."""
     rng = np.random.default_rng((seed, 0x1D))
     unit = {name: float(rng.random()) for name in (
-        "skin", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "brow", "mouth_width", "hair_volume",
-        "hair_shade",
+        "skin", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "brow", "mouth_width", "nose",
+        "hair_volume",
     )}  # fmt: skip
     return Identity(
         **unit,
@@ -116,7 +121,7 @@ def random_scene(rng: np.random.Generator, plain: bool = False) -> Scene:
         roll=float(rng.normal(0, 0.08)),
         yaw=float(rng.normal(0, 0.35)),
         shift=(float(rng.normal(0, 0.025)), float(rng.normal(0, 0.02))),
-        zoom=float(rng.uniform(0.92, 1.08)),
+        zoom=float(rng.uniform(1.0, 1.15)),
         light=float(rng.uniform(-1, 1)),
         smile=float(rng.uniform(-0.2, 1)),
         mouth_open=float(max(0.0, rng.normal(0, 0.4))),

@@ -17,6 +17,6 @@ def portrait(tmp_path_factory):
     from testbed.demo import draw_photos
 
     path = tmp_path_factory.mktemp("photos") / "portrait.png"
-    picture = draw_photos(person=3)[0]
+    picture, _ = draw_photos(person=3)
     picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
     return path

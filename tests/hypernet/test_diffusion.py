@@ -5,7 +5,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from hypernet.diffusion import add_noise, denoising_loss, encode_photos, prediction_target, sample_latents
+from hypernet.diffusion import (
+    add_noise,
+    denoising_error,
+    denoising_loss,
+    encode_photos,
+    prediction_target,
+    sample_latents,
+)
 
 TIMESTEPS = torch.tensor([0, 1, 499, 998, 999])
 
@@ -86,3 +93,16 @@ def test_photos_are_encoded_in_float32_whatever_the_base_runs_in(base):
     base.vae.to(torch.float32)
     assert moments.dtype == torch.float32
     assert torch.allclose(moments, expected, atol=1e-2)
+
+
+def test_the_background_counts_as_much_as_asked():
+    prediction, target = torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 16, 16)
+    prediction[0, :, 0, 0] = 3.0  # a corner
+    prediction[1, :, 8, 8] = 3.0  # the middle of the face
+    corner, face = denoising_error(prediction, target)
+    assert corner == face == pytest.approx(9 / 256)
+    corner, face = denoising_error(prediction, target, background=0.25)
+    assert (corner / face).item() == pytest.approx(0.25)
+    assert denoising_error(prediction, target, background=0.0)[0] == 0
+    everywhere = torch.full((1, 4, 16, 16), 2.0)
+    assert denoising_error(everywhere, torch.zeros_like(everywhere), background=0.25).item() == pytest.approx(4)

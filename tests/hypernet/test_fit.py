@@ -31,14 +31,14 @@ def gradients(monkeypatch):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Every step's ``(clean, noise, timesteps, prompt_embeds)``."""
-    seen, original = [], fit_module.denoising_loss
+    """Every step's ``(clean, noise, timesteps)``."""
+    seen, original = [], fit_module._draw_batch
 
-    def record(base, *batch):
-        seen.append([part.detach().clone() for part in batch])
-        return original(base, *batch)
+    def record(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(fit_module, "denoising_loss", record)
+    monkeypatch.setattr(fit_module, "_draw_batch", record)
     return seen
 
 
@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_merged_weights_under_diffusers_own_scheduler(
     typed = with_prediction(base, prediction_type)
     config = FitConfig(steps=1, lr=1e-3, timesteps_per_step=3)
     _, losses = fit_theta(typed, space, [new_subject("ann", 2)], config, start=random_theta)
-    clean, noise, timesteps, _ = batches[0]
+    clean, noise, timesteps = batches[0]
     scheduler = DDPMScheduler.from_config(typed.scheduler.config)
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)
     merged = load_base(str(miniature_path()), device="cpu", precision="fp32")
@@ -305,6 +305,10 @@ def test_theta_of_another_shape_is_refused(base, space, new_subject):
         ({"lr": float("inf")}, "lr is inf"),
         ({"timesteps_per_step": 0}, "timesteps_per_step is 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"background": -1.0}, "background is -1.0"),
+        ({"preservation": float("nan")}, "preservation is nan"),
+        ({"preservation": 1.0, "preserved": ()}, "preserved is"),
+        ({"preservation": 1.0, "preserved": ("a cartoon",)}, "stands for the subject"),
     ],
 )
 def test_bad_settings_are_refused(change, text):

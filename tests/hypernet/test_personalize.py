@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,9 @@ def test_each_stage_moves_on_from_the_one_before(result, space):
 def test_stages_can_be_left_out(base, photo, space):
     lora_only = personalize([photo], base, replace(QUICK, theta_steps=0), miniature_lidb_config())
     assert torch.equal(lora_only.theta, space.theta_0)
-    assert all(lora_B[:, 1:].any() for _, lora_B in lora_only.factors.values())
+    # In the miniature's middle block one token attends to itself, whatever its query and key: they get no gradient.
+    alone = re.compile(r"mid_block.*attn1\.to_[qk]")
+    assert all(lora_B[:, 1:].any() for name, (_, lora_B) in lora_only.factors.items() if not alone.search(name))
     theta_only = personalize([photo], base, replace(QUICK, steps=0), miniature_lidb_config())
     assert theta_only.factors is theta_only.theta_factors
     with pytest.raises(ValueError, match="theta_steps and steps are both 0"):
@@ -285,6 +288,7 @@ def test_no_photo_is_refused(base):
     ("change", "text"),
     [
         ({"prompt": "a face"}, r"it must hold \[V\]"),
+        ({"prompt": "[V]"}, "nothing is left without the person"),
         ({"token": " "}, "token is empty"),
         ({"rank": 0}, "rank is 0"),
         ({"steps": -1}, "steps is -1"),

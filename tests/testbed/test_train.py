@@ -4,14 +4,16 @@ from click.testing import CliRunner
 
 from hypernet.base_models import load_base
 from hypernet.sampling import generate
-from testbed.train import Trainer, main, psnr_db
+from testbed.measuring import load_measuring_network
+from testbed.train import main, psnr_db
+from testbed.trainer import Run, Trainer
 
 
 class InterruptedRunError(Exception):
     pass
 
 
-def _train(out, stop_at=None):
+def _train(out, stop_at=None, fraction=1.0):
     model = torch.nn.Linear(3, 1)
     with torch.no_grad():
         model.weight.fill_(0.5)
@@ -26,7 +28,7 @@ def _train(out, stop_at=None):
         losses.append(loss.item())
         return loss
 
-    Trainer("tiny", out, model, num_steps=12, lr=0.05).run(loss_of_step, save_every_s=0)
+    Trainer("tiny", Run(out, fraction), model, num_steps=12, lr=0.05).run(loss_of_step, save_every_s=0)
     return losses, model.weight.detach().clone()
 
 
@@ -42,11 +44,20 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_a_fraction_of_a_run_is_its_beginning(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "third").mkdir()
+    losses, _ = _train(tmp_path / "whole")
+    beginning, _ = _train(tmp_path / "third", fraction=1 / 3)
+    assert beginning == losses[:4]
+
+
 def test_the_recipe_makes_a_pipeline_from_nothing(tmp_path):
     arguments = ["--out", str(tmp_path), "--portraits", "70", "--vae-steps", "2", "--decoder-steps", "2",
-                 "--steps", "1", "--threads", "1"]  # fmt: skip
+                 "--measured-people", "5", "--measuring-steps", "1", "--steps", "1", "--threads", "1"]  # fmt: skip
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
+    assert load_measuring_network(tmp_path / "measuring.safetensors").embedding.out_features == 64
     base = load_base(str(tmp_path / "miniature"), device="cpu")
     assert generate(base, ["a sks face"], num_steps=2)[0].size == (32, 32)
     assert base.tokenizer.tokenize("a sks face") == ["a</w>", "sks</w>", "face</w>"]

@@ -1,0 +1,180 @@
+"""What the miniature world can do, in numbers and a picture: ``python -m testbed.report --out runs/report``.
+
+Everything is measured on the test split, which nothing was trained or tuned on.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hypernet.base_models import BaseModel, load_base
+from hypernet.diffusion import encode_photos
+from hypernet.fit import Subject, fit_lora, fit_theta
+from hypernet.sampling import contact_sheet, save_picture
+from lidb_peft import LiDBSpace
+from lidb_peft.files import atomic_path
+from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+from testbed.corpus import portrait
+from testbed.drawing import draw
+from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
+from testbed.portraits import SPLITS, identity, random_scene
+from testbed.protocol import PROMPTS, SHOWN, Judge, draw_prompts, photo, true_picture
+from testbed.train import psnr_db
+
+TEST = SPLITS["test"]
+SEEN = 0.5
+
+
+@torch.no_grad()
+def autoencoder_psnr_db(base: BaseModel, count: int = 500) -> float:
+    """Reconstruction of test portraits, peak signal to noise."""
+    pixels = to_pixels([portrait(index, "test")[0] for index in range(count)])
+    output = torch.cat([base.vae.decode(base.vae.encode(part).latent_dist.mean).sample for part in pixels.split(100)])
+    return psnr_db(output.clamp(-1, 1), pixels)
+
+
+@torch.no_grad()
+def attribute_accuracy(network: MeasuringNetwork, plain: bool, count: int = 1000) -> dict:
+    """Per attribute on test portraits: R^2 of continuous ones, share right of the others; by "unseen", the names of
+    those of which it explains less than half of what guessing the mean or the commonest value leaves open.
+
+    Args:
+        plain: ordinary photographs only, instead of all styles, places and attires.
+    """
+    pictures, continuous, choices = [], [], []
+    for seed in TEST[:count]:
+        scene = random_scene(np.random.default_rng((seed, 0xAC)), plain=plain)
+        pictures.append(draw(identity(seed), scene))
+        numbers, names = labels(identity(seed), scene)
+        continuous.append(numbers)
+        choices.append(names)
+    found = network(to_pixels(pictures))
+    truth, right = torch.from_numpy(np.stack(continuous)), torch.from_numpy(np.stack(choices))
+    scores, unseen = {}, []
+    for index, name in enumerate(CONTINUOUS):
+        error = (found.continuous[name] - truth[:, index]).square().mean()
+        scores[name] = float(1 - error / truth[:, index].var(correction=0))
+        if scores[name] < SEEN:
+            unseen.append(name)
+    for index, name in enumerate(CHOICES):
+        scores[name] = float((found.logits[name].argmax(dim=1) == right[:, index]).float().mean())
+        commonest = float(right[:, index].bincount().max()) / count
+        if commonest < 1 and (scores[name] - commonest) / (1 - commonest) < SEEN:
+            unseen.append(name)
+    return {**scores, "unseen": unseen}
+
+
+@torch.no_grad()
+def retrieval(judge: Judge, count: int = 500) -> float:
+    """Share of test identities whose photo is nearest to another photo of themselves among ``count``."""
+    first, second = (judge.measure([photo(person, k) for person in TEST[:count]]).embedding for k in (0, 1))
+    return float(((first @ second.T).argmax(dim=1) == torch.arange(count)).float().mean())
+
+
+def prompt_accuracy(judge: Judge, pictures: Tensor) -> dict[str, float]:
+    """Share of ``(n, prompts, 3, h, w)`` pictures that show the style, place or attire asked for, by prompt."""
+    accuracy = {}
+    for index, (name, (_, wanted)) in enumerate(PROMPTS.items()):
+        for attribute, value in wanted.items():
+            accuracy[name] = float(
+                np.mean([got == value for got in judge.measure(pictures[:, index]).choice(attribute)])
+            )
+    return accuracy
+
+
+def identity_spread(embedding: Tensor) -> float:
+    """Mean of 1 - cosine over all pairs."""
+    count = len(embedding)
+    return float(1 - ((embedding @ embedding.T).sum() - count) / (count * (count - 1)))
+
+
+def group_means(accuracy: dict[str, float]) -> dict[str, float]:
+    """Mean accuracy over the prompts of a style, and over those of a place or attire."""
+    styles = [name for name, (_, wanted) in PROMPTS.items() if "style" in wanted]
+    return {
+        "style": float(np.mean([accuracy[name] for name in styles])),
+        "scene": float(np.mean([value for name, value in accuracy.items() if name not in styles])),
+    }
+
+
+def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tensor]:
+    """Prompts obeyed and diversity of the base's own samples beside real portraits, and its samples."""
+    prompts = [prompt.replace("a [V] face", "a face") for prompt, _ in PROMPTS.values()]
+    samples = draw_prompts(base, None, None, count, prompts=prompts)
+    more = draw_prompts(base, None, None, 10 * count, seed=1, prompts=["a face"])[:, 0]
+    people = TEST[: 10 * count]
+    true = torch.stack([to_pixels([true_picture(person, name) for name in PROMPTS]) for person in TEST[:count]])
+    sampled, real = prompt_accuracy(judge, samples), prompt_accuracy(judge, true)
+    return {
+        "prompts obeyed": group_means(sampled) | sampled,
+        "measuring network on true pictures": group_means(real),
+        "identity spread of 'a face'": identity_spread(judge.measure(more).embedding),
+        "identity spread of real people": identity_spread(judge.measure([photo(p, SHOWN) for p in people]).embedding),
+    }, samples
+
+
+def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple[dict, Tensor]:
+    """Scores of `MINIATURE_RECIPE` on one photo each of ``count`` test identities, and pictures of the last seed."""
+    space = LiDBSpace(base.adapted, miniature_lidb_config())
+    people = TEST[:count]
+    recipe = MINIATURE_RECIPE
+    subjects = [
+        Subject(str(p), encode_photos(base, to_pixels([photo(p, SHOWN)])), recipe.trigger, recipe.class_prompt)
+        for p in people
+    ]
+    rows = []
+    for seed in range(seeds):
+        recipe = replace(MINIATURE_RECIPE, seed=seed)
+        thetas, _ = fit_theta(base, space, subjects, recipe.theta_fit)
+        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank, thetas)
+        pictures = draw_prompts(base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance)
+        rows.append(judge.score(pictures, people).means())
+    return {name: {"mean": float(np.mean([row[name] for row in rows])),
+                   "by seed": [round(row[name], 3) for row in rows]} for name in rows[0]}, pictures  # fmt: skip
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+@click.command()
+@click.option("--base", "folder", type=click.Path(path_type=Path), help="Another miniature than the bundled one.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for report.json and samples.png.")
+@click.option("--people", default=20, show_default=True, help="Samples of each prompt, and people to fit.")
+@click.option("--seeds", default=3, show_default=True, help="Fits of each person.")
+@click.option("--threads", default=1, show_default=True, help="Processor threads.")
+def main(folder: Path | None, out: Path, people: int, seeds: int, threads: int) -> None:
+    """Measure the miniature world on test identities."""
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    base = load_base(str(folder or miniature_path()), device="cpu")
+    network = load_measuring_network()
+    judge = Judge(network, "test")
+    report = {
+        "autoencoder, dB": autoencoder_psnr_db(base),
+        "measuring network, plain photos": attribute_accuracy(network, plain=True),
+        "measuring network, all scenes": attribute_accuracy(network, plain=False),
+        "right one of 500 people": retrieval(judge),
+    }
+    click.echo(json.dumps(report, indent=1))
+    report["base"], samples = measure_base(base, judge, people)
+    click.echo(json.dumps(report["base"], indent=1))
+    report["one photo, default recipe"], fitted = measure_fits(base, judge, people, seeds)
+    click.echo(json.dumps(report["one photo, default recipe"], indent=1))
+    with atomic_path(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
+    rows = [('base model,\n"a face" ...', [to_image(pixels) for pixels in samples[0]])]
+    for index, person in enumerate(TEST[:3]):
+        rows.append(("true pictures", [Image.fromarray(true_picture(person, name)) for name in PROMPTS]))
+        rows.append(("from one photo", [to_image(pixels) for pixels in fitted[index]]))
+    save_picture(contact_sheet(rows, list(PROMPTS)), out / "samples.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A resumable training loop whose every step is determined by its number."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from lidb_peft.files import atomic_path
+
+EMA_DECAY = 0.9995
+
+
+@dataclass(frozen=True)
+class Run:
+    """A working folder, and how much of each training is done: less than 1 stops early, at the whole run's schedule."""
+
+    out: Path
+    fraction: float = 1.0
+
+
+class Trainer:
+    """A step-numbered training loop: optimiser, linear warm-up and decay, EMA weights, whole checkpoints, a log."""
+
+    def __init__(self, name: str, run: Run, modules: torch.nn.Module, num_steps: int, lr: float):
+        self.name, self.file, self.log = name, run.out / f"{name}.pt", run.out / f"{name}.jsonl"
+        self.modules, self.num_steps, self.lr, self.step = modules, num_steps, lr, 0
+        self.last_step = math.ceil(num_steps * run.fraction)
+        self.optimizer = torch.optim.AdamW(
+            modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+        )
+        self.ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            modules.load_state_dict(state["modules"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema, self.step = state["ema"], state["step"]
+
+    def run(self, loss_of_step, save_every_s: float = 120.0) -> torch.nn.Module:
+        """Train to the last step with ``loss_of_step(step)``; returns the modules with EMA weights loaded."""
+        last_save, started, first, running = time.monotonic(), time.monotonic(), self.step, 0.0
+        while self.step < self.last_step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100) * (1 - self.step / self.num_steps) ** 0.8
+            loss = loss_of_step(self.step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self._update_ema()
+            running += loss.item()
+            if self.step % 100 == 0:
+                rate = (self.step - first) / (time.monotonic() - started)
+                line = {"step": self.step, "loss": round(running / 100, 5), "steps_per_s": round(rate, 3)}
+                left = (self.last_step - self.step) / rate / 60
+                click.echo(f"{self.name} {line} {left:.0f} min left", err=True)
+                with open(self.log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                running = 0.0
+            if time.monotonic() - last_save > save_every_s or self.step == self.last_step:
+                self.save()
+                last_save = time.monotonic()
+        self.modules.load_state_dict(self.ema)
+        return self.modules
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for name, value in self.modules.state_dict().items():
+            if value.is_floating_point():
+                self.ema[name].lerp_(value, 1 - decay)
+
+    def save(self) -> None:
+        state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema}
+        with atomic_path(self.file) as temporary:
+            torch.save({**state, "step": self.step}, temporary)
+
+
+def step_generator(stage: int, step: int) -> torch.Generator:
+    """The randomness of one step of one stage: a resumed run draws what an unbroken one would."""
+    return torch.Generator().manual_seed((stage << 40) + step)
+
+
+@contextmanager
+def fixed_initialisation() -> Iterator[None]:
+    """Module constructors draw from torch's global generator: seed it here, and give its state back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
