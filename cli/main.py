@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "cli.demo",
     "personalize": "cli.personalize",
     "generate": "cli.generate",
+    "preoptimize": "cli.preoptimize",
     "inspect": "cli.inspect",
     "export": "cli.export",
     "doctor": "cli.doctor",

@@ -130,19 +130,24 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except PermissionError as error:
         raise PermissionError(f"{path} cannot be read; change its permissions") from error
     with file:
-        start = file.read(12)
-        file.seek(0)
-        if not start:
-            raise ValueError(f"{path} is empty (0 bytes); copy the photo again")
-        is_heif = start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
-        if is_heif and not importlib.util.find_spec("pillow_heif"):
-            raise ValueError(f"{path} is a HEIC photo; run pip install pillow-heif, or save the photo as JPEG")
-        return _to_srgb(_decode(file, path, is_heif))
+        return decode_image(file, str(path))
 
 
-def _decode(file: BinaryIO, path: Path, is_heif: bool) -> Image.Image:
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read an open image file, or the bytes of one, as `read_image` does; ``name`` is what messages call it."""
+    start = file.read(12)
+    file.seek(0)
+    if not start:
+        raise ValueError(f"{name} is empty (0 bytes); copy the photo again")
+    is_heif = start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+    if is_heif and not importlib.util.find_spec("pillow_heif"):
+        raise ValueError(f"{name} is a HEIC photo; run pip install pillow-heif, or save the photo as JPEG")
+    return _to_srgb(_decode(file, name, is_heif))
+
+
+def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
     """Decode an open image file and turn it upright; anything the decoders raise becomes one sentence."""
-    too_large = f"{path} has more than {_LARGEST_PIXELS // 10**6} million pixels; scale the photo down first"
+    too_large = f"{name} has more than {_LARGEST_PIXELS // 10**6} million pixels; scale the photo down first"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but accepted, or odd EXIF: nothing the person can act on
@@ -160,9 +165,9 @@ def _decode(file: BinaryIO, path: Path, is_heif: bool) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(too_large) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that can be read; use a JPEG, PNG or WebP") from error
+        raise ValueError(f"{name} is not an image that can be read; use a JPEG, PNG or WebP") from error
     except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}); copy the photo again or save it anew") from error
+        raise ValueError(f"{name} is damaged ({_first_line(error)}); copy the photo again or save it anew") from error
     raise ValueError(too_large)
 
 

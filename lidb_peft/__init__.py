@@ -4,12 +4,14 @@ Importing this package registers LiDB with PEFT; do so before ``PeftModel.from_p
 """
 
 from .config import LiDBConfig
+from .distance import squared_distance
 from .layer import LiDBLayer, LiDBLinear
 from .model import LiDBModel
+from .record import base_fingerprint, check_record, record_config, space_record
 from .registration import register
 from .relax import LoraFactors, combine, peft_factors, relax
 from .space import LiDBSpace
-from .theta import ThetaFile, base_fingerprint, load_theta, save_theta
+from .theta import ThetaFile, load_theta, save_theta
 
 register()
 
@@ -22,9 +24,13 @@ __all__ = [
     "LoraFactors",
     "ThetaFile",
     "base_fingerprint",
+    "check_record",
     "combine",
     "load_theta",
     "peft_factors",
+    "record_config",
     "relax",
     "save_theta",
+    "space_record",
+    "squared_distance",
 ]

@@ -7,6 +7,7 @@ QR rounded to float32, because a float32 QR differs between BLAS builds. Nothing
 
 import hashlib
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -83,6 +84,21 @@ def get_basis(key: BasisKey, device: torch.device) -> Tensor:
         if key.kind in _stored:
             return _stored[key.kind]
         return _build_basis(key)
+
+
+def find_basis(key: BasisKey, device: torch.device, bases: Mapping[str, Tensor] | None) -> Tensor:
+    """Return the basis of ``key``: out of learned ``bases``, by label, if there are any, or else the frozen one.
+
+    Raises:
+        ValueError: ``bases`` lacks it, or has it in another shape.
+    """
+    if bases is None:
+        return get_basis(key, device)
+    if key.label not in bases or tuple(bases[key.label].shape) != key.shape:
+        raise ValueError(
+            f"the learned bases have no {key.label} basis of shape {key.shape}; pass those that were learned here"
+        )
+    return bases[key.label].float()
 
 
 def _build_basis(key: BasisKey) -> Tensor:

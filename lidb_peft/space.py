@@ -7,7 +7,7 @@ HyperDreamBooth (arXiv:2307.06949), section 4.1; the paper's figure 4 calls one 
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,42 @@ from .layer import LiDBLayer
 from .naming import find_layers
 from .relax import LoraFactors
 from .stacks import Layout, Stacks, concatenate, prepare
+
+
+def distinct_basis_keys(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> list[BasisKey]:
+    """Return the key of every basis that layers of these ``(in_features, out_features)`` use, each once, sorted."""
+    return sorted({key for shape in shapes for key in config.basis_keys(*shape)})
+
+
+def layers_hash(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return 16 hex digits that change with the layers' names, order or ``(in_features, out_features)``."""
+    lines = [f"{name} {shape[0]} {shape[1]}" for name, shape in shapes.items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def split_theta(theta: Tensor, config: LiDBConfig) -> tuple[Tensor, Tensor]:
+    """View theta ``(*batch, r*(a+b))`` as its ``down`` ``(*batch, r, a)`` and ``up`` ``(*batch, b, r)``, padded."""
+    r, a, b = config.r, config.down_dim, config.up_dim
+    return theta[..., : r * a].unflatten(-1, (r, a)), theta[..., r * a :].unflatten(-1, (b, r))
+
+
+def theta_mask(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> Tensor:
+    """Return bool ``(L, r*(a+b))`` for layers of these shapes: True where a number takes part, False in the padding."""
+    mask = torch.zeros(len(shapes), config.r * (config.down_dim + config.up_dim), dtype=torch.bool)
+    for row, shape in zip(mask, shapes, strict=True):
+        (down, up), (down_key, up_key) = split_theta(row, config), config.basis_keys(*shape)
+        down[:, : down_key.dim] = True
+        up[: up_key.dim] = True
+    return mask
+
+
+def starting_theta(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> Tensor:
+    """Return theta_0, float32 ``(L, r*(a+b))``: every fit and every prediction starts there; the identity."""
+    theta = torch.zeros(len(shapes), config.r * (config.down_dim + config.up_dim))
+    for row, shape in zip(theta, shapes, strict=True):
+        dim = config.basis_keys(*shape)[0].dim
+        split_theta(row, config)[0][:, :dim] = starting_down(config.r, dim, config.seed)
+    return theta
 
 
 class LiDBSpace:
@@ -56,9 +92,9 @@ class LiDBSpace:
         self.layer_names = self.layout.names
         self.shapes = self.layout.shapes
         self.num_layers = len(self.layer_names)
-        self.row_size = config.r * (config.down_dim + config.up_dim)
-        self.mask = self._make_mask()
-        self.theta_0 = self._make_theta_0()
+        self.mask = theta_mask(self.shapes, config)
+        self.theta_0 = starting_theta(self.shapes, config)
+        self.row_size = self.theta_0.shape[1]
         self._bindings = Bindings()
         self._router = CheckpointRouter(list(models.values()), list(self.layers), self._bindings)
         # The hooks hold the bindings, not the router, and so leave the models when it goes: with the space, or with the
@@ -66,38 +102,14 @@ class LiDBSpace:
         handles = hook_layers(list(self.layers), self._bindings)
         self.detach = weakref.finalize(self._router, _remove_all, handles)
 
-    def _make_mask(self) -> Tensor:
-        mask = torch.zeros(self.num_layers, self.row_size, dtype=torch.bool)
-        for index in range(self.num_layers):
-            down, up = self._halves(mask[index])
-            down_key, up_key = self.basis_keys(index)
-            down[:, : down_key.dim] = True
-            up[: up_key.dim] = True
-        return mask
-
-    def _make_theta_0(self) -> Tensor:
-        theta = torch.zeros(self.num_layers, self.row_size)
-        for index in range(self.num_layers):
-            down_key = self.basis_keys(index)[0]
-            self._halves(theta[index])[0][:, : down_key.dim] = starting_down(
-                self.config.r, down_key.dim, self.config.seed
-            )
-        return theta
-
-    def _halves(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """View a row as its padded ``down`` ``(r, a)`` and ``up`` ``(b, r)``."""
-        r, a, b = self.config.r, self.config.down_dim, self.config.up_dim
-        return row[: r * a].view(r, a), row[r * a :].view(b, r)
-
     def basis_keys(self, index: int) -> tuple[BasisKey, BasisKey]:
         """Return the keys of layer ``index``'s down and up basis."""
         return self.config.basis_keys(*self.shapes[index])
 
     @property
     def layers_hash(self) -> str:
-        """16 hex digits that change with the layers' names, order or shapes."""
-        lines = [f"{name} {shape[0]} {shape[1]}" for name, shape in zip(self.layer_names, self.shapes, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        """See `layers_hash`."""
+        return layers_hash(dict(zip(self.layer_names, self.shapes, strict=True)))
 
     def check_theta(self, theta: Tensor) -> None:
         """Raise ValueError unless theta is ``(*batch, L, row_size)``."""
@@ -106,14 +118,18 @@ class LiDBSpace:
                 f"theta has shape {tuple(theta.shape)}; this space takes (..., {self.num_layers}, {self.row_size})"
             )
 
-    def expand(self, theta: Tensor) -> Stacks:
-        """Expand theta ``(L, row)`` or ``(B, L, row)`` to LoRA factors, stacked by width; differentiable."""
-        self.check_theta(theta)
-        return self.layout.expand(theta, self.config)
+    def expand(self, theta: Tensor, bases: Mapping[str, Tensor] | None = None) -> Stacks:
+        """Expand theta ``(L, row)`` or ``(B, L, row)`` to LoRA factors, stacked by width; differentiable.
 
-    def factors(self, theta: Tensor) -> LoraFactors:
+        Args:
+            bases: learned bases by their key's label, differentiable too; None takes the frozen ones of the config.
+        """
+        self.check_theta(theta)
+        return self.layout.expand(theta, self.config, bases)
+
+    def factors(self, theta: Tensor, bases: Mapping[str, Tensor] | None = None) -> LoraFactors:
         """Expand theta to each layer's ``lora_A`` ``(*batch, r, in)`` and ``lora_B`` ``(*batch, out, r)``, float32."""
-        return self.named(self.expand(theta))
+        return self.named(self.expand(theta, bases))
 
     def named(self, stacks: Stacks) -> LoraFactors:
         """Return stacked factors by layer name."""
@@ -141,8 +157,9 @@ class LiDBSpace:
 
         With B identities the batch is a multiple B*k and sample j uses identity j // k. theta is expanded once, here.
         Differentiable, also under gradient checkpointing and when ``backward()`` runs after the block has closed.
-        A pipeline that doubles its batch for classifier-free guidance puts all negative prompts first; with more than
-        one identity repeat theta in the same way, ``torch.cat([theta, theta])``.
+        A pipeline that doubles its batch for classifier-free guidance puts all negative prompts first, but encodes
+        prompts one kind at a time: with more than one identity, encode them under theta, and hand the embeddings to the
+        pipeline under ``torch.cat([theta, theta])``.
 
         Args:
             theta: the weights; a change of the tensor inside the block has no effect.
@@ -192,7 +209,7 @@ class LiDBSpace:
         theta = torch.zeros(self.num_layers, self.row_size)
         for row, layer in zip(theta, self._adapters(adapter_name), strict=True):
             down, up = layer.lidb_down[adapter_name].detach(), layer.lidb_up[adapter_name].detach()
-            row_down, row_up = self._halves(row)
+            row_down, row_up = split_theta(row, self.config)
             row_down[:, : down.shape[1]] = down
             row_up[: up.shape[0]] = up
         return theta
@@ -210,7 +227,7 @@ class LiDBSpace:
         layers = self._adapters(adapter_name)
         for row, layer in zip(theta.detach().contiguous(), layers, strict=True):
             down, up = layer.lidb_down[adapter_name], layer.lidb_up[adapter_name]
-            row_down, row_up = self._halves(row)
+            row_down, row_up = split_theta(row, self.config)
             down.copy_(row_down[:, : down.shape[1]])
             up.copy_(row_up[: up.shape[0]])
 

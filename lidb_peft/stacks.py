@@ -4,12 +4,13 @@ A step expands theta once: one matrix product for each distinct width of each co
 instead of one for each factor, which at batch 1 on a GPU would cost more in launches than in arithmetic.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .bases import get_basis
+from .bases import find_basis
 from .config import LiDBConfig
 from .naming import natural_key
 from .product import expand_down, expand_up
@@ -66,8 +67,12 @@ class Layout:
             self._orders[side, device] = torch.tensor(order, device=device)
         return self._orders[side, device]
 
-    def expand(self, theta: Tensor, config: LiDBConfig) -> Stacks:
-        """Expand theta ``(*batch, L, r*(a+b))`` to float32 LoRA factors, the config's scale folded into ``up``."""
+    def expand(self, theta: Tensor, config: LiDBConfig, bases: Mapping[str, Tensor] | None = None) -> Stacks:
+        """Expand theta ``(*batch, L, r*(a+b))`` to float32 LoRA factors, the config's scale folded into ``up``.
+
+        Args:
+            bases: by label, in place of the frozen ones.
+        """
         theta, r = theta.float(), config.r
         down_rows, up_rows = theta.split([r * config.down_dim, r * config.up_dim], dim=-1)
         # One gather per side puts the layers of a group side by side; the rest are views and matrix products.
@@ -75,10 +80,10 @@ class Layout:
         up_rows = up_rows.index_select(-2, self._order("up", theta.device)).unflatten(-1, (config.up_dim, r))
         down, up = [], []
         for group, rows in zip(self.down_groups, self._split(down_rows, self.down_groups), strict=True):
-            basis = get_basis(config.basis_keys(group.width, group.width)[0], theta.device)
+            basis = find_basis(config.basis_keys(group.width, group.width)[0], theta.device, bases)
             down.append(expand_down(rows[..., : basis.shape[0]], basis).movedim(-3, 0))
         for group, rows in zip(self.up_groups, self._split(up_rows, self.up_groups), strict=True):
-            basis = get_basis(config.basis_keys(group.width, group.width)[1], theta.device)
+            basis = find_basis(config.basis_keys(group.width, group.width)[1], theta.device, bases)
             up.append(expand_up(rows[..., : basis.shape[1], :], basis, config.scale).movedim(-3, 0))
         return Stacks(tuple(down), tuple(up))
 

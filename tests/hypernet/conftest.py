@@ -1,15 +1,18 @@
 """The bundled miniature as a base, and subjects made of numbers: no test here depends on what its weights draw."""
 
 import importlib.util
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hypernet.base_models import load_base
 from hypernet.fit import Subject
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
+from testbed.corpus import portrait as draw_portrait
 
 
 @pytest.fixture(scope="package")
@@ -57,3 +60,35 @@ def import_helper():
         return module
 
     return load
+
+
+@pytest.fixture(scope="package")
+def drawn_faces():
+    """Five drawn portraits of five people, as PNG; to be used with ``crop=False``."""
+
+    def encode(index: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(draw_portrait(index, "validation")[0]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return [encode(index) for index in range(5)]
+
+
+@pytest.fixture
+def face_folder(drawn_faces, tmp_path):
+    """A folder with the five portraits, ``0.png`` to ``4.png``."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for index, face in enumerate(drawn_faces):
+        (folder / f"{index}.png").write_bytes(face)
+    return folder
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """The cache of `datasets` in a folder of its own, and no network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()

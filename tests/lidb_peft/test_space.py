@@ -10,7 +10,7 @@ from torch import nn
 
 from lidb_peft import LiDBConfig
 from lidb_peft.bases import BasisKey, get_basis
-from lidb_peft.space import LiDBSpace
+from lidb_peft.space import LiDBSpace, distinct_basis_keys, split_theta
 
 CONFIG = LiDBConfig(r=2, down_dim=28, up_dim=40, scale=0.5)  # wider than the text encoder's 24
 
@@ -295,3 +295,24 @@ def test_wrong_weights_are_refused_in_words(space):
         LiDBSpace({}, CONFIG)
     with pytest.raises(ValueError, match="no layer of unet matches"):
         LiDBSpace({"unet": nn.Linear(2, 2)}, LiDBConfig(target_modules=["to_q"]))
+
+
+def test_learned_bases_take_the_place_of_the_frozen_ones(space):
+    generator = torch.Generator().manual_seed(0)
+    keys = distinct_basis_keys(space.shapes, CONFIG)
+    bases = {key.label: torch.randn(key.shape, generator=generator).requires_grad_() for key in keys}
+    theta = random_theta(space, 2)
+    factors = space.factors(theta, bases)
+    for index, name in enumerate(space.layer_names):
+        (down, up), (down_key, up_key) = split_theta(theta[:, index], CONFIG), space.basis_keys(index)
+        lora_A, lora_B = factors[name]
+        expected_A = down[..., : down_key.dim] @ bases[down_key.label]
+        expected_B = CONFIG.scale * bases[up_key.label] @ up[:, : up_key.dim]
+        assert torch.allclose(lora_A, expected_A, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(lora_B, expected_B, rtol=1e-4, atol=1e-5)
+    sum(lora_A.sum() + lora_B.sum() for lora_A, lora_B in factors.values()).backward()
+    assert all(basis.grad.abs().sum() > 0 for basis in bases.values())
+    label = keys[0].label
+    for wrong in ({}, bases | {label: torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match="the learned bases have no"):
+            space.expand(theta, wrong)

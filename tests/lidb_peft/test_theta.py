@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lidb_peft import LiDBConfig
+from lidb_peft.record import base_fingerprint, same_base
 from lidb_peft.space import LiDBSpace
-from lidb_peft.theta import base_fingerprint, load_theta, same_base, save_theta
+from lidb_peft.theta import load_theta, save_theta
 
 CONFIG = LiDBConfig(down_dim=12, up_dim=10, scale=0.5, seed=3)
 

@@ -1,0 +1,89 @@
+"""`hdb preoptimize`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, recipe_option, seed_option
+from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
+
+_RECIPE = PersonalizeConfig()
+
+
+class _CountOrAuto(click.IntRange):
+    name = "auto|count"
+
+    def convert(self, value, param, ctx):
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
+@click.command(name="preoptimize")
+@click.argument("images")
+@base_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="Folder for the targets; goes on where an earlier run was stopped.")  # fmt: skip
+@recipe_option("--steps", "theta_steps", click.IntRange(1), "Steps of each fit.")
+@recipe_option("--lr", "theta_lr", float, "Learning rate.")
+@recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
+@click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True,
+              help="People fitted at once; auto is as many as the memory allows.")  # fmt: skip
+@click.option("--gradient-checkpointing", is_flag=True, help="Take less memory for each of them, and longer.")
+@click.option("--init-from", metavar="HYPERNET", help="Start each fit at the prediction of this hypernetwork.")
+@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that means the person.")
+@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
+@click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
+@click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
+@seed_option
+@device_option
+@precision_option
+def command(
+    images, base, out, batch, gradient_checkpointing, init_from, streaming, no_crop, device, precision, **options
+) -> None:
+    """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
+
+    IMAGES is a folder of images, one person each, with a sub-folder for a person of several; or parquet, webdataset
+    tars, or a data set of the Hugging Face hub. A run that was stopped goes on when it is started again, and
+    `accelerate launch` shares the work between processes.
+
+    \b
+    hdb preoptimize faces/ --out targets
+    hdb preoptimize somebody/faces --streaming --out targets --batch 32
+    accelerate launch --num_processes 8 -m cli.main preoptimize faces/ --out targets
+    """
+    from accelerate import PartialState
+
+    from cli.progress import progress_bars
+    from hypernet.devices import choose_device
+    from hypernet.people import open_people
+    from hypernet.preoptimize import open_targets, predicted_start, preoptimize
+    from hypernet.targets import SKIPPED_FILE
+    from lidb_peft import LiDBSpace
+
+    given = {name: value for name, value in options.items() if value is not None}
+    config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch, gradient_checkpointing)
+    people = open_people(images, streaming)
+    is_cuda = choose_device(device).type == "cuda"
+    state = PartialState(cpu=not is_cuda)
+    is_alone = state.num_processes == 1
+    opened = open_base(base, device if is_alone or not is_cuda else str(state.device), precision)
+    space = LiDBSpace(opened.model.adapted, opened.lidb_config)
+    start, start_name = predicted_start(init_from, space, opened.model.device) if init_from else (None, "theta_0")
+    with state.main_process_first():  # which makes the store
+        store = open_targets(out, opened.model, space, people, config, start_name)
+    count = people.count()
+    click.echo(f"{images}: {count or 'any number of'} people, {batch or store.batch} at a time", err=True)
+    with progress_bars(per_hour="people") as report:
+        result = preoptimize(
+            people, opened.model, space, store, config, start,
+            rank=state.process_index, world=state.num_processes, progress=report if state.is_main_process else None,
+        )  # fmt: skip
+    who = "" if is_alone else f"process {state.process_index + 1} of {state.num_processes}: "
+    found = f"; found {result.found} shards of an earlier run" if result.found else ""
+    click.echo(f"{who}fitted {result.fitted} people in {result.seconds:.1f} s, {result.per_hour:,.0f} an hour{found}")
+    if result.fitted:
+        click.echo(f"{who}mean final loss {result.loss:.4f}")
+    if skipped := len(store.skipped()):
+        click.echo(f"{who}skipped {skipped} photos or people so far, listed in {store.folder / SKIPPED_FILE}")
+    click.echo(f"{who}{out} now holds the targets of {len(store)} people")
+    state.destroy_process_group()

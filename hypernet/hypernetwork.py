@@ -1,0 +1,258 @@
+"""The hypernetwork: one photo of a person in, theta out (HyperDreamBooth, arXiv:2307.06949, section 4.2).
+
+A vision transformer looks at the photo once. Its tokens, and one token for each adapted layer, go through a small
+transformer decoder that refines its prediction ``rounds`` times (equation 3); one linear head per layer makes the
+layer's weights. Predicted is a residual on the shared starting vector theta_0.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from converters.safe_read import read_header, read_json_object
+from hypernet.encoder import is_unused, load_encoder, prepare_pictures
+from hypernet.hypernetwork_config import HyperNetworkConfig
+from lidb_peft import LiDBSpace, check_record
+from lidb_peft.bases import get_basis
+from lidb_peft.files import atomic_path
+from lidb_peft.space import distinct_basis_keys, starting_theta, theta_mask
+
+HEAD_STD = 1e-3
+POSITION_STD = 0.02
+_THETA_0_TOLERANCE = 1e-6
+
+
+class LayerHeads(nn.Module):
+    """One linear layer for each token of a sequence: ``(B, L, width)`` to ``(B, L, row)``, always in float32."""
+
+    def __init__(self, num_layers: int, width: int, row_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_layers, width, row_size))
+        self.bias = nn.Parameter(torch.zeros(num_layers, row_size))
+        # Small and not zero, so that both halves of theta, and what lies before the heads, get gradients at once.
+        nn.init.normal_(self.weight, std=HEAD_STD)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            return torch.einsum("blw,lwr->blr", tokens.float(), self.weight.float()) + self.bias.float()
+
+
+class HyperNetwork(PreTrainedModel):
+    """Predicts theta ``(B, L, row)`` from photos; saved and loaded as transformers' models are.
+
+    Attributes:
+        theta_0: float32 ``(L, row)``, the shared starting vector.
+        mask: bool ``(L, row)``, False in the padding.
+        bases: the learned bases by label, for ``LiDBSpace.expand`` and ``factors``; None if they are the frozen ones.
+    """
+
+    config_class = HyperNetworkConfig
+    main_input_name = "pixels"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: HyperNetworkConfig, encoder: PreTrainedModel | None = None, seed: int = 0) -> None:
+        """Make a hypernetwork with fresh weights.
+
+        Args:
+            encoder: a pretrained one; None makes one of ``config.encoder`` with fresh weights.
+            seed: of the fresh weights; the global generator is left as it was.
+        """
+        super().__init__(config)
+        lidb, shapes, width = config.lidb, config.shapes, config.hidden_size
+        theta_0 = starting_theta(shapes, lidb)
+        num_layers, row_size = theta_0.shape
+        self.register_buffer("theta_0", theta_0)
+        self.register_buffer("mask", theta_mask(shapes, lidb))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # module constructors draw from it
+            encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
+            # transformers 4 has CLIP's tower inside a wrapper, 5 has not: without it both name the weights alike.
+            self.encoder = getattr(encoder, "vision_model", encoder)
+            features = config.encoder.hidden_size
+            self.photo_projection = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width))
+            # No bias: in the first round, where there is no prediction yet, the layers' tokens are zero (paper).
+            self.prediction_embedding = nn.Linear(row_size, width, bias=False)
+            self.layer_positions = nn.Parameter(torch.empty(num_layers, width))
+            nn.init.normal_(self.layer_positions, std=POSITION_STD)
+            self.decoder = nn.ModuleList(_decoder_layer(config) for _ in range(config.num_hidden_layers))
+            self.norm = nn.LayerNorm(width)
+            self.heads = LayerHeads(num_layers, width, row_size)
+        self.bases = None
+        if config.learned_bases:
+            keys = distinct_basis_keys(shapes, lidb)
+            frozen = {key.label: get_basis(key, torch.device("cpu")) for key in keys}
+            self.bases = nn.ParameterDict({label: nn.Parameter(basis.clone()) for label, basis in frozen.items()})
+        self.gradient_checkpointing = False
+        self.post_init()
+        self._set_trainable()
+
+    @classmethod
+    def from_encoder(
+        cls, source: str | Path, space: LiDBSpace, base_model_name: str = "", seed: int = 0, **options: Any
+    ) -> "HyperNetwork":
+        """Make a hypernetwork around a pretrained encoder.
+
+        Args:
+            source: id or folder of any vision transformer; `hypernet.recipe.DEFAULT_ENCODER` for SD1.5.
+            space: whose thetas are to be predicted.
+            base_model_name: for people to read.
+            options: of `HyperNetworkConfig`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_encoder`.
+        """
+        encoder, settings = load_encoder(source)
+        config = HyperNetworkConfig.for_space(space, encoder.config, base_model_name, **settings | options)
+        return cls(config, encoder, seed)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every module has drawn its weights when it was made."""
+
+    def _set_trainable(self) -> None:
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(self.config.train_encoder and not is_unused(name))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HyperNetwork":
+        """Set the mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if not self.config.train_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward(self, pixels: Tensor, return_rounds: bool = False) -> Tensor:
+        """Predict theta ``(B, L, row)``, float32, zero in the padding.
+
+        Args:
+            pixels: ``(B, 3, h, w)`` in [-1, 1], or ``(B, P, 3, h, w)``, P photos of each person; of any size.
+            return_rounds: return every round's prediction, ``(rounds, B, L, row)``, for a loss on each.
+
+        Raises:
+            ValueError: another shape.
+        """
+        predictions = self.decode(self.encode(pixels))
+        return predictions if return_rounds else predictions[-1]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Look at the photos once: ``pixels`` as for ``forward`` to tokens ``(B, T, hidden_size)``, averaged over P."""
+        if pixels.dim() not in (4, 5) or pixels.shape[-3] != 3:
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; pass (B, 3, h, w) or (B, photos, 3, h, w)")
+        photos = pixels if pixels.dim() == 5 else pixels[:, None]
+        pictures = prepare_pictures(
+            photos.flatten(0, 1), self.config.image_size, self.config.image_mean, self.config.image_std
+        )
+        with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
+            features = self.encoder(pixel_values=pictures.to(next(self.encoder.parameters()).dtype)).last_hidden_state
+        features = features.unflatten(0, photos.shape[:2]).mean(dim=1)
+        return self.photo_projection(features.to(self.layer_positions.dtype))
+
+    def decode(self, photo_tokens: Tensor) -> Tensor:
+        """Refine the prediction (equation 3): tokens ``(B, T, hidden_size)`` to thetas ``(rounds, B, L, row)``."""
+        residuals = [torch.zeros(len(photo_tokens), *self.theta_0.shape, device=photo_tokens.device)]
+        for _ in range(self.config.rounds):
+            residuals.append(self._refine(photo_tokens, residuals[-1]))
+        return self.theta_0 + torch.stack(residuals[1:])
+
+    def _refine(self, photo_tokens: Tensor, residual: Tensor) -> Tensor:
+        layer_tokens = self.prediction_embedding(residual.to(self.layer_positions.dtype)) + self.layer_positions
+        tokens = torch.cat([photo_tokens, layer_tokens], dim=1)
+        for layer in self.decoder:
+            if self.gradient_checkpointing and self.training:
+                tokens = self._gradient_checkpointing_func(layer.__call__, tokens)
+            else:
+                tokens = layer(tokens)
+        return self.heads(self.norm(tokens[:, -len(self.theta_0) :])) * self.mask
+
+    def check_space(self, space: LiDBSpace) -> None:
+        """Raise ValueError unless the predictions are thetas of ``space``; warn if only the base's weights differ."""
+        source = f"the hypernetwork {self.name_or_path}".rstrip()
+        check_record(self.config.record, space, source)
+        if not torch.allclose(self.theta_0.cpu(), space.theta_0, rtol=0.0, atol=_THETA_0_TOLERANCE):
+            raise ValueError(
+                f"{source} starts at another theta_0 than this space: it is damaged or was cast to half precision; "
+                f"load it again, in float32"
+            )
+
+    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None, **options: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+        Args:
+            dtype: what parameters are stored in, float16 for half the size; None leaves them as they are.
+            options: of transformers' own method.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if dtype is not None:
+            parameters = dict(self.named_parameters())
+            options["state_dict"] = {k: v.to(dtype) if k in parameters else v for k, v in self.state_dict().items()}
+        with TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            super().save_pretrained(temporary, **options)
+            for file in sorted(Path(temporary).iterdir()):
+                with atomic_path(folder / file.name) as target:
+                    file.replace(target)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "HyperNetwork":
+        """Load a hypernetwork from a folder or the hub, in float32 and evaluation mode.
+
+        Raises:
+            FileNotFoundError: it is neither here nor on the hub.
+            ValueError: it is damaged, no hypernetwork, or its weights do not fit its config.
+        """
+        if Path(source).is_dir():
+            _check_folder(Path(source))
+        try:
+            model, info = super().from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, **_float32(), **options
+            )
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"the hypernetwork {str(source)!r} is not a whole folder here and could not be had from the Hugging "
+                f"Face hub; check the path ({_first_line(error)})"
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(f"{source} holds other weights than its config.json says: {_first_line(error)}") from error
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(
+                f"{source} holds other weights than its config.json says: missing {sorted(info['missing_keys'])}, "
+                f"unexpected {sorted(info['unexpected_keys'])}"
+            )
+        model._set_trainable()
+        return model
+
+
+def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
+    """Self-attention over photo and layer tokens alike (pre-norm, through SDPA)."""
+    return nn.TransformerEncoderLayer(
+        config.hidden_size, config.num_attention_heads, 4 * config.hidden_size,
+        dropout=0.0, activation="gelu", batch_first=True, norm_first=True,
+    )  # fmt: skip
+
+
+def _check_folder(folder: Path) -> None:
+    """Find a folder's damage by the files' headers, before transformers does and says so in its own words."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a hypernetwork: it has no config.json; name the folder that has it")
+    found = read_json_object(folder / "config.json", "get the hypernetwork again").get("model_type")
+    if found != HyperNetworkConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {found!r}; expected {HyperNetworkConfig.model_type!r}")
+    for file in folder.glob("model*.safetensors"):
+        read_header(file)
+
+
+def _float32() -> dict[str, torch.dtype]:
+    """transformers called this argument ``torch_dtype`` until 4.56; its default would be the stored dtype since 5."""
+    import transformers
+    from packaging.version import Version
+
+    return {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": torch.float32}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,101 @@
+"""What a hypernetwork is and what its predictions belong to: its ``config.json``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from hypernet.encoder import check_encoder
+from hypernet.recipe import PersonalizeConfig
+from lidb_peft import LiDBConfig, LiDBSpace, record_config, space_record
+from lidb_peft.space import layers_hash
+
+
+class HyperNetworkConfig(PretrainedConfig):
+    """Everything that defines a hypernetwork and the thetas it predicts, but for weights.
+
+    Args:
+        encoder: the encoder's own config, or its dict.
+        layers: ``(name, in_features, out_features)`` of each adapted layer, in the order of their `LiDBSpace`.
+        record: what the thetas belong to, as `lidb_peft.space_record` gives it.
+        prompt, token: what the training pictures were denoised with; ``[V]`` in the prompt stands for the token.
+        train_encoder: False leaves the encoder as it is.
+        learned_bases: learn the bases too, from the frozen ones on; shared by all identities.
+        rounds: refinements of the prediction, the paper's k.
+        hidden_size, num_hidden_layers, num_attention_heads: of the decoder.
+        image_size: side of the encoder's pictures in pixels; default the encoder's own.
+        image_mean, image_std: what the encoder's pictures, in [0, 1], are normalised by.
+    """
+
+    model_type = "lidb_hypernetwork"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder: PretrainedConfig | dict[str, Any] | None = None,
+        layers: Sequence[tuple[str, int, int]] | None = None,
+        record: dict[str, str] | None = None,
+        prompt: str = PersonalizeConfig.prompt,
+        token: str = PersonalizeConfig.token,
+        train_encoder: bool = False,
+        learned_bases: bool = False,
+        rounds: int = 4,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 16,
+        image_size: int | None = None,
+        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        if not (encoder and layers and record):  # transformers 4 tries a config without arguments, and expects this
+            raise ValueError("encoder, layers or record is missing; make the config with HyperNetworkConfig.for_space")
+        encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
+        check_encoder(encoder)
+        if layers_hash({name: shape for name, *shape in layers}) != record.get("layers_hash"):
+            raise ValueError("the list of layers is not the one of the record; the config.json is damaged")
+        if rounds < 1:
+            raise ValueError(f"rounds is {rounds}; choose 1 or more")
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size is {hidden_size}; choose a multiple of num_attention_heads, "
+                             f"{num_attention_heads}")  # fmt: skip
+        if "[V]" not in prompt:
+            raise ValueError(f"prompt is {prompt!r}; it must hold [V], which stands for the person")
+        self.encoder = encoder
+        self.layers = [list(layer) for layer in layers]
+        self.record = dict(record)
+        self.prompt = prompt
+        self.token = token
+        self.train_encoder = train_encoder
+        self.learned_bases = learned_bases
+        self.rounds = rounds
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.image_size = encoder.image_size if image_size is None else image_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def for_space(
+        cls, space: LiDBSpace, encoder: PretrainedConfig, base_model_name: str = "", **options: Any
+    ) -> "HyperNetworkConfig":
+        """Describe a hypernetwork that predicts the thetas of ``space``; ``options`` are the other arguments."""
+        layers = [(name, *shape) for name, shape in zip(space.layer_names, space.shapes, strict=True)]
+        return cls(encoder, layers, space_record(space, base_model_name), **options)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """``(in_features, out_features)`` of each layer."""
+        return [(in_features, out_features) for _, in_features, out_features in self.layers]
+
+    @property
+    def lidb(self) -> LiDBConfig:
+        """The `LiDBConfig` of the predicted thetas: ``LiDBSpace(base.adapted, config.lidb)`` is their space."""
+        return record_config(self.record, self.name_or_path or "the hypernetwork")
+
+    @property
+    def trigger(self) -> str:
+        """The prompt that the predictions answer to, e.g. ``a sks face``."""
+        return self.prompt.replace("[V]", self.token)

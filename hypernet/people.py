@@ -1,0 +1,279 @@
+"""The people of a data set: an image folder, parquet, webdataset tars or a hub id, through Hugging Face `datasets`.
+
+One image is one person; in a folder, each sub-folder is one person with several photos. What cannot be used (no face,
+damaged) is returned as `Skipped`, with its reason, and never raised.
+"""
+
+import glob
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from hypernet.faces import find_faces
+from hypernet.photos import decode_image, prepare_photo, read_image
+
+if TYPE_CHECKING:
+    import datasets
+
+SHUFFLE_BUFFER = 1000  # rows, where a streamed data set is shuffled
+_NOT_PILLOWS = {".heic", ".heif"}
+
+
+class RawPhoto(NamedTuple):
+    """An image that is not decoded yet: its bytes, or the path or URL where they are."""
+
+    name: str
+    data: bytes | str
+
+
+class Person(NamedTuple):
+    """One row of a data set."""
+
+    name: str
+    photos: tuple[RawPhoto, ...]
+
+
+class PreparedPerson(NamedTuple):
+    """A person ready to be fitted: ``pixels`` ``(photos, 3, size_px, size_px)`` in [-1, 1] and their `identity_key`."""
+
+    key: str
+    name: str
+    pixels: Tensor
+
+
+class Skipped(NamedTuple):
+    """A photo or a person that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class People:
+    """Iterates over a data set's people in its own order, which is the same every time; decodes nothing.
+
+    Attributes:
+        source: where they come from, for people to read.
+        dataset: rows of ``name``, ``photos`` and ``paths`` if it is a folder, else rows with an undecoded image.
+        image_column: the column of that image; None for a folder.
+    """
+
+    source: str
+    dataset: "datasets.Dataset | datasets.IterableDataset"
+    image_column: str | None
+
+    @property
+    def is_streamed(self) -> bool:
+        return not hasattr(self.dataset, "__len__")
+
+    def count(self) -> int | None:
+        """How many people there are; None if nobody knows before the last has been streamed."""
+        if not self.is_streamed:
+            return len(self.dataset)
+        splits = self.dataset.info.splits or {}
+        return splits["train"].num_examples or None if "train" in splits else None
+
+    def __iter__(self) -> Iterator[Person]:
+        return self._read(self.dataset)
+
+    def shuffled(self, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1) -> Iterator[Person]:
+        """Iterate over process ``rank``'s share of an epoch in an order that ``seed`` and ``epoch`` define.
+
+        Args:
+            position: how many people of the share to leave out, because they were seen before an interruption.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        how = {"buffer_size": SHUFFLE_BUFFER} if self.is_streamed else {"keep_in_memory": True}
+        rows = self.dataset.shuffle(generator=np.random.default_rng((seed, epoch)), **how)
+        share = split_dataset_by_node(rows, rank, world)
+        return islice(self._read(share), position, None)  # skip() of a streamed share would count everybody's rows
+
+    def _read(self, rows) -> Iterator[Person]:
+        with _readable(self.source):
+            for row in rows:
+                yield self._person(row)
+
+    def _person(self, row: dict) -> Person:
+        if self.image_column is None:
+            return Person(row["name"], tuple(map(RawPhoto, row["photos"], row["paths"])))
+        image = row[self.image_column] or {"bytes": None, "path": None}
+        data = image["bytes"] or image["path"] or b""
+        # Without a name the bytes give one: a row's number would depend on the order of an epoch.
+        name = image["path"] or hashlib.sha256(data).hexdigest()[:16]
+        if "__url__" in row:  # keys are unique inside a tar only
+            name = f"{Path(row['__url__']).name}/{name}"
+        return Person(name, (RawPhoto(name, data),))
+
+
+def open_people(source: str | Path, streaming: bool = False) -> People:
+    """Open an image folder, a parquet or tar file, a folder of either, or a data set of the Hugging Face hub.
+
+    Args:
+        streaming: read parquet, tars and the hub as they come, instead of copying them into the cache of `datasets`.
+
+    Raises:
+        FileNotFoundError: the source is neither here nor on the hub.
+        ValueError: it holds no images, or images in several of those forms.
+    """
+    path = Path(source)
+    if not path.exists():
+        return _open_table(str(source), streaming, str(source))
+    found = {kind: files for kind, files in _find_files(path).items() if files}
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} holds {' and '.join(found) or 'no images'}; pass a folder of images (JPEG, PNG, WebP), or of "
+            f"parquet files, or of webdataset .tar files"
+        )
+    ((kind, files),) = found.items()
+    if kind == "images":
+        return _open_folder(path, files)
+    # `datasets` takes its data files for patterns.
+    return _open_table(str(path), streaming, kind, data_files=[glob.escape(str(file.resolve())) for file in files])
+
+
+def _find_files(path: Path) -> dict[str, list[Path]]:
+    """The files of each kind at ``path``, sorted; hidden ones and other kinds, such as captions, are left out."""
+    suffixes = {"images": set(Image.registered_extensions()) | _NOT_PILLOWS, "parquet": {".parquet"},
+                "webdataset": {".tar"}}  # fmt: skip
+    if path.is_file():
+        files = [path]
+    else:
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        files = [path / name for name in names if not f"/{name}".count("/.")]
+    return {kind: [file for file in files if file.suffix.lower() in suffixes[kind]] for kind in suffixes}
+
+
+def _open_folder(source: Path, files: list[Path]) -> People:
+    from datasets import Dataset
+
+    folder = source.parent if source.is_file() else source
+    photos: dict[str, list[str]] = {}
+    for file in files:
+        relative = file.relative_to(folder)
+        photos.setdefault(relative.parts[0], []).append(relative.as_posix())
+    paths = [[str(folder / name) for name in names] for names in photos.values()]
+    with _readable(str(source)):
+        rows = Dataset.from_dict({"name": list(photos), "photos": list(photos.values()), "paths": paths})
+    return People(str(source), rows, None)
+
+
+def _open_table(source: str, streaming: bool, *load_arguments: str, **load_options) -> People:
+    import datasets
+
+    with _readable(source):
+        rows = datasets.load_dataset(*load_arguments, **load_options, split="train", streaming=streaming)
+    features = rows.features or {}
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not columns and "image" not in features:
+        raise ValueError(f"{source} has no column of images, but {', '.join(features) or 'none that is known'}")
+    column = "image" if "image" in features else columns[0]  # that may lack what `datasets` notes of its type
+    return People(source, rows.cast_column(column, datasets.Image(decode=False)), column)
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn what `datasets` raises on a broken or absent source into one sentence that names it."""
+    import datasets.exceptions as failures
+
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{source} is not a folder or file here, and could not be had from the Hugging Face hub as a data set "
+            f"({_first_line(error)}); check its name, and that you are online and may read it"
+        ) from error
+    except (failures.DatasetsError, tarfile.TarError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise ValueError(f"{source} is damaged or no data set ({_first_line(error.__cause__ or error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPerson | None, list[Skipped]]:
+    """Decode a person's photos and prepare them as `hypernet.photos` does.
+
+    Returns:
+        The person on the photos that can be used, None if none can be; and the photos that cannot.
+    """
+    pixels, skipped = [], []
+    for photo in person.photos:
+        is_file = isinstance(photo.data, str) and "://" not in photo.data
+        file = None if is_file else io.BytesIO(_fetch(photo.data))
+        try:
+            image = decode_image(file, photo.name) if file else read_image(photo.data)
+            pixels.append(prepare_photo(image, size_px, crop, photo.name).to_tensor())
+        except (ValueError, OSError) as error:
+            skipped.append(Skipped(photo.name, str(error)))
+    if not pixels:
+        return None, skipped
+    stacked = torch.stack(pixels)
+    return PreparedPerson(identity_key(stacked), person.name, stacked), skipped
+
+
+def _fetch(data: bytes | str) -> bytes:
+    """The bytes themselves, or those at a URL; a broken connection is raised, for it is no fault of the image."""
+    if isinstance(data, bytes):
+        return data
+    import fsspec
+
+    with fsspec.open(data, "rb") as file:
+        return file.read()
+
+
+def identity_key(pixels: Tensor) -> str:
+    """A digest of a person's prepared photos ``(photos, 3, h, w)``: keys their noise, and finds their target."""
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_detector() -> None:
+    """Raise ValueError if faces cannot be looked for here, before each image of a data set is skipped for it."""
+    find_faces(Image.new("RGB", (64, 64)))
+
+
+class PeopleDataset(IterableDataset):
+    """Prepared people for training; iterating goes through one epoch and sets out for the next.
+
+    Attributes:
+        skipped: the photos that could not be used so far, name -> reason.
+    """
+
+    def __init__(
+        self, people: People, size_px: int, crop: bool = True, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        """Share the people of every epoch between ``world`` processes, of which this one is number ``rank``."""
+        self.people, self.size_px, self.crop = people, size_px, crop
+        self.seed, self.rank, self.world = seed, rank, world
+        self.skipped: dict[str, str] = {}
+        self._epoch = self._position = 0
+
+    def __iter__(self) -> Iterator[PreparedPerson]:
+        if self.crop:
+            check_detector()
+        for person in self.people.shuffled(self.seed, self._epoch, self._position, self.rank, self.world):
+            self._position += 1
+            prepared, skipped = prepare_person(person, self.size_px, self.crop)
+            self.skipped.update(skipped)
+            if prepared is not None:
+                yield prepared
+        self._epoch, self._position = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration is: an iterator made after `load_state_dict` goes on with the person after the last."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._position = state["epoch"], state["position"]

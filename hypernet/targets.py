@@ -1,0 +1,210 @@
+"""The target store: a folder with the pre-optimised thetas of many people, in shards that are written whole.
+
+`manifest.json` says what the thetas belong to and how they were fitted. A shard is what became of ``batch`` rows of the
+data set, one safetensors file: ``theta`` ``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its metadata,
+keys, names, and what was skipped. Nothing is known of a shard but what its file says, so processes share no state.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from converters.safe_read import read_header, read_json_object
+from hypernet.people import Skipped
+from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
+from lidb_peft.files import atomic_path, to_bytes
+from lidb_peft.record import missing_fields, same_base
+
+FORMAT_VERSION = 1
+SKIPPED_FILE = "skipped.jsonl"
+_MANIFEST = "manifest.json"
+_SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+_REMEDY = "delete it and run hdb preoptimize again, which makes it anew"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What became of some consecutive rows of a data set.
+
+    Attributes:
+        rows: names of all of them.
+        keys, names: of those that were fitted.
+        skipped: the photos and people that were left out.
+    """
+
+    rows: tuple[str, ...]
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def has_targets(folder: str | Path) -> bool:
+    """Tell whether there is a store in ``folder``, be it without shards yet."""
+    return (Path(folder) / _MANIFEST).exists()
+
+
+def create_targets(
+    folder: str | Path, space: LiDBSpace, base_model_name: str, fit: Mapping, batch: int, source: str
+) -> None:
+    """Make ``folder`` an empty store.
+
+    Args:
+        base_model_name: for people to read, as ``source`` is, which says where the photos come from.
+        fit: everything that the targets depend on besides the space, as JSON has it.
+        batch: how many rows of the data set make a shard.
+
+    Raises:
+        ValueError: there are shards without a manifest.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(_SHARD.fullmatch(file.name) for file in folder.iterdir()):
+        raise ValueError(f"{folder} holds shards without the {_MANIFEST} that says of what; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = space_record(space, base_model_name)
+    manifest = {"format": FORMAT_VERSION, "space": record, "fit": dict(fit), "batch": batch, "source": source}
+    with atomic_path(folder / _MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+class TargetStore:
+    """A folder of targets.
+
+    Attributes:
+        manifest: its manifest; ``space`` is the record of its space, ``fit`` what the fits have in common, ``batch``
+            the number of people in a shard.
+    """
+
+    def __init__(self, folder: str | Path, space: LiDBSpace) -> None:
+        """Open the store in ``folder`` for ``space``.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it is no target store, or its targets are of another base, seed or dimensions.
+        """
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist; name a folder that hdb preoptimize wrote")
+        self.manifest = _read_manifest(self.folder)
+        record = self.manifest["space"]
+        theirs, ours = record["base_fingerprint"], base_fingerprint(space.models)
+        if theirs and ours and not same_base(theirs, ours):
+            raise ValueError(
+                f"{folder} holds targets of {record['base_model_name'] or 'another base model'}, whose weights differ "
+                f"from this model's; use the base they were fitted on, or fit new ones with hdb preoptimize"
+            )
+        check_record(record, space, str(folder))
+
+    def check_fit(self, fit: Mapping) -> None:
+        """Raise ValueError unless the targets were fitted as ``fit`` says."""
+        theirs, fit = self.manifest["fit"], json.loads(json.dumps(dict(fit)))
+        differing = [name for name in fit if theirs.get(name) != fit[name]]
+        if differing:
+            found = ", ".join(f"{name} {theirs.get(name)!r} (here {fit[name]!r})" for name in differing)
+            raise ValueError(
+                f"{self.folder} holds targets of another fit, with {found}; go on with its own settings, or choose "
+                f"another folder"
+            )
+
+    @property
+    def batch(self) -> int:
+        """How many rows of the data set make a shard."""
+        return self.manifest["batch"]
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def shards(self) -> list[int]:
+        """The numbers of the shards that are there, in order."""
+        found = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def write(self, index: int, shard: Shard, thetas: Tensor, losses: Tensor) -> None:
+        """Write a shard whole: ``thetas`` ``(n, L, row)`` and ``losses`` ``(n,)``, float32."""
+        text = {name: json.dumps(value) for name, value in vars(shard).items()}
+        blob = to_bytes({"theta": thetas.contiguous(), "losses": losses.contiguous()}, text)
+        with atomic_path(self.path(index)) as temporary:
+            temporary.write_bytes(blob)
+
+    def read(self, index: int) -> Shard:
+        """Read what a shard says, without its thetas.
+
+        Raises:
+            ValueError: it is damaged or no shard; the message names it.
+        """
+        path = self.path(index)
+        try:
+            header = read_header(path)
+            text = {name: json.loads(value) for name, value in header.metadata.items()}
+            shard = Shard(
+                *(tuple(text[name]) for name in ("rows", "keys", "names")),
+                tuple(Skipped(*entry) for entry in text["skipped"]),
+            )
+            counts = {header.tensors[name].shape[0] for name in ("theta", "losses")}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged or no shard of targets ({error}); {_REMEDY}") from error
+        if counts != {len(shard.keys)} or len(shard.names) != len(shard.keys):
+            raise ValueError(f"{path} is damaged: it has {len(shard.keys)} keys for {counts} thetas; {_REMEDY}")
+        return shard
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where each person's theta is: key -> (shard, row), of the shards that were there at the first look."""
+        return {key: (index, row) for index in self.shards() for row, key in enumerate(self.read(index).keys)}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def thetas(self, keys: Sequence[str]) -> Tensor:
+        """Return the targets of some people, ``(len(keys), L, row)``; check with ``in`` that they have one.
+
+        Raises:
+            ValueError: a shard holds values that are not finite.
+        """
+        rows = []
+        for index, row in (self.places[key] for key in keys):
+            with safe_open(self.path(index), framework="pt") as file:
+                rows.append(file.get_slice("theta")[row])
+            if not torch.isfinite(rows[-1]).all():
+                raise ValueError(f"{self.path(index)} holds values that are not finite; {_REMEDY}")
+        return torch.stack(rows)
+
+    def skipped(self) -> list[Skipped]:
+        """Everything that was left out, in the order of the data set."""
+        return [entry for index in self.shards() for entry in self.read(index).skipped]
+
+    def list_skipped(self) -> Path:
+        """Write what was left out to ``skipped.jsonl``, a name and a reason on each line; safe in every process."""
+        path, listed = self.folder / SKIPPED_FILE, None
+        while listed != (listed := self.shards()):  # another process may have added one while this one wrote
+            lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in self.skipped()]
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        return path
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a target store: it has no {_MANIFEST}; name a folder that hdb preoptimize "
+                         f"wrote")  # fmt: skip
+    manifest = read_json_object(path, "choose another folder, or write it again as it was")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')!r}; this version of lidb-peft reads {FORMAT_VERSION}"
+        )
+    record, batch = manifest.get("space"), manifest.get("batch")
+    if not isinstance(record, dict) or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
+        raise ValueError(f"{path} does not say what its targets belong to; it is damaged or of something else")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"{path} says batch is {batch!r}; expected a number of people; it is damaged")
+    return manifest

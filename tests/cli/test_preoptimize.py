@@ -1,0 +1,72 @@
+"""`hdb preoptimize`, in this process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from testbed.corpus import portrait as draw_portrait
+
+QUICK = ("--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1)
+
+
+@pytest.fixture
+def faces(hdb):
+    folder = hdb.folder / "faces"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(draw_portrait(index, "validation")[0]).save(folder / f"{index}.png")
+    return "faces"
+
+
+def shards(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("shard-*")}
+
+
+def test_preoptimize_fits_everybody_and_goes_on_where_it_was_stopped(hdb, faces):
+    (hdb.folder / faces / "3.png").write_bytes(b"no picture")
+    output = hdb.run("preoptimize", faces, *QUICK, "--out", "targets", "--batch", 2)
+    assert "faces: 4 people, 2 at a time" in output
+    assert "fitted 3 people" in output
+    assert "an hour" in output
+    assert "skipped 1 photos or people so far, listed in targets/skipped.jsonl" in output
+    assert "targets now holds the targets of 3 people" in output
+    first = shards(hdb.folder / "targets")
+    (hdb.folder / "targets" / "shard-00001.safetensors").unlink()
+    output = hdb.run("preoptimize", faces, *QUICK, "--out", "targets")
+    assert "2 at a time" in output
+    assert "fitted 1 people" in output
+    assert "found 1 shards of an earlier run" in output
+    assert shards(hdb.folder / "targets") == first
+
+
+def test_preoptimize_tells_what_is_wrong_in_a_sentence(hdb, faces):
+    preoptimize = ("preoptimize", faces, *QUICK, "--lr", 0.01, "--out")
+    hdb.run(*preoptimize, "targets", "--batch", "auto")
+    assert "targets holds targets of another fit, with lr 0.01 (here 0.5)" in hdb.fail(
+        *preoptimize, "targets", "--lr", 0.5
+    )
+    assert "with seed 0 (here 1)" in hdb.fail(*preoptimize, "targets", "--seed", 1)
+    (hdb.folder / "empty").mkdir()
+    assert "empty holds no images" in hdb.fail("preoptimize", "empty", *QUICK, "--out", "other")
+    assert "empty is not a hypernetwork" in hdb.fail(*preoptimize, "other", "--init-from", "empty")
+    assert "'many' is not a valid" in hdb.fail(*preoptimize, "other", "--batch", "many", code=2)
+    shard = hdb.folder / "targets" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "shard-00000.safetensors is damaged" in hdb.run(*preoptimize, "targets", code=1)
+
+
+def test_two_processes_make_the_shards_of_one(hdb, faces):
+    hdb.run("preoptimize", faces, *QUICK, "--out", "alone", "--batch", 1)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    command = (*launch, "-m", "cli.main", "preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
+    result = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2: fitted 2 people" in result.stdout
+    assert "process 2 of 2: fitted 1 people" in result.stdout
+    assert shards(hdb.folder / "shared") == shards(hdb.folder / "alone")
+    assert json.loads((hdb.folder / "shared" / "manifest.json").read_text())["batch"] == 1
