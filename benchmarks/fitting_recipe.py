@@ -113,7 +113,7 @@ def print_table(done: dict[tuple[str, int], dict]) -> None:
         lines = [scores for (name, _), scores in done.items() if name == row]
         if lines:
             values = [[line[column] for line in lines] for column in COLUMNS]
-            cells = [f"{np.mean(each):.2f} ± {np.std(each):.2f}" for each in values]
+            cells = [f"{np.mean(each):.2f}" + f" ± {np.std(each):.2f}" * (len(each) > 1) for each in values]
             print(f"| {row} | {len(lines)} | " + " | ".join(cells) + " |")
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "personalize": "cli.personalize",
     "generate": "cli.generate",
     "preoptimize": "cli.preoptimize",
+    "train": "cli.train",
     "inspect": "cli.inspect",
     "export": "cli.export",
     "doctor": "cli.doctor",

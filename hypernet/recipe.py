@@ -84,7 +84,7 @@ class PersonalizeConfig:
     lr: float = 5e-4
     rank: int = 4
     timesteps_per_step: int = 1
-    background: float = 0.2
+    background: float = 0.0
     preservation: float = 1.0
     seed: int = 0
     crop: bool = True

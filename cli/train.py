@@ -1,0 +1,112 @@
+"""`hdb train`."""
+
+from pathlib import Path
+
+import click
+
+from cli.bases import base_option, device_option, open_base, precision_option, seed_option
+from hypernet.recipe import DEFAULT_ENCODER, TRAIN_CHOICES, PersonalizeConfig, TrainConfig
+
+_RECIPE = PersonalizeConfig()
+
+
+def _option(flag: str, kind: click.ParamType | type, text: str):
+    """An option for the field of `TrainConfig` that it is named for."""
+    field = flag.removeprefix("--").replace("-", "_")
+    kind = click.Choice(TRAIN_CHOICES[field]) if field in TRAIN_CHOICES else kind
+    return click.option(flag, field, type=kind, default=getattr(TrainConfig, field), show_default=True, help=text)
+
+
+def _switch(flag: str, text: str):
+    return click.option(flag, flag.removeprefix("--").replace("-", "_"), is_flag=True, help=text)
+
+
+@click.command(name="train")
+@click.argument("images")
+@base_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+@click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
+              help="What hdb preoptimize wrote, to compare predictions with.")  # fmt: skip
+@_switch("--resume", "Go on from the last checkpoint in --out, with the same options.")
+@click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Vision transformer: an id or a folder.")
+@_switch("--train-encoder", "Train the encoder too.")
+@_switch("--learned-bases", "Learn the bases too, shared by everybody.")
+@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Refinements of a prediction.")
+@click.option("--hidden-size", default=1024, show_default=True, type=click.IntRange(1), help="Width of the decoder.")
+@_option("--steps", click.IntRange(1), "Optimiser steps.")
+@_option("--lr", float, "Peak learning rate.")
+@_option("--warmup-steps", click.IntRange(0), "Steps of linear warm-up.")
+@_option("--schedule", str, "How the learning rate goes to zero.")
+@_option("--optimizer", str, "adamw8bit takes bitsandbytes.")
+@_option("--batch", click.IntRange(1), "People in each process and pass.")
+@_option("--accumulation", click.IntRange(1), "Passes in each step.")
+@_switch("--gradient-checkpointing", "Take less memory, and longer.")
+@_option("--max-grad-norm", float, "Gradients are clipped to this norm.")
+@_option("--denoising", click.FloatRange(0), "What the denoising loss counts (the paper's alpha); 0: off.")
+@click.option("--weights", type=click.FloatRange(0), show_default="1 with --targets, else 0",
+              help="What the distance to the targets counts (the paper's beta); 0: off.")  # fmt: skip
+@_option("--compare", str, "What is compared with the targets: the weights' updates, or their factors.")
+@_option("--preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
+@_option("--background", click.FloatRange(0), "How much the background counts; the head counts 1.")
+@_switch("--deep-supervision", "Put the loss on every round, not on the last alone.")
+@_option("--timesteps-per-step", click.IntRange(1), "Noisy copies of a photo in each step.")
+@_switch("--same-photo", "Denoise the photo that the encoder sees, also if a person has several.")
+@_switch("--flip", "Mirror half of the photos.")
+@_option("--jitter", float, "Cut off up to this fraction of a photo's side.")
+@_option("--caption-dropout", float, "How often the prompt is left out.")
+@_option("--validation", float, "The fraction of the people to hold out.")
+@click.option("--validation-images", metavar="IMAGES", help="Hold out these people instead.")
+@_option("--log-every", click.IntRange(1), "Steps between lines of the log.")
+@_option("--checkpoint-every", click.IntRange(1), "Steps between checkpoints, each with a validation and pictures.")
+@_option("--workers", click.IntRange(0), "Processes that decode photos.")
+@click.option("--tracker", "trackers", multiple=True, metavar="NAME",
+              help="Any that accelerate knows, such as tensorboard; may be repeated.")  # fmt: skip
+@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that means the person.")
+@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
+@click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
+@seed_option
+@device_option
+@precision_option
+def command(
+    images, base, out, targets, resume, encoder, train_encoder, learned_bases, rounds, hidden_size, weights,
+    validation_images, trackers, token, prompt, no_crop, device, precision, **options
+) -> None:  # fmt: skip
+    """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
+
+    IMAGES is as for hdb preoptimize, whose targets are optional: the denoising loss needs none. OUT/last and OUT/best
+    are hypernetworks, OUT/samples shows held-out people, OUT/log.jsonl holds the losses. `accelerate launch` trains
+    on several GPUs or machines.
+
+    \b
+    hdb train faces/ --out hypernet
+    hdb train faces/ --targets targets --out hypernet --flip --gradient-checkpointing --tracker tensorboard
+    hdb train faces/ --targets targets --out hypernet --resume
+    accelerate launch --num_processes 8 -m cli.main train faces/ --out hypernet
+    """
+    from cli.progress import progress_bars
+    from hypernet.devices import choose_device
+    from hypernet.people import open_people
+    from hypernet.targets import SKIPPED_FILE
+    from hypernet.training import BEST, train
+    from hypernet.training_setup import LAST, join_processes, open_network
+    from lidb_peft import LiDBSpace
+
+    weights = float(targets is not None) if weights is None else weights
+    config = TrainConfig(**options, weights=weights, crop=not no_crop)
+    people = open_people(images)
+    held_out = validation_images and open_people(validation_images)
+    state = join_processes(choose_device(device))
+    opened = open_base(base, device if state.num_processes == 1 else str(state.device), precision)
+    network = open_network(
+        out if resume else None, encoder, LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed,
+        rounds=rounds, hidden_size=hidden_size, train_encoder=train_encoder, learned_bases=learned_bases, token=token,
+        prompt=prompt,
+    )  # fmt: skip
+    with progress_bars() as report:
+        result = train(people, opened.model, network, out, config, targets, held_out, resume, trackers, report)
+    if state.is_main_process:
+        best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({out / BEST})"
+        click.echo(f"trained {result.steps} steps: loss {result.loss:.4f}{best}")
+        if result.skipped:
+            click.echo(f"skipped {len(result.skipped)} photos or people, listed in {out / SKIPPED_FILE}")
+        click.echo(f"wrote {out / LAST}")

@@ -1,0 +1,271 @@
+"""What a hypernetwork is trained on, step by step: which people, in which photos, cut and flipped how.
+
+All of it follows from the seed, the number of the step and the person: not from the process or worker that prepares it,
+so a run is resumed by its step number alone, and processes that share a batch train as one would.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+
+from hypernet.people import People, PreparedPerson, Skipped, prepare_person
+from hypernet.recipe import TrainConfig
+from hypernet.targets import TargetStore
+
+BLANK = -1
+"""The row of nobody, which fills up a batch."""
+
+Place = tuple[int, int]
+"""(step, row of the data set); what a data set of examples is indexed by."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One person in one step.
+
+    Attributes:
+        name: empty if the row cannot be used; its pictures are grey then, and it counts nothing.
+        seen: the photo for the encoder, ``(3, size_px, size_px)`` in [-1, 1].
+        denoised: the photo that is denoised, cut and flipped as ``seen`` is.
+        photo: names ``denoised`` as it was before that.
+        target: the person's pre-optimised theta ``(L, row)``; None if nothing is compared.
+        drops_caption: whether the prompt is the empty one.
+        seed: of the person's noise in this step.
+        skipped: what could not be used.
+    """
+
+    name: str
+    seen: Tensor
+    denoised: Tensor
+    photo: str = ""
+    target: Tensor | None = None
+    drops_caption: bool = False
+    seed: int = 0
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples; ``counts`` ``(B,)`` is 1 where one can be used, and ``copies`` is the noisy copies of each photo."""
+
+    seen: Tensor
+    denoised: Tensor
+    photos: tuple[str, ...]
+    targets: Tensor | None
+    drops_caption: Tensor
+    counts: Tensor
+    seeds: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+    copies: int
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+    def generators(self) -> list[torch.Generator]:
+        """Each person's own, always at the start of its stream."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+
+class Examples(Dataset):
+    """The people of a data set as examples; ``examples[step, row]`` is the same whoever asks for it."""
+
+    def __init__(
+        self,
+        people: People,
+        size_px: int,
+        config: TrainConfig,
+        targets: TargetStore | None = None,
+        theta_shape: tuple[int, int] = (0, 0),
+        copies: int = 1,
+        is_validation: bool = False,
+    ) -> None:
+        """Prepare ``people`` at ``size_px``.
+
+        Args:
+            targets: given, only people who have one can be used.
+            theta_shape: of a target.
+            copies: see `Batch`.
+            is_validation: nothing is cut, flipped or dropped.
+        """
+        self.people, self.size_px, self.config, self.targets = people, size_px, config, targets
+        self.theta_shape, self.copies, self.is_validation = theta_shape, copies, is_validation
+
+    def __len__(self) -> int:
+        return len(self.people.dataset)
+
+    def __getitem__(self, place: Place) -> Example:
+        step, row = place
+        if row == BLANK:
+            return self._blank()
+        # Through People, which reads lazily: one row is decoded, not the data set.
+        (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
+        prepared, skipped = prepare_person(person, self.size_px, self.config.crop)
+        if prepared is None:
+            return self._blank(*skipped)
+        if self.targets is not None and prepared.key not in self.targets:
+            return self._blank(*skipped, Skipped(person.name, "it has no target that was fitted on these photos"))
+        return self._example(step, prepared, tuple(skipped))
+
+    def _example(self, step: int, person: PreparedPerson, skipped: tuple[Skipped, ...]) -> Example:
+        purpose = "validate" if self.is_validation else "train"
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, step, person.key))
+        seen, denoised = _choose_photos(len(person.pixels), self.config.same_photo, generator)
+        pair = person.pixels[[seen, denoised]]
+        if not self.is_validation:
+            pair = augment(pair, self.config.flip, self.config.jitter, generator)
+        drops = torch.rand((), generator=generator).item() < self.config.caption_dropout
+        return Example(
+            name=person.name,
+            seen=pair[0],
+            denoised=pair[1],
+            photo=f"{person.key} {denoised}",
+            target=None if self.targets is None else self.targets.thetas([person.key])[0],
+            drops_caption=drops and not self.is_validation,
+            seed=int(torch.randint(2**62, (), generator=generator)),
+            skipped=skipped,
+        )
+
+    def _blank(self, *skipped: Skipped) -> Example:
+        grey = torch.zeros(3, self.size_px, self.size_px)
+        target = None if self.targets is None else torch.zeros(self.theta_shape)
+        return Example("", grey, grey, target=target, skipped=skipped)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Stack examples to a batch."""
+        return Batch(
+            seen=torch.stack([example.seen for example in examples]),
+            denoised=torch.stack([example.denoised for example in examples]),
+            photos=tuple(example.photo for example in examples),
+            targets=None if self.targets is None else torch.stack([example.target for example in examples]),
+            drops_caption=torch.tensor([example.drops_caption for example in examples]),
+            counts=torch.tensor([float(bool(example.name)) for example in examples]),
+            seeds=tuple(example.seed for example in examples),
+            skipped=tuple(entry for example in examples for entry in example.skipped),
+            copies=self.copies,
+        )
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed that follows from ``parts``, on every machine the same."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _choose_photos(count: int, same: bool, generator: torch.Generator) -> tuple[int, int]:
+    """Which photo the encoder sees and which one is denoised: two different ones where there are two."""
+    order = torch.randperm(count, generator=generator).tolist()
+    return order[0], order[0] if same or count == 1 else order[1]
+
+
+def augment(pixels: Tensor, flip: bool, jitter: float, generator: torch.Generator) -> Tensor:
+    """Mirror and cut pictures ``(n, 3, h, w)``, all of them alike, and bring them back to their size.
+
+    Drawn apart for the picture that is denoised and for the one the encoder sees, this would teach the hypernetwork
+    that a photo does not tell where the face is, or which way it looks.
+
+    Args:
+        flip: mirror one in two.
+        jitter: up to this fraction of the side is cut off, at any side of the picture.
+    """
+    is_mirrored, cut, top, left = torch.rand(4, generator=generator).tolist()
+    if flip and is_mirrored < 0.5:
+        pixels = pixels.flip(-1)
+    side = pixels.shape[-1]
+    removed = round(jitter * cut * side)
+    if removed:
+        y, x = round(top * removed), round(left * removed)
+        pixels = pixels[..., y : y + side - removed, x : x + side - removed]
+        pixels = interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return pixels
+
+
+def training_places(config: TrainConfig, count: int, step: int, rank: int, world: int) -> Iterator[list[Place]]:
+    """Yield the places of process ``rank``'s batches, ``config.accumulation`` for each step from ``step`` on.
+
+    The people are gone through in an order that is drawn anew for each epoch; an epoch may end amid a step.
+    """
+    epoch, order = -1, None
+    for now in range(step, config.steps):
+        for part in range(config.accumulation):
+            places = []
+            for slot in range(config.batch):
+                number = ((now * config.accumulation + part) * world + rank) * config.batch + slot
+                if number // count != epoch:
+                    epoch = number // count
+                    order = np.random.default_rng((config.seed, epoch)).permutation(count)
+                places.append((now, int(order[number % count])))
+            yield places
+
+
+def validation_places(config: TrainConfig, count: int, rank: int, world: int) -> Iterator[list[Place]]:
+    """Yield the places of process ``rank``'s share of all people, in batches that are filled up."""
+    rows = list(range(rank, count, world))
+    for first in range(0, len(rows), config.batch):
+        chosen = rows[first : first + config.batch]
+        yield [(0, row) for row in chosen + [BLANK] * (config.batch - len(chosen))]
+
+
+def choose_people(
+    people: People, config: TrainConfig, targets: TargetStore | None, held_out: People | None
+) -> tuple[People, People | None]:
+    """The people to train on, and those to validate on.
+
+    A name that comes again is left out, as is one without a target. Whom a fraction holds out depends on names alone.
+
+    Args:
+        targets: given, only people who have one are taken.
+        held_out: people to validate on instead of a fraction of ``people``; whether they have targets is the same.
+
+    Raises:
+        ValueError: nobody is left to train on, or the data set is streamed.
+    """
+    for source in (people, held_out):
+        if source is not None and source.is_streamed:
+            raise ValueError(f"{source.source} is streamed; training comes back to everybody: open it whole")
+    rows = _rows(people, targets)
+    if not rows:
+        raise ValueError(_nobody(people, targets))
+    if held_out is not None:
+        others = _rows(held_out, None)
+        if not others:
+            raise ValueError(_nobody(held_out, None))
+        return _select(people, rows.values()), _select(held_out, others.values())
+    by_chance = sorted(rows, key=lambda name: derive_seed(config.seed, "hold out", name))
+    count = max(1, round(config.validation * len(rows))) if config.validation else 0
+    if count == len(rows):
+        raise ValueError(f"{people.source} holds {len(rows)} people to train on, and validation holds out {count}; add "
+                         f"people, or set validation to 0")  # fmt: skip
+    chosen = set(by_chance[:count])
+    training = _select(people, [row for name, row in rows.items() if name not in chosen])
+    return training, _select(people, [rows[name] for name in rows if name in chosen]) if chosen else None
+
+
+def _rows(people: People, targets: TargetStore | None) -> dict[str, int]:
+    """The row of each name, of those who have a target."""
+    rows: dict[str, int] = {}
+    for row, person in enumerate(people):
+        rows.setdefault(person.name, row)
+    if targets is None:
+        return rows
+    fitted = {name for index in targets.shards() for name in targets.read(index).names}
+    return {name: row for name, row in rows.items() if name in fitted}
+
+
+def _nobody(people: People, targets: TargetStore | None) -> str:
+    if targets is None:
+        return f"{people.source} holds no people; pass a data set with at least one image"
+    return (
+        f"nobody in {people.source} has a target in {targets.folder}, which was fitted on "
+        f"{targets.manifest.get('source')}; pass the images that the targets were fitted on"
+    )
+
+
+def _select(people: People, rows: Sequence[int]) -> People:
+    return replace(people, dataset=people.dataset.select(list(rows)))

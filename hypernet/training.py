@@ -1,0 +1,296 @@
+"""Training a hypernetwork (HyperDreamBooth, arXiv:2307.06949, section 4.2), on one process or many.
+
+The folder of a training holds ``last/`` and ``best/``, hypernetworks that `HyperNetwork.from_pretrained` loads;
+``samples/``, pictures of held-out people; ``log.jsonl``; ``skipped.jsonl``; and ``training.pt``, to resume from.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from hypernet.base_models import BaseModel
+from hypernet.examples import Batch, Examples, choose_people, training_places
+from hypernet.hypernetwork import HyperNetwork
+from hypernet.losses import checkpointed, layer_scale
+from hypernet.objective import SUMMED, Objective
+from hypernet.people import People, check_detector
+from hypernet.recipe import StageProgress, TrainConfig
+from hypernet.targets import SKIPPED_FILE
+from hypernet.training_setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
+from hypernet.training_state import STATE_FILE, TrainingState
+from hypernet.validation import TIMESTEPS, draw_sheet, validation_sums
+from lidb_peft import LiDBSpace
+from lidb_peft.files import atomic_path
+
+BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"
+
+
+@dataclass
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        steps: done in all.
+        loss: on the people it was trained on, at the end.
+        best: the lowest on held-out people; None without validation.
+        skipped: the photos and people that were left out, name -> reason.
+    """
+
+    steps: int = 0
+    loss: float = math.nan
+    best: float | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def train(
+    people: People,
+    base: BaseModel,
+    network: HyperNetwork,
+    out: str | Path,
+    config: TrainConfig,
+    targets: str | Path | None = None,
+    held_out: People | None = None,
+    resume: bool = False,
+    trackers: Sequence[str] = (),
+    progress: StageProgress | None = None,
+) -> Trained:
+    """Train ``network`` in place and leave checkpoints in ``out``.
+
+    Processes that `accelerate launch` or `torchrun` has started train together, each with ``config.batch`` people; on
+    a GPU, ``base`` must be on the process's own. The hypernetwork computes in the base's dtype by autocast; its
+    weights are float32.
+
+    Args:
+        targets: folder of a target store, for the weight term.
+        held_out: people to validate on, instead of ``config.validation`` of ``people``.
+        resume: go on from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
+        trackers: that accelerate knows, such as ``tensorboard``; the log is written anyway.
+        progress: called with ("train", steps done, steps in all).
+
+    Raises:
+        FileNotFoundError: there is no target store, or nothing to resume.
+        ValueError: base, targets, network, people and config do not fit together, or the training diverged.
+        ConnectionError: another process has died.
+        OSError: a checkpoint cannot be written; the one before stays.
+    """
+    out = Path(out)
+    _check_folder(out, resume)
+    space = LiDBSpace(base.adapted, network.config.lidb)
+    network.check_space(space)
+    store = open_targets(targets, space, base, network, config)
+    if held_out is not None and not config.needs_base:
+        raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
+                         "or hold out a fraction")  # fmt: skip
+    if config.crop:
+        check_detector()
+    training, validating = choose_people(people, config, store, held_out)
+    accelerator = make_accelerator(base, config, out, trackers)
+    scale = None if store is None else layer_scale(space, some_targets(store), config.compare)
+    run = _Run(
+        accelerator,
+        Objective(base, space, network, config, scale),
+        Examples(training, base.size_px, config, store, space.theta_0.shape, config.timesteps_per_step),
+        validating and Examples(
+            validating, base.size_px, config, store if held_out is None else None, space.theta_0.shape, TIMESTEPS, True
+        ),
+        out,
+    )  # fmt: skip
+    with _told_of_the_dead(accelerator.num_processes), checkpointed(base, config.gradient_checkpointing):
+        try:
+            run.start(resume)
+            run.go(progress)
+        finally:
+            run.objective.latents.release()
+        accelerator.end_training()
+    return run.result
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self, accelerator: Accelerator, objective: Objective, training: Examples, validating: Examples | None, out: Path
+    ) -> None:
+        self.accelerator, self.objective, self.out = accelerator, objective, out
+        self.training, self.validating = training, validating
+        self.config, self.network = objective.config, objective.network
+        self.result = Trained()
+        if self.config.gradient_checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = make_optimizer(self.network, self.config)
+        self.schedule = get_scheduler(
+            self.config.schedule, optimizer, min(self.config.warmup_steps, self.config.steps), self.config.steps
+        )
+        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        parts = {"optimizer": optimizer, "schedule": self.schedule}
+        if accelerator.scaler is not None:
+            parts["scaler"] = accelerator.scaler
+        self.state = TrainingState(self.network, parts)
+        self.running = torch.zeros(len(SUMMED), device=accelerator.device)
+        self.used = 0  # people since the last checkpoint
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    def start(self, resume: bool) -> None:
+        """Take over the last state, or write the first, so that a run that is killed at any moment can be resumed."""
+        self.objective.train()
+        if resume:
+            self.state.load(self.out, self.config, self.world)
+            self.result.skipped = _read_skipped(self.out / SKIPPED_FILE)
+        if self.accelerator.is_main_process:
+            (self.out / SAMPLES).mkdir(parents=True, exist_ok=True)
+            _trim_log(self.out / LOG_FILE, self.state.step)
+            if not resume:
+                self._save()
+        self.accelerator.wait_for_everyone()
+
+    def go(self, progress: StageProgress | None) -> None:
+        """Train to the last step."""
+        state, config = self.state, self.config
+        places = training_places(config, len(self.training), state.step, self.accelerator.process_index, self.world)
+        loader = DataLoader(
+            self.training, batch_sampler=places, collate_fn=self.training.collate, num_workers=config.workers,
+            generator=torch.Generator(),  # the global one is left alone
+        )  # fmt: skip
+        for batch in loader:
+            self._learn(batch)
+            if not self.accelerator.sync_gradients:
+                continue
+            self.schedule.step()
+            state.step += 1
+            is_checkpoint = state.step == config.steps or state.step % config.checkpoint_every == 0
+            if is_checkpoint or state.step % config.log_every == 0:
+                self._log_training()
+            if is_checkpoint:
+                self._checkpoint()
+            if progress is not None and self.accelerator.is_main_process:
+                progress("train", state.step, config.steps)
+        self.result.steps = state.step
+        self.result.best = None if self.validating is None else state.best
+
+    def _learn(self, batch: Batch) -> None:
+        self.result.skipped.update(batch.skipped)
+        with self.accelerator.accumulate(self.model):
+            loss, sums = self.model(batch.to(self.accelerator.device))
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.running += sums
+
+    def _log_training(self) -> None:
+        means = self._means(self.running, self.training)
+        self.running.zero_()
+        if means:
+            self.used += means["people"]
+            self.result.loss = means["loss"]
+            self._log({**means, "lr": self.schedule.get_last_lr()[0]})
+
+    def _checkpoint(self) -> None:
+        """Validate, draw and save."""
+        if not self.used:
+            raise ValueError(self._nobody(self.training))
+        self.used, is_best = 0, False
+        if self.validating is not None:
+            sums = validation_sums(self.objective, self.validating, self.accelerator.process_index, self.world)
+            means = self._means(sums, self.validating)
+            if not means:
+                raise ValueError(self._nobody(self.validating))
+            self._log({f"validation_{name}": value for name, value in means.items()})
+            is_best = means["loss"] < self.state.best
+            self.state.best = min(means["loss"], self.state.best)
+        skipped = [self.result.skipped]
+        for entries in gather_object(skipped) if self.world > 1 else skipped:
+            self.result.skipped.update(entries)
+        if self.accelerator.is_main_process:
+            if self.validating is not None:
+                draw_sheet(self.objective, self.validating, self.out / SAMPLES / f"step-{self.state.step:07d}.png")
+            if is_best:
+                self.network.save_pretrained(self.out / BEST)
+            self._save()
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        self.network.save_pretrained(self.out / LAST)
+        with atomic_path(self.out / SKIPPED_FILE) as temporary:
+            lines = [json.dumps({"name": n, "reason": r}, ensure_ascii=False) for n, r in self.result.skipped.items()]
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.state.save(self.out, self.config, self.world)
+
+    def _means(self, sums: Tensor, examples: Examples) -> dict[str, float]:
+        """The mean of each term over the people of all processes, and the loss that they make; nothing of nobody."""
+        sums = dict(zip(SUMMED, self.accelerator.reduce(sums.clone(), "sum").tolist(), strict=True))
+        people = sums.pop("people")
+        if not people:
+            return {}
+        if examples.targets is None:
+            del sums["weights"]
+        terms = {name: value / people for name, value in sums.items() if getattr(self.config, name)}
+        loss = sum(getattr(self.config, name) * value for name, value in terms.items())
+        if not math.isfinite(loss):
+            raise ValueError(f"the training diverged before step {self.state.step} ({terms}); lower the learning rate "
+                             f"{self.config.lr} and train anew")  # fmt: skip
+        return {"loss": loss, **terms, "people": int(people)}
+
+    def _nobody(self, examples: Examples) -> str:
+        found = "; ".join(f"{name}: {reason}" for name, reason in list(self.result.skipped.items())[:1])
+        return f"none of the people of {examples.people.source} that were looked at could be used ({found})"
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.out / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.state.step, **values}) + "\n")
+        self.accelerator.log(values, step=self.state.step)
+
+
+@contextmanager
+def _told_of_the_dead(world: int) -> Iterator[None]:
+    """Say in a sentence that another process has gone; torch says where in its code the connection broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        is_connection = isinstance(error, torch.distributed.DistError) or any(
+            sign in text for sign in ("connection", "timed out", "gloo", "nccl", "peer")
+        )
+        if world == 1 or not is_connection:
+            raise
+        raise ConnectionError(
+            f"another process of this training has died or hangs ({str(error).split('. ')[0]}); see what it "
+            f"said, and resume from the last checkpoint"
+        ) from error
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if (out / STATE_FILE).exists() and not resume:
+        raise ValueError(f"{out} holds a training already; resume it, or choose another folder")
+    if resume:
+        check_resumable(out)
+
+
+def _read_skipped(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {entry["name"]: entry["reason"] for entry in entries}
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop what an interrupted run has logged after the state that is gone on from."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""What a training is put together from: targets, optimizer, processes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from torch import Tensor
+
+from hypernet.base_models import BaseModel
+from hypernet.hypernetwork import HyperNetwork
+from hypernet.recipe import TrainConfig
+from hypernet.targets import TargetStore
+from hypernet.training_state import STATE_FILE
+from lidb_peft import LiDBSpace
+
+LAST = "last"
+WAIT = timedelta(minutes=30)
+"""How long a process waits for another, which may be drawing sample pictures or be dead."""
+_SCALE_FROM = 256  # targets, of which the layers' scale is the mean
+_PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def make_optimizer(network: HyperNetwork, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a hypernetwork, its state in 8 bits on request.
+
+    Raises:
+        ValueError: bitsandbytes is asked for and is not installed.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer adamw8bit needs bitsandbytes, which is not to be had ({error}); pip install 'lidb-peft[cuda]', "
+            f"or choose adamw"
+        ) from error
+    return AdamW8bit(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def open_targets(
+    folder: str | Path | None, space: LiDBSpace, base: BaseModel, network: HyperNetwork, config: TrainConfig
+) -> TargetStore | None:
+    """Open the targets in ``folder`` for the weight term; None if there is no such term.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the targets are of another base, seed, prompt or crop, or ``config`` does not go with them.
+    """
+    if bool(config.weights) != (folder is not None):
+        raise ValueError(f"weights is {config.weights} and targets is {folder}; the weight term needs targets, and "
+                         f"targets need a weight above 0")  # fmt: skip
+    if folder is None:
+        return None
+    if network.bases is not None and config.compare == "factors":
+        raise ValueError("compare is 'factors', which mean nothing on learned bases; choose 'updates'")
+    store = TargetStore(folder, space)
+    store.check_fit({"prompt": network.config.trigger, "crop": config.crop, "size_px": base.size_px})
+    return store
+
+
+def some_targets(store: TargetStore) -> Tensor:
+    """Targets from all over the store, ``(n, L, row)``."""
+    keys = sorted(store.places)
+    if not keys:
+        raise ValueError(f"{store.folder} holds no targets yet; run hdb preoptimize first")
+    return store.thetas(keys[:_SCALE_FROM])
+
+
+def join_processes(device: torch.device) -> PartialState:
+    """Meet the other processes, if a launcher started some, before a base is loaded onto ``PartialState.device``."""
+    return PartialState(cpu=device.type == "cpu", timeout=WAIT)
+
+
+def open_network(
+    trained: Path | None, encoder: str, space: LiDBSpace, base_model_name: str, seed: int, **options: Any
+) -> HyperNetwork:
+    """The hypernetwork to train: the last of the training in ``trained``, or a fresh one around ``encoder``.
+
+    Args:
+        options: of a fresh one's `HyperNetworkConfig`.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be had.
+    """
+    if trained is None:
+        return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options)
+    check_resumable(trained)
+    return HyperNetwork.from_pretrained(trained / LAST)
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise FileNotFoundError unless there is a training in ``folder`` to resume."""
+    if not (folder / STATE_FILE).exists():
+        raise FileNotFoundError(f"{folder} holds no training to resume; check the folder, or train without resuming")
+
+
+def make_accelerator(base: BaseModel, config: TrainConfig, out: Path, trackers: Sequence[str]) -> Accelerator:
+    """Join the other processes, if there are any, on the base's kind of device and in its precision.
+
+    Raises:
+        ValueError: a tracker is unknown or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in trackers if name not in available]
+    if missing:
+        raise ValueError(f"the tracker {missing[0]!r} is not to be had; pip install it if it is one of "
+                         f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}")  # fmt: skip
+    accelerator = Accelerator(
+        cpu=base.device.type == "cpu",
+        mixed_precision=_PRECISIONS[base.dtype],
+        gradient_accumulation_steps=config.accumulation,
+        log_with=list(trackers) or None,
+        project_dir=out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+    )
+    if trackers:
+        settings = {name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("hypernetwork", settings)
+    return accelerator

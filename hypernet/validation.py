@@ -1,0 +1,67 @@
+"""Validation while a hypernetwork trains: losses on people it never sees, at fixed noise, and pictures of them."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hypernet.examples import Example, Examples, validation_places
+from hypernet.objective import SUMMED, Objective
+from hypernet.sampling import contact_sheet, generate, save_picture
+
+TIMESTEPS = 4  # noisy copies of each photo, spread over the schedule
+PICTURED = 4
+PICTURE_STEPS = 20
+STYLED = "a pencil drawing of {}"
+
+
+@torch.no_grad()
+def validation_sums(objective: Objective, examples: Examples, rank: int, world: int) -> Tensor:
+    """The sums of a batch's `Objective.forward`, over process ``rank``'s share of the people."""
+    config, device = objective.config, objective.base.device
+    places = validation_places(config, len(examples), rank, world)
+    sums = torch.zeros(len(SUMMED), device=device)
+    objective.eval()
+    for batch in DataLoader(
+        examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.workers,
+        generator=torch.Generator(),
+    ):  # fmt: skip
+        sums += objective(batch.to(device))[1]
+    objective.train()
+    return sums
+
+
+@torch.no_grad()
+def draw_sheet(objective: Objective, examples: Examples, path: Path) -> None:
+    """Write pictures of the first few people, each beside the photo they are predicted from, from a fixed seed."""
+    prompt = objective.network.config.trigger
+    prompts = (prompt, STYLED.format(prompt))
+    objective.eval()
+    rows = []
+    for example in _usable(examples, PICTURED):
+        theta = objective.network(example.seen[None].to(objective.base.device))[0]
+        factors = objective.space.factors(theta, objective.network.bases)
+        objective.latents.release()
+        pictures = generate(objective.base, prompts, objective.space, factors, num_steps=PICTURE_STEPS)
+        rows.append((example.name, [_picture(example.seen), *pictures]))
+    objective.train()
+    if rows:
+        save_picture(contact_sheet(rows, ("photo", *prompts)), path)
+
+
+def _usable(examples: Examples, count: int) -> list[Example]:
+    found = []
+    for row in range(len(examples)):
+        example = examples[0, row]
+        if example.name:
+            found.append(example)
+        if len(found) == count:
+            break
+    return found
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """A picture of ``pixels`` ``(3, h, w)`` in [-1, 1]."""
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())

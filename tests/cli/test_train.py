@@ -1,0 +1,58 @@
+"""`hdb train`."""
+
+import json
+
+import pytest
+from PIL import Image
+from transformers import AutoModel, ViTConfig
+
+import hypernet.validation as validation
+from hypernet.hypernetwork import HyperNetwork
+from testbed.corpus import portrait as draw_portrait
+
+QUICK = ("--base", "testbed", "--no-crop", "--workers", 0, "--batch", 2, "--steps", 2, "--log-every", 1, "--encoder",
+         "vit", "--hidden-size", 32, "--rounds", 2)  # fmt: skip
+
+
+@pytest.fixture
+def faces(hdb, monkeypatch):
+    """Three faces, and the folder of a tiny encoder."""
+    monkeypatch.setattr(validation, "PICTURE_STEPS", 1)
+    (hdb.folder / "faces").mkdir()
+    for index in range(3):
+        Image.fromarray(draw_portrait(index, "validation")[0]).save(hdb.folder / "faces" / f"{index}.png")
+    encoder = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    AutoModel.from_config(encoder).save_pretrained(hdb.folder / "vit")
+    return "faces"
+
+
+def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
+    output = hdb.run("train", faces, *QUICK, "--out", "net", "--validation", 0.3)
+    assert "trained 2 steps: loss" in output
+    assert "at best on held-out people (net/best)" in output
+    assert "wrote net/last" in output
+    assert {"net/best/config.json", "net/samples/step-0000002.png", "net/log.jsonl"} <= set(hdb.files())
+    assert HyperNetwork.from_pretrained(hdb.folder / "net" / "last").config.rounds == 2
+    assert "net holds a training already" in hdb.fail("train", faces, *QUICK, "--out", "net")
+    assert "lr 0.0001 (here 0.1)" in hdb.fail(
+        "train", faces, *QUICK, "--out", "net", "--validation", 0.3, "--resume", "--lr", 0.1
+    )
+    hdb.run("preoptimize", faces, "--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1, "--out", "targets")
+    hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out", "other")
+    lines = [json.loads(line) for line in (hdb.folder / "other" / "log.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"step", "loss", "weights", "people", "lr"}] * 2
+
+
+def test_train_tells_what_is_wrong_in_a_sentence(hdb, faces):
+    train = ("train", faces, *QUICK, "--out", "net")
+    assert "net holds no training to resume" in hdb.fail(*train, "--resume")
+    assert "targets does not exist; name a folder that hdb preoptimize wrote" in hdb.fail(
+        *train, "--targets", "targets"
+    )
+    assert "nothing would be learned" in hdb.fail(*train, "--denoising", 0)
+    assert "'step' is not one of 'cosine', 'linear'" in hdb.fail(*train, "--schedule", "step", code=2)
+    assert "the tracker 'abacus' is not to be had" in hdb.fail(*train, "--tracker", "abacus")
+    (hdb.folder / "empty").mkdir()
+    assert "empty holds no images" in hdb.fail("train", "empty", *QUICK, "--out", "net")

@@ -1,0 +1,364 @@
+"""Training the hypernetwork: that it learns, is resumed exactly, and is shared between processes."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTConfig
+
+import hypernet.training_state as training_state
+import hypernet.validation as validation
+from hypernet.hypernetwork import HyperNetwork
+from hypernet.hypernetwork_config import HyperNetworkConfig
+from hypernet.people import open_people, prepare_person
+from hypernet.recipe import TrainConfig
+from hypernet.targets import Shard, TargetStore, create_targets
+from hypernet.training import train
+from hypernet.training_setup import make_optimizer
+from lidb_peft import LiDBConfig, LiDBSpace
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+ENCODER = ViTConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+)
+CONFIG = TrainConfig(
+    steps=6, lr=3e-3, warmup_steps=1, batch=2, denoising=0.0, weights=1.0, flip=True, validation=0.0, crop=False,
+    log_every=1, checkpoint_every=2, workers=0,
+)  # fmt: skip
+DENOISING = replace(CONFIG, denoising=1.0, weights=0.0)
+FIT = {"prompt": "a sks face", "crop": False, "size_px": 32}
+
+
+def make_network(space, **options):
+    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "rounds": 2}
+    return HyperNetwork(HyperNetworkConfig.for_space(space, ENCODER, "mini", **decoder | options))
+
+
+@pytest.fixture
+def targets(space, face_folder):
+    """A store of random targets for the five faces."""
+    people = [prepare_person(person, 32, crop=False)[0] for person in open_people(face_folder)]
+    names, keys = tuple(p.name for p in people), tuple(p.key for p in people)
+    noise = torch.randn(5, *space.theta_0.shape, generator=torch.Generator().manual_seed(7))
+    folder = face_folder.parent / "targets"
+    create_targets(folder, space, "mini", FIT, 5, str(face_folder))
+    shard = Shard(rows=names, keys=keys, names=names, skipped=())
+    TargetStore(folder, space).write(0, shard, space.theta_0 + 0.3 * noise * space.mask, torch.zeros(5))
+    return folder
+
+
+@pytest.fixture
+def run(base, space, face_folder, targets, tmp_path, monkeypatch):
+    """A function: (name of a folder, config) -> (the folder, its network, what came of the training)."""
+    monkeypatch.setattr(validation, "PICTURE_STEPS", 1)
+    monkeypatch.setattr(validation, "PICTURED", 1)
+
+    def train_into(name, config=CONFIG, network=None, people=None, **options):
+        network = network or make_network(space)
+        given = targets if config.weights else None
+        options = {"targets": given, **options}
+        result = train(people or open_people(face_folder), base, network, tmp_path / name, config, **options)
+        return tmp_path / name, network, result
+
+    return train_into
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, which="last"):
+    return load_file(folder / which / "model.safetensors")
+
+
+def largest_difference(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name].float() - second[name].float()).abs().max().item() for name in first)
+
+
+def stop_at(step):
+    def progress(stage, done, total):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+# ---- what is learned ----
+
+
+@pytest.mark.parametrize("compare", ["updates", "factors"])
+def test_predictions_approach_the_targets(run, compare):
+    config = replace(CONFIG, steps=40, batch=5, lr=1e-2, flip=False, compare=compare, checkpoint_every=40)
+    folder, _, result = run("out", config)
+    losses = [entry["loss"] for entry in log(folder)]
+    assert losses[0] == pytest.approx(1.0, abs=0.05)  # theta_0's distance, by the normalisation
+    assert losses[-1] < 0.9 * losses[0]
+    assert (result.steps, result.loss, result.best) == (40, losses[-1], None)
+
+
+def test_the_denoising_loss_alone_lowers_itself_on_the_same_noise(run):
+    def measured(name, network):
+        """The loss on the five faces at the noise of step 0; at this rate the network stays as it is."""
+        config = replace(DENOISING, steps=1, lr=1e-12, batch=5, timesteps_per_step=4, flip=False)
+        return run(name, config, network)[2].loss
+
+    config = replace(DENOISING, steps=10, batch=4, lr=1e-2, flip=False, checkpoint_every=10)
+    folder, network, _ = run("out", config)
+    assert set(log(folder)[0]) == {"step", "loss", "denoising", "people", "lr"}
+    saved = HyperNetwork.from_pretrained(folder / "last").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in network.state_dict().items())
+    assert measured("after", network) < measured("before", None)
+
+
+def test_learned_bases_are_trained_and_saved(run, space):
+    network = make_network(space, learned_bases=True)
+    before = {name: value.clone() for name, value in network.bases.items()}
+    folder, _, _ = run("out", replace(CONFIG, steps=2), network)
+    assert all((network.bases[name] != value).any() for name, value in before.items())
+    loaded = HyperNetwork.from_pretrained(folder / "last")
+    assert all(torch.equal(loaded.bases[name], network.bases[name]) for name in before)
+    with pytest.raises(ValueError, match="'factors', which mean nothing on learned bases"):
+        run("other", replace(CONFIG, compare="factors"), make_network(space, learned_bases=True))
+
+
+def test_held_out_people_are_validated_on_and_the_best_is_kept(run):
+    config = replace(CONFIG, steps=4, denoising=1.0, validation=0.4)
+    folder, _, result = run("out", config)
+    entries = [entry for entry in log(folder) if "validation_loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert all(entry["validation_people"] == 2 for entry in entries)
+    assert result.best == min(entry["validation_loss"] for entry in entries)
+    for entry in entries:
+        assert entry["validation_loss"] == pytest.approx(entry["validation_denoising"] + entry["validation_weights"])
+    assert sorted(file.name for file in (folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+    best = min(entries, key=lambda entry: entry["validation_loss"])["step"]
+    assert (largest_difference(weights(folder), weights(folder, "best")) == 0) == (best == 4)
+
+
+def test_a_folder_of_held_out_people_needs_no_targets(run, face_folder):
+    others = face_folder.parent / "others"
+    others.mkdir()
+    (others / "new.png").write_bytes((face_folder / "4.png").read_bytes())
+    (face_folder / "4.png").unlink()
+    config = replace(CONFIG, steps=1, denoising=1.0)
+    folder, _, _ = run("out", config, held_out=open_people(others))
+    (entry,) = (entry for entry in log(folder) if "validation_loss" in entry)
+    assert set(entry) == {"step", "validation_loss", "validation_denoising", "validation_people"}
+    with pytest.raises(ValueError, match="nothing could be measured on the held-out people"):
+        run("more", CONFIG, held_out=open_people(others))
+
+
+# ---- stopped, resumed, accumulated, shared ----
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, stopped_at):
+    config = replace(CONFIG, accumulation=2, denoising=1.0 if stopped_at == 3 else 0.0)
+    unbroken, _, _ = run("unbroken", config)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", config, progress=stop_at(stopped_at))
+    last = HyperNetwork.from_pretrained(unbroken.parent / "stopped" / "last")
+    resumed, network, result = run("stopped", config, last, resume=True)
+    assert result.steps == 6
+    assert log(resumed) == log(unbroken)
+    assert largest_difference(weights(resumed), weights(unbroken)) == 0
+    assert torch.equal(network.heads.weight, weights(unbroken)["heads.weight"])
+
+
+def test_a_run_killed_while_it_writes_leaves_a_whole_state(run, monkeypatch, tmp_path):
+    def disk_full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        saves = iter([torch.save, torch.save, disk_full])
+        patch.setattr(training_state.torch, "save", lambda *arguments: next(saves)(*arguments))
+        with pytest.raises(OSError, match=r"No space left on device.*training\.pt"):
+            run("out")
+    network = HyperNetwork.from_pretrained(tmp_path / "out" / "last")
+    resumed, _, _ = run("out", CONFIG, network, resume=True)
+    unbroken, _, _ = run("unbroken")
+    assert log(resumed) == log(unbroken)
+    assert largest_difference(weights(resumed), weights(unbroken)) == 0
+
+
+def test_accumulated_passes_are_one_large_one(run):
+    whole, _, _ = run("whole", replace(CONFIG, lr=1e-3, batch=4))
+    parts, _, _ = run("parts", replace(CONFIG, lr=1e-3, accumulation=2))
+    assert largest_difference(weights(whole), weights(parts)) < 1e-5
+    for one, other in zip(log(whole), log(parts), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_workers_change_nothing(run):
+    alone, _, _ = run("alone", replace(CONFIG, steps=2))
+    helped, _, _ = run("helped", replace(CONFIG, steps=2, workers=1))
+    assert log(helped) == log(alone)
+    assert largest_difference(weights(alone), weights(helped)) == 0
+
+
+SCRIPT = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from hypernet.base_models import load_base
+from hypernet.hypernetwork import HyperNetwork
+from hypernet.people import open_people
+from hypernet.recipe import TrainConfig
+from hypernet.training import train
+from testbed import miniature_path
+
+def die(stage, done, total):
+    if done == 4:
+        os._exit(9)
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+base = load_base(str(miniature_path()), device="cpu", precision="fp32")
+config = TrainConfig(**eval(sys.argv[3]))
+try:
+    train(open_people(folder / "faces"), base, HyperNetwork.from_pretrained(folder / "start"), out, config,
+          folder / "targets", progress=die)
+except ConnectionError as error:
+    print("TOLD", error)
+"""
+
+
+def launch(arguments):
+    """Start two processes that train together; the first dies after step 4."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    path = os.pathsep.join(path for path in sys.path if path)
+    shared = os.environ | {"PYTHONPATH": path, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+
+
+def test_two_processes_train_as_one_and_tell_when_the_other_dies(run, space, tmp_path):
+    """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too."""
+    make_network(space, learned_bases=True).save_pretrained(tmp_path / "start")
+    config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch=1)
+    given = {name: value for name, value in vars(config).items() if name != "preserved"}
+    pair = launch([tmp_path, tmp_path / "shared", given])
+    start = HyperNetwork.from_pretrained(tmp_path / "start")
+    with pytest.raises(KeyboardInterrupt):
+        run("alone", replace(config, batch=2), start, progress=stop_at(4))
+    told = [process.communicate(timeout=300) for process in pair]
+    assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "shared")) < 1e-5
+    for one, other in zip(log(tmp_path / "alone"), log(tmp_path / "shared"), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert [process.returncode for process in pair] == [9, 0], told
+    assert "TOLD another process of this training has died or hangs" in told[1][0]
+
+
+# ---- bad input ----
+
+
+def test_what_cannot_be_used_is_skipped_and_listed(run, face_folder):
+    (face_folder / "new.png").write_bytes(b"no picture")
+    (face_folder / "3.png").write_bytes(b"no picture any more")
+    folder, _, result = run("out", replace(DENOISING, steps=2, batch=6, timesteps_per_step=1))
+    assert set(result.skipped) == {"new.png", "3.png"}
+    listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert {entry["name"]: entry["reason"] for entry in listed} == result.skipped
+    assert all(entry["people"] == 4 for entry in log(folder))
+
+
+def test_it_goes_on_past_those_who_cannot_be_used_unless_that_is_everybody(run, face_folder):
+    for name in ("0.png", "1.png", "2.png"):
+        (face_folder / name).write_bytes(b"no picture")
+    config = replace(CONFIG, steps=5, batch=1, checkpoint_every=5)
+    folder, _, _ = run("out", config)
+    assert [entry["people"] for entry in log(folder)] == [1, 1]  # an epoch, a line for each step that had somebody
+    for file in face_folder.iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(
+        ValueError, match=r"none of the people of .*faces that were looked at could be used \(\d\.png: "
+    ):
+        run("other", config)
+
+
+def test_targets_must_belong_to_these_people_this_base_and_this_prompt(run, base, space, targets, tmp_path):
+    with pytest.raises(ValueError, match="prompt 'a sks face' \\(here 'a xyz face'\\)"):
+        run("out", CONFIG, make_network(space, token="xyz"))
+    with pytest.raises(ValueError, match="crop False \\(here True\\)"):
+        run("out", replace(CONFIG, crop=True))
+    other = LiDBSpace(base.adapted, replace_seed(space.config))
+    with pytest.raises(ValueError, match="was made with seed"):
+        run("out", CONFIG, make_network(other))
+    with pytest.raises(ValueError, match="the weight term needs targets"):
+        run("out", CONFIG, targets=None)
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    (tmp_path / "faces" / "0.png").rename(strangers / "stranger.png")
+    with pytest.raises(ValueError, match=r"nobody in .*strangers has a target in .*targets, which was fitted on"):
+        run("out", CONFIG, people=open_people(strangers))
+    assert not (tmp_path / "out").exists()
+
+
+def replace_seed(config: LiDBConfig) -> LiDBConfig:
+    return LiDBConfig(r=config.r, down_dim=config.down_dim, up_dim=config.up_dim, scale=config.scale, seed=99)
+
+
+def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path):
+    with pytest.raises(FileNotFoundError, match="out holds no training to resume"):
+        run("out", resume=True)
+    short = replace(CONFIG, steps=2)
+    run("out", short)
+    with pytest.raises(ValueError, match="out holds a training already; resume it"):
+        run("out", short)
+    with pytest.raises(ValueError, match=r"lr 0\.003 \(here 0\.001\); resume with its own settings"):
+        run("out", replace(short, lr=1e-3), resume=True)
+    with pytest.raises(ValueError, match="trained on 2 people a step and processes, batch and accumulation make 3 now"):
+        run("out", replace(short, batch=3), resume=True)
+    with pytest.raises(ValueError, match=r"is of another hypernetwork: \d+ of its weights"):
+        run("out", short, make_network(space, hidden_size=16), resume=True)
+    state = tmp_path / "out" / "training.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+        run("out", short, resume=True)
+
+
+def test_a_divergence_stops_before_it_is_saved(run, tmp_path):
+    with pytest.raises(ValueError, match=r"the training diverged before step .*lower the learning rate"):
+        run("out", replace(CONFIG, lr=1e30, warmup_steps=0, steps=20))
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+
+
+def test_what_is_not_installed_is_named(run, space, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match=r"adamw8bit needs bitsandbytes.*choose adamw"):
+        make_optimizer(make_network(space), replace(CONFIG, optimizer="adamw8bit"))
+    with pytest.raises(ValueError, match="the tracker 'abacus' is not to be had"):
+        run("out", trackers=["abacus"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"denoising": 0.0, "weights": 0.0}, "nothing would be learned"),
+        ({"schedule": "step"}, "schedule is 'step'; choose cosine or linear"),
+        ({"batch": 0}, "batch is 0; expected 1 or more"),
+        ({"jitter": 1.0}, "jitter is 1.0; expected 0 or more and less than 1"),
+        ({"lr": -1.0}, "lr is -1.0"),
+    ],
+)
+def test_a_config_refuses_what_makes_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **options)
