@@ -71,10 +71,8 @@ def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
     bad = [module.name for module in modules if module.has_non_finite]
     if bad:
         yield f"{_count(bad, 'layer')} with NaN or infinity, which makes black pictures: {_examples(bad)}"
-    zero = [module.name for module in modules if module.is_zero]
-    if zero:
-        which = "every layer" if len(zero) == len(modules) else f"{_count(zero, 'layer')} of {len(modules)}"
-        yield f"{which} changes nothing (all zeros): {_examples(zero)}"
+    if modules and all(module.is_zero for module in modules):  # some are common: a text encoder that was not trained
+        yield "every layer changes nothing (all zeros)"
     partial = [module.name for module in modules if not module.is_complete]
     if partial:
         yield f"{_count(partial, 'layer')} with only one of down and up: {_examples(partial)}"
