@@ -1,4 +1,5 @@
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -190,7 +191,8 @@ def test_theta_is_frozen_while_the_lora_is_fitted(base, space, new_subject, rand
         assert lora_A.shape[0] == lora_B.shape[1] == 3
         assert torch.equal(lora_A[:1], theta_A)
         assert torch.equal(lora_B[:, :1], theta_B)
-        assert lora_B[:, 1:].any()
+        # In the miniature's middle block one token attends to itself: query and key get no gradient.
+        assert lora_B[:, 1:].any() or re.search(r"mid_block.*attn1\.to_[qk]", name)
 
 
 def test_a_plain_lora_needs_no_theta(base, space, new_subject):
