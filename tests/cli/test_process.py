@@ -40,8 +40,9 @@ def test_ctrl_c_in_the_middle_of_a_fit_leaves_no_file(environment, portrait, tmp
     arguments = ("personalize", portrait, "--base", "testbed", "--no-crop", "--theta-steps", 1_000_000,
                  "--out", "me.safetensors", "--save-theta", "theta.safetensors")  # fmt: skip
     process = subprocess.Popen(
-        [*HDB, *map(str, arguments)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [*HDB, *map(str, arguments)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )  # fmt: skip
     for line in process.stderr:
         if line.startswith("base testbed on"):
             break
