@@ -46,19 +46,6 @@ def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, prompt_embeds: Te
     return base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample.float()
 
 
-def denoising_loss(
-    base: BaseModel,
-    clean: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    prompt_embeds: Tensor,
-    background: float = 1.0,
-) -> Tensor:
-    """`denoising_error` of the UNet's answer to `question`, ``(n,)`` float32."""
-    noisy, target = question(base, clean, noise, timesteps)
-    return denoising_error(predict(base, noisy, timesteps, prompt_embeds), target, background)
-
-
 def denoising_error(prediction: Tensor, target: Tensor, background: float = 1.0) -> Tensor:
     """Mean squared error per sample, ``(n,)``; the background counts ``background`` times as much as the head.
 
@@ -79,20 +66,26 @@ def _head_weights(height: int, width: int, background: float) -> Tensor:
 
 
 @torch.no_grad()
-def encode_photos(base: BaseModel, pixels: Tensor) -> Tensor:
+def encode_photos(base: BaseModel, pixels: Tensor, release: bool = True) -> Tensor:
     """The VAE's moments of photos, encoded once and resampled at each step: ``(photos, 2 * 4, h, w)`` float32.
+
+    The VAE is moved to the base's device for this. It runs in float32: SD1.5's overflows in float16.
 
     Args:
         pixels: ``(photos, 3, size, size)`` in [-1, 1].
-
-    The VAE is moved to the base's device for this and back to the CPU, so that it holds no memory while fitting.
-    It runs in float32: SD1.5's overflows in float16.
+        release: call `release_vae` at the end; False leaves the VAE there for the next photos.
     """
-    dtype = base.vae.dtype
     vae = base.vae.to(base.device).type(torch.float32)  # at a cast by to() diffusers logs a warning
+    # One at a time: a batch of 512 px takes gigabytes.
     moments = torch.cat([vae.encode(photo[None].to(base.device)).latent_dist.parameters for photo in pixels])
-    base.vae.type(dtype).to("cpu")
+    if release:
+        release_vae(base)
     return moments
+
+
+def release_vae(base: BaseModel) -> None:
+    """Move the VAE to the CPU, so that it holds no memory while fitting, in the base's dtype, to draw with."""
+    base.vae.type(base.dtype).to("cpu")
 
 
 def sample_latents(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:

@@ -4,7 +4,6 @@ All of it follows from the seed, the number of the step and the person: not from
 so a run is resumed by its step number alone, and processes that share a batch train as one would.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from hypernet.people import People, PreparedPerson, Skipped, prepare_person
+from hypernet.people import People, PreparedPerson, Skipped, derive_seed, prepare_person
 from hypernet.recipe import TrainConfig
 from hypernet.targets import TargetStore
 
@@ -150,12 +149,6 @@ class Examples(Dataset):
             skipped=tuple(entry for example in examples for entry in example.skipped),
             copies=self.copies,
         )
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed that follows from ``parts``, on every machine the same."""
-    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _choose_photos(count: int, same: bool, generator: torch.Generator) -> tuple[int, int]:

@@ -6,17 +6,17 @@ The result for one identity does not depend on who shares the batch: noise is ke
 gradients are clipped per identity and Adam works number by number.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_error, predict, question, sample_latents
-from hypernet.preservation import Preserved, PromptPreservation
+from hypernet.diffusion import question
+from hypernet.losses import base_losses, checkpointed, draw_noise
+from hypernet.people import derive_seed
+from hypernet.preservation import PromptPreservation
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace, LoraFactors, combine
 from lidb_peft.stacks import Stacks
@@ -123,14 +123,18 @@ def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, pr
     prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
     loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
     history = []
-    with _checkpointing(base, config.gradient_checkpointing):
+    with checkpointed(base, config.gradient_checkpointing):
         for step in range(config.steps):
             optimizer.param_groups[0]["lr"] = config.lr * (1 - 0.9 * step / config.steps)
-            clean, noise, timesteps = _draw_batch(base, subjects, generators, config.timesteps_per_step)
+            moments = _draw_moments(subjects, generators, config.timesteps_per_step).to(base.device)
+            clean, noise, timesteps = draw_noise(base, moments, generators)
             noisy, target = question(base, clean, noise, timesteps)
             preserved = preservation and preservation.draw(noisy, timesteps, generators)
             with space.apply(*parts(parameters)):
-                losses, denoising = _losses(base, config, prompt_ids, noisy, timesteps, target, preserved)
+                denoising, change = base_losses(
+                    base, prompt_ids, noisy, timesteps, target, config.background, preserved
+                )
+            losses = denoising if change is None else denoising + config.preservation * change
             (losses.sum() * loss_scale).backward()
             parameters.grad.div_(loss_scale)
             _clip_per_identity(parameters.grad, config.max_grad_norm)
@@ -158,45 +162,13 @@ def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPr
     return PromptPreservation(base, prompts, class_prompts, config.preserved)
 
 
-def _losses(
-    base: BaseModel, config: FitConfig, prompt_ids: Tensor, noisy: Tensor, timesteps: Tensor, target: Tensor,
-    preserved: Preserved | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Each subject's loss and its denoising part, ``(N,)`` each, under the weights that are applied."""
-    ids, rows = prompt_ids[:, None], torch.arange(len(noisy), device=noisy.device).view(len(prompt_ids), -1)
-    copies = rows.shape[1]
-    if preserved is not None:
-        ids = torch.cat([ids, preserved.token_ids.unflatten(0, (len(ids), -1))], dim=1)
-        rows = torch.cat([rows, preserved.rows.view(len(ids), -1)], dim=1)
-    embeds = base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2])
-    embeds = torch.cat([embeds[:, :1].expand(-1, copies, -1, -1), embeds[:, 1:]], dim=1).flatten(0, 1)
-    answers = predict(base, noisy[rows.flatten()], timesteps[rows.flatten()], embeds).unflatten(0, rows.shape)
-    plain, styled = answers[:, :copies].flatten(0, 1), answers[:, copies:].flatten(0, 1)
-    denoising = denoising_error(plain, target, config.background).view(-1, copies).mean(dim=1)
-    if preserved is None:
-        return denoising, denoising
-    change = preserved.loss(plain[preserved.rows], styled).view(len(ids), -1).mean(dim=1)
-    return denoising + config.preservation * change, denoising
-
-
-def _draw_batch(base: BaseModel, subjects, generators, copies: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean latents, noise and timesteps of N * copies samples, identity by identity, from each one's own generator.
-
-    The timesteps of one identity's copies are stratified, so that every step sees the whole schedule.
-    """
-    num_timesteps = base.scheduler.config.num_train_timesteps
-    moments, latent_noise, noise, timesteps = [], [], [], []
+def _draw_moments(subjects: Sequence[Subject], generators: Sequence[torch.Generator], copies: int) -> Tensor:
+    """The moments of ``copies`` photos of each subject, drawn by its own generator: ``(N * copies, 8, h, w)``."""
+    moments = []
     for subject, generator in zip(subjects, generators, strict=True):
         photos = torch.randint(0, len(subject.moments), (copies,), generator=generator)
         moments.append(subject.moments[photos.to(subject.moments.device)])
-        shape = (copies, subject.moments.shape[1] // 2, *subject.moments.shape[2:])
-        latent_noise.append(torch.randn(shape, generator=generator))
-        noise.append(torch.randn(shape, generator=generator))
-        position = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
-        timesteps.append((position * num_timesteps).long().clamp(max=num_timesteps - 1))
-    stacked = (torch.cat(part).to(base.device) for part in (moments, latent_noise, noise, timesteps))
-    moments, latent_noise, noise, timesteps = stacked
-    return sample_latents(moments, latent_noise, base.vae.config.scaling_factor), noise, timesteps
+    return torch.cat(moments)
 
 
 def _check_subjects(subjects: Sequence[Subject]) -> None:
@@ -221,33 +193,10 @@ def _check_thetas(space: LiDBSpace, theta: Tensor, num_subjects: int) -> None:
 
 def _generator(seed: int, key: str, purpose: str) -> torch.Generator:
     """An identity's own stream, on the CPU so that every device draws the same numbers."""
-    digest = hashlib.sha256(f"{seed}|{purpose}|{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, key))
 
 
 def _clip_per_identity(gradient: Tensor, max_norm: float) -> None:
     norms = gradient.flatten(1).norm(dim=1)
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
-
-
-@contextmanager
-def _checkpointing(base: BaseModel, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing for a block; diffusers and transformers recompute in training mode only.
-
-    The bases have no dropout, so training mode changes nothing else.
-    """
-    if not enabled:
-        yield
-        return
-    base.unet.enable_gradient_checkpointing()
-    base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    base.unet.train()
-    base.text_encoder.train()
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-        base.text_encoder.gradient_checkpointing_disable()
-        base.unet.eval()
-        base.text_encoder.eval()

@@ -1,10 +1,6 @@
-"""The terms of a hypernetwork's loss (HyperDreamBooth, arXiv:2307.06949, equation 2).
+"""What a step asks of the base, for many people at once: a fit's and the hypernetwork's denoising and preservation."""
 
-alpha times the base's denoising loss under the predicted weights, plus beta times the distance of the prediction to a
-pre-optimised target; and prompt preservation, which is ours.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,23 +9,20 @@ from torch import Tensor
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import denoising_error, predict, sample_latents
 from hypernet.preservation import Preserved
-from lidb_peft import LiDBSpace, squared_distance
-
-SMALLEST_SCALE = 1e-3  # of the layers' mean; or a layer that no target changes would outweigh all others
 
 
 def draw_noise(
-    base: BaseModel, moments: Tensor, generators: Sequence[torch.Generator], copies: int
+    base: BaseModel, moments: Tensor, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean latents, noise ``(B * copies, 4, h, w)`` and timesteps ``(B * copies,)``, person by person.
+    """Clean latents, noise ``(B * k, 4, h, w)`` and timesteps ``(B * k,)``, person by person.
 
-    The timesteps of one person's copies are stratified, so that every step sees the whole schedule.
+    The timesteps of one person's k copies are stratified, so that every step sees the whole schedule.
 
     Args:
-        moments: of one photo of each person, ``(B, 8, h, w)``.
-        generators: each person's own, on the CPU, so that every device draws the same.
+        moments: of k photos of each person, or of one k times, ``(B * k, 8, h, w)`` on the base's device.
+        generators: each person's own, B of them on the CPU, so that every device draws the same.
     """
-    num_timesteps = base.scheduler.config.num_train_timesteps
+    num_timesteps, copies = base.scheduler.config.num_train_timesteps, len(moments) // len(generators)
     shape = (copies, moments.shape[1] // 2, *moments.shape[2:])
     latent_noise, noise, timesteps = [], [], []
     for generator in generators:
@@ -38,8 +31,7 @@ def draw_noise(
         position = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
         timesteps.append((position * num_timesteps).long().clamp(max=num_timesteps - 1))
     latent_noise, noise, timesteps = (torch.cat(part).to(base.device) for part in (latent_noise, noise, timesteps))
-    clean = sample_latents(moments.repeat_interleave(copies, dim=0), latent_noise, base.vae.config.scaling_factor)
-    return clean, noise, timesteps
+    return sample_latents(moments, latent_noise, base.vae.config.scaling_factor), noise, timesteps
 
 
 def base_losses(
@@ -48,8 +40,8 @@ def base_losses(
     noisy: Tensor,
     timesteps: Tensor,
     target: Tensor,
-    background: float = 1.0,
-    preserved: Preserved | None = None,
+    background: float,
+    preserved: Preserved | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Each person's denoising and preservation loss, ``(B,)`` each, under the weights that are applied.
 
@@ -75,29 +67,8 @@ def base_losses(
     return denoising, preserved.loss(plain[preserved.rows], styled).view(len(ids), -1).mean(dim=1)
 
 
-def layer_distance(
-    space: LiDBSpace, theta: Tensor, target: Tensor, compare: str, bases: Mapping[str, Tensor] | None = None
-) -> Tensor:
-    """How far each layer of theta ``(*batch, L, row)`` is from the target's, ``(*batch, L)``.
-
-    Args:
-        compare: ``updates``, ||dW - dW'||_F^2; or ``factors``, the mean square of theta - target.
-        bases: the learned ones of theta; the target's are the frozen ones.
-    """
-    if compare == "updates":
-        return squared_distance(space, theta, target, bases)
-    mask = space.mask.to(theta.device)
-    return ((theta - target) * mask).square().sum(dim=-1) / mask.sum(dim=-1)
-
-
-def layer_scale(space: LiDBSpace, targets: Tensor, compare: str) -> Tensor:
-    """What `layer_distance` is divided by, ``(L,)``: the mean distance of targets ``(n, L, row)`` from theta_0."""
-    scale = layer_distance(space, targets, space.theta_0.to(targets.device), compare).mean(dim=0)
-    return scale.clamp(min=(SMALLEST_SCALE * scale.mean()).clamp(min=torch.finfo(scale.dtype).tiny))
-
-
 @contextmanager
-def checkpointed(base: BaseModel, enabled: bool = True) -> Iterator[None]:
+def checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing of the base for a block; diffusers and transformers recompute in training mode only.
 
     The bases have no dropout, so training mode changes nothing else.

@@ -1,23 +1,50 @@
-"""What a training step computes: from a batch to its loss.
+"""What a training step computes: from a batch to its loss (HyperDreamBooth, arXiv:2307.06949, equation 2).
+
+alpha times the base's denoising loss under the predicted weights, plus beta times the distance of the prediction to a
+pre-optimised target; and prompt preservation, which is ours.
 
 A module of its own, so that whatever wraps a model (DistributedDataParallel, accelerate's mixed precision) sees all of
 the hypernetwork's parameters used in one forward pass, the learned bases included.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import question
+from hypernet.diffusion import encode_photos, question
 from hypernet.examples import Batch
 from hypernet.hypernetwork import HyperNetwork
-from hypernet.losses import base_losses, draw_noise, layer_distance
+from hypernet.losses import base_losses, draw_noise
 from hypernet.preservation import Preserved, PromptPreservation
 from hypernet.recipe import PersonalizeConfig, TrainConfig
-from lidb_peft import LiDBSpace
+from lidb_peft import LiDBSpace, squared_distance
 
 TERMS = ("denoising", "weights", "preservation")
 SUMMED = (*TERMS, "people")
+SMALLEST_SCALE = 1e-3  # of the layers' mean; or a layer that no target changes would outweigh all others
+
+
+def layer_distance(
+    space: LiDBSpace, theta: Tensor, target: Tensor, compare: str, bases: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """How far each layer of theta ``(*batch, L, row)`` is from the target's, ``(*batch, L)``.
+
+    Args:
+        compare: ``updates``, ||dW - dW'||_F^2; or ``factors``, the mean square of theta - target.
+        bases: the learned ones of theta; the target's are the frozen ones.
+    """
+    if compare == "updates":
+        return squared_distance(space, theta, target, bases)
+    mask = space.mask.to(theta.device)
+    return ((theta - target) * mask).square().sum(dim=-1) / mask.sum(dim=-1)
+
+
+def layer_scale(space: LiDBSpace, targets: Tensor, compare: str) -> Tensor:
+    """What `layer_distance` is divided by, ``(L,)``: the mean distance of targets ``(n, L, row)`` from theta_0."""
+    scale = layer_distance(space, targets, space.theta_0.to(targets.device), compare).mean(dim=0)
+    return scale.clamp(min=(SMALLEST_SCALE * scale.mean()).clamp(min=torch.finfo(scale.dtype).tiny))
 
 
 class Objective(nn.Module):
@@ -38,7 +65,7 @@ class Objective(nn.Module):
         """Compute the loss that ``config`` describes.
 
         Args:
-            scale: of each layer, as `hypernet.losses.layer_scale` gives it; the weight term needs it.
+            scale: of each layer, as `layer_scale` gives it; the weight term needs it.
         """
         super().__init__()
         self.network, self.config = network, config
@@ -91,8 +118,8 @@ class Objective(nn.Module):
     def _ask(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Preserved | None]:
         """What the base is asked and should answer, the same for each round: noisy latents, timesteps, targets."""
         generators = batch.generators()
-        moments = self.latents.moments(batch.denoised, batch.photos)
-        clean, noise, timesteps = draw_noise(self.base, moments, generators, batch.copies)
+        moments = self.latents.moments(batch.denoised, batch.photos).repeat_interleave(batch.copies, dim=0)
+        clean, noise, timesteps = draw_noise(self.base, moments, generators)
         noisy, target = question(self.base, clean, noise, timesteps)
         preserved = self.preservation and self.preservation.draw(noisy, timesteps, generators)
         return noisy, timesteps, target, preserved
@@ -110,29 +137,20 @@ class Objective(nn.Module):
 
 
 class Latents:
-    """The VAE's moments of photos, encoded in float32 (SD1.5's VAE overflows in float16) on the base's device."""
+    """The VAE's moments of a training's photos, on the base's device; the VAE stays there until `release_vae`."""
 
     def __init__(self, base: BaseModel, keep: bool) -> None:
         """Encode with the VAE of ``base``; ``keep`` remembers the moments by the photos' names, on the CPU."""
-        self.base, self.dtype = base, base.vae.dtype
+        self.base = base
         self.kept: dict[str, Tensor] | None = {} if keep else None
 
     @torch.no_grad()
     def moments(self, pixels: Tensor, photos: tuple[str, ...]) -> Tensor:
         """Moments ``(B, 8, h, w)`` float32 of ``pixels`` ``(B, 3, size, size)`` in [-1, 1], whose names are given."""
         if self.kept is None:
-            return self._encode(pixels)
+            return encode_photos(self.base, pixels, release=False)
         missing = {photo: row for row, photo in enumerate(photos) if photo not in self.kept}
         if missing:
-            encoded = self._encode(pixels[list(missing.values())]).cpu()
+            encoded = encode_photos(self.base, pixels[list(missing.values())], release=False).cpu()
             self.kept.update(zip(missing, encoded, strict=True))
         return torch.stack([self.kept[photo] for photo in photos]).to(self.base.device)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        vae = self.base.vae.to(self.base.device).type(torch.float32)  # at a cast by to() diffusers logs a warning
-        # One at a time, as hypernet.diffusion.encode_photos does: a batch of 512 px takes gigabytes.
-        return torch.cat([vae.encode(photo[None]).latent_dist.parameters for photo in pixels])
-
-    def release(self) -> None:
-        """Give the VAE its own dtype back, to draw with, and its memory to the CPU."""
-        self.base.vae.type(self.dtype).to("cpu")

@@ -11,15 +11,12 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from hypernet.faces import find_faces
 from hypernet.photos import decode_image, prepare_photo, read_image
@@ -27,7 +24,6 @@ from hypernet.photos import decode_image, prepare_photo, read_image
 if TYPE_CHECKING:
     import datasets
 
-SHUFFLE_BUFFER = 1000  # rows, where a streamed data set is shuffled
 _NOT_PILLOWS = {".heic", ".heif"}
 
 
@@ -86,24 +82,8 @@ class People:
         return splits["train"].num_examples or None if "train" in splits else None
 
     def __iter__(self) -> Iterator[Person]:
-        return self._read(self.dataset)
-
-    def shuffled(self, seed: int, epoch: int, position: int = 0, rank: int = 0, world: int = 1) -> Iterator[Person]:
-        """Iterate over process ``rank``'s share of an epoch in an order that ``seed`` and ``epoch`` define.
-
-        Args:
-            position: how many people of the share to leave out, because they were seen before an interruption.
-        """
-        from datasets.distributed import split_dataset_by_node
-
-        how = {"buffer_size": SHUFFLE_BUFFER} if self.is_streamed else {"keep_in_memory": True}
-        rows = self.dataset.shuffle(generator=np.random.default_rng((seed, epoch)), **how)
-        share = split_dataset_by_node(rows, rank, world)
-        return islice(self._read(share), position, None)  # skip() of a streamed share would count everybody's rows
-
-    def _read(self, rows) -> Iterator[Person]:
         with _readable(self.source):
-            for row in rows:
+            for row in self.dataset:
                 yield self._person(row)
 
     def _person(self, row: dict) -> Person:
@@ -111,7 +91,7 @@ class People:
             return Person(row["name"], tuple(map(RawPhoto, row["photos"], row["paths"])))
         image = row[self.image_column] or {"bytes": None, "path": None}
         data = image["bytes"] or image["path"] or b""
-        # Without a name the bytes give one: a row's number would depend on the order of an epoch.
+        # Without a name the bytes give one: a row's number would change with the order of the rows.
         name = image["path"] or hashlib.sha256(data).hexdigest()[:16]
         if "__url__" in row:  # keys are unique inside a tar only
             name = f"{Path(row['__url__']).name}/{name}"
@@ -239,41 +219,12 @@ def identity_key(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
+def derive_seed(*parts: object) -> int:
+    """A seed that follows from ``parts``, such as an `identity_key`, on every machine the same."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def check_detector() -> None:
     """Raise ValueError if faces cannot be looked for here, before each image of a data set is skipped for it."""
     find_faces(Image.new("RGB", (64, 64)))
-
-
-class PeopleDataset(IterableDataset):
-    """Prepared people for training; iterating goes through one epoch and sets out for the next.
-
-    Attributes:
-        skipped: the photos that could not be used so far, name -> reason.
-    """
-
-    def __init__(
-        self, people: People, size_px: int, crop: bool = True, seed: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
-        """Share the people of every epoch between ``world`` processes, of which this one is number ``rank``."""
-        self.people, self.size_px, self.crop = people, size_px, crop
-        self.seed, self.rank, self.world = seed, rank, world
-        self.skipped: dict[str, str] = {}
-        self._epoch = self._position = 0
-
-    def __iter__(self) -> Iterator[PreparedPerson]:
-        if self.crop:
-            check_detector()
-        for person in self.people.shuffled(self.seed, self._epoch, self._position, self.rank, self.world):
-            self._position += 1
-            prepared, skipped = prepare_person(person, self.size_px, self.crop)
-            self.skipped.update(skipped)
-            if prepared is not None:
-                yield prepared
-        self._epoch, self._position = self._epoch + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the iteration is: an iterator made after `load_state_dict` goes on with the person after the last."""
-        return {"epoch": self._epoch, "position": self._position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epoch, self._position = state["epoch"], state["position"]

@@ -1,6 +1,5 @@
 """One person's photos in, a standard LoRA out: fit theta, relax the rank, finetune, join both (paper, section 4)."""
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos
 from hypernet.fit import Progress, Subject, fit_lora, fit_theta
+from hypernet.people import identity_key
 from hypernet.photos import Photo, load_photo, read_image
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
@@ -241,8 +241,9 @@ def make_subject(base: BaseModel, photos: Sequence[Photo], prompt: str, class_pr
     if not photos:
         raise ValueError("there is no photo; pass at least one")
     pixels = torch.stack([photo.to_tensor() for photo in photos])
-    key = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-    return Subject(key=key, moments=encode_photos(base, pixels), prompt=prompt, class_prompt=class_prompt)
+    return Subject(
+        key=identity_key(pixels), moments=encode_photos(base, pixels), prompt=prompt, class_prompt=class_prompt
+    )
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from hypernet.base_models import BaseModel
+from hypernet.diffusion import release_vae
 from hypernet.examples import Batch, Examples, choose_people, training_places
 from hypernet.hypernetwork import HyperNetwork
-from hypernet.losses import checkpointed, layer_scale
-from hypernet.objective import SUMMED, Objective
+from hypernet.losses import checkpointed
+from hypernet.objective import SUMMED, Objective, layer_scale
 from hypernet.people import People, check_detector
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.targets import SKIPPED_FILE
@@ -110,7 +111,7 @@ def train(
             run.start(resume)
             run.go(progress)
         finally:
-            run.objective.latents.release()
+            release_vae(base)
         accelerator.end_training()
     return run.result
 

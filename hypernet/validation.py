@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hypernet.diffusion import release_vae
 from hypernet.examples import Example, Examples, validation_places
 from hypernet.objective import SUMMED, Objective
 from hypernet.sampling import contact_sheet, generate, save_picture
@@ -43,7 +44,7 @@ def draw_sheet(objective: Objective, examples: Examples, path: Path) -> None:
     for example in _usable(examples, PICTURED):
         theta = objective.network(example.seen[None].to(objective.base.device))[0]
         factors = objective.space.factors(theta, objective.network.bases)
-        objective.latents.release()
+        release_vae(objective.base)
         pictures = generate(objective.base, prompts, objective.space, factors, num_steps=PICTURE_STEPS)
         rows.append((example.name, [_picture(example.seen), *pictures]))
     objective.train()

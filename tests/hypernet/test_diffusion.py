@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -5,14 +6,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from hypernet.base_models import load_base
 from hypernet.diffusion import (
     add_noise,
     denoising_error,
-    denoising_loss,
     encode_photos,
+    predict,
     prediction_target,
+    question,
     sample_latents,
 )
+from testbed import miniature_path
 
 TIMESTEPS = torch.tensor([0, 1, 499, 998, 999])
 
@@ -65,10 +69,12 @@ def test_the_loss_is_per_sample(base, pair, prediction_type):
     timesteps = torch.tensor([10, 500, 990])
     with torch.no_grad():
         embeds = base.text_encoder(base.token_ids("a face"))[0].expand(3, -1, -1)
-        together = denoising_loss(typed, clean, noise, timesteps, embeds)
-        alone = [
-            denoising_loss(typed, *(part[i : i + 1] for part in (clean, noise, timesteps, embeds))) for i in range(3)
-        ]
+
+        def losses(rows):
+            noisy, target = question(typed, clean[rows], noise[rows], timesteps[rows])
+            return denoising_error(predict(typed, noisy, timesteps[rows], embeds[rows]), target)
+
+        together, alone = losses(slice(3)), [losses(slice(i, i + 1)) for i in range(3)]
     assert together.shape == (3,)
     assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
     assert together.unique().numel() == 3
@@ -84,15 +90,18 @@ def test_photos_are_encoded_as_the_autoencoder_encodes_them(base):
     assert torch.allclose(log_variance.clamp(-30, 20), expected.logvar, atol=1e-5)
 
 
-def test_photos_are_encoded_in_float32_whatever_the_base_runs_in(base):
-    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    expected = encode_photos(base, pixels)
-    base.vae.to(torch.float16)
-    moments = encode_photos(base, pixels)
-    assert base.vae.dtype == torch.float16  # as it was
-    base.vae.to(torch.float32)
+def test_photos_are_encoded_in_float32_whatever_the_base_runs_in():
+    half = load_base(str(miniature_path()), device="cpu", precision="bf16")
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    with torch.no_grad():
+        expected = copy.deepcopy(half.vae).float().encode(pixels).latent_dist.parameters
+    staying = encode_photos(half, pixels, release=False)
+    assert half.vae.dtype == torch.float32
+    moments = encode_photos(half, pixels)
+    assert half.vae.dtype == torch.bfloat16  # as it was
     assert moments.dtype == torch.float32
-    assert torch.allclose(moments, expected, atol=1e-2)
+    assert torch.allclose(moments, expected, atol=1e-5)
+    assert torch.equal(moments, staying)
 
 
 def test_the_background_counts_as_much_as_asked():

@@ -33,13 +33,13 @@ def gradients(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """Every step's ``(clean, noise, timesteps)``."""
-    seen, original = [], fit_module._draw_batch
+    seen, original = [], fit_module.draw_noise
 
     def record(*arguments):
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(fit_module, "_draw_batch", record)
+    monkeypatch.setattr(fit_module, "draw_noise", record)
     return seen
 
 

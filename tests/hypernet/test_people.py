@@ -1,7 +1,5 @@
 import io
-import itertools
 import tarfile
-from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hypernet.people import PeopleDataset, Person, RawPhoto, identity_key, open_people, prepare_person
+from hypernet.people import Person, RawPhoto, identity_key, open_people, prepare_person
 from hypernet.personalize import make_subject
 from hypernet.photos import load_photo
 
@@ -171,51 +169,3 @@ def test_an_image_behind_a_url_is_fetched_and_a_broken_connection_is_not_its_fau
     assert key == keys([Person("a", (RawPhoto("a", drawn_faces[0]),))])[0]
     with pytest.raises(OSError, match="gone"):
         prepare_person(Person("a", (RawPhoto("a", (face_folder / "gone.png").as_uri()),)), 32, crop=False)
-
-
-# ---- epochs ----
-
-
-@pytest.fixture(params=["folder", "streamed"])
-def people(request, face_folder, drawn_faces, tmp_path):
-    if request.param == "folder":
-        return open_people(face_folder)
-    return open_people(write_tar(tmp_path / "faces.tar", list(map(tuple, enumerate(drawn_faces)))), streaming=True)
-
-
-def test_an_epoch_has_everybody_once_in_an_order_of_its_own(people):
-    orders = [names(people.shuffled(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 2))]
-    assert all(sorted(order) == sorted(names(people)) for order in orders)
-    assert len(set(map(tuple, orders))) > 2
-    assert names(people.shuffled(0, 1)) == orders[1]
-
-
-def test_processes_share_an_epoch(people):
-    shares = [names(people.shuffled(0, 3, rank=rank, world=2)) for rank in range(2)]
-    assert sorted(map(len, shares)) == [2, 3]
-    assert Counter(itertools.chain(*shares)) == Counter(names(people))
-    for rank, share in enumerate(shares):
-        assert names(people.shuffled(0, 3, position=1, rank=rank, world=2)) == share[1:]
-
-
-def test_training_goes_on_with_the_person_after_the_last(people):
-    def fresh():
-        return PeopleDataset(people, 32, crop=False, seed=4)
-
-    unbroken = fresh()
-    expected = [person.key for _ in range(3) for person in unbroken]
-    for stop in (0, 1, 5, 7):
-        first, resumed = fresh(), fresh()
-        endless = itertools.chain.from_iterable(itertools.repeat(first))
-        seen = [person.key for person in itertools.islice(endless, stop)]
-        resumed.load_state_dict(first.state_dict())
-        rest = itertools.chain.from_iterable(itertools.repeat(resumed))
-        assert seen + [person.key for person in itertools.islice(rest, 15 - stop)] == expected
-
-
-def test_training_skips_what_cannot_be_used_and_says_so(face_folder):
-    (face_folder / "1.png").write_bytes(b"no picture")
-    dataset = PeopleDataset(open_people(face_folder), 32, crop=False)
-    assert len(list(dataset)) == 4
-    assert list(dataset.skipped) == ["1.png"]
-    assert dataset.state_dict() == {"epoch": 1, "position": 0}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import ViTConfig
 
-from hypernet.diffusion import denoising_loss, encode_photos
+from hypernet.diffusion import encode_photos, predict, question, release_vae
 from hypernet.examples import Batch
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.hypernetwork_config import HyperNetworkConfig
-from hypernet.losses import checkpointed, draw_noise, layer_distance, layer_scale
-from hypernet.objective import SUMMED, Objective
+from hypernet.losses import checkpointed, draw_noise
+from hypernet.objective import SUMMED, Objective, layer_distance, layer_scale
 from hypernet.recipe import TrainConfig
 from lidb_peft import squared_distance
 
@@ -44,6 +44,14 @@ def batch(thetas):
 
 def dense_updates(space, theta, bases=None):
     return [up @ down for down, up in space.factors(theta, bases).values()]
+
+
+def asked(base, batch):
+    """What the base is asked and should answer: noisy latents, timesteps, targets."""
+    moments = encode_photos(base, batch.denoised).repeat_interleave(batch.copies, dim=0)
+    clean, noise, timesteps = draw_noise(base, moments, batch.generators())
+    noisy, target = question(base, clean, noise, timesteps)
+    return noisy, timesteps, target
 
 
 def test_updates_are_compared_as_dense_matrices_would_be(space, thetas):
@@ -86,7 +94,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
     network = make_network(space)
     scale = layer_scale(space, thetas, "updates")
     loss, sums = Objective(base, space, network, config, scale)(batch)
-    clean, noise, timesteps = draw_noise(base, encode_photos(base, batch.denoised), batch.generators(), 2)
+    noisy, timesteps, target = asked(base, batch)
     prompt = base.token_ids("a sks face")
     expected = []
     for person in range(2):
@@ -94,7 +102,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
         rows = slice(2 * person, 2 * person + 2)
         with space.weights(theta):
             embeds = base.text_encoder(prompt)[0].expand(2, -1, -1)
-            denoising = denoising_loss(base, clean[rows], noise[rows], timesteps[rows], embeds).mean()
+            denoising = (predict(base, noisy[rows], timesteps[rows], embeds) - target[rows]).square().mean()
         distance = (squared_distance(space, theta, batch.targets[person]) / scale).mean()
         expected.append(torch.stack([denoising, distance]))
     expected = torch.stack(expected)
@@ -117,10 +125,11 @@ def test_a_blank_place_counts_nothing(base, space, thetas, batch):
 def test_without_its_caption_a_person_answers_to_the_empty_prompt(base, space, batch):
     network = make_network(space)
     _, sums = Objective(base, space, network, CONFIG)(replace(batch, drops_caption=torch.tensor([True, True])))
-    clean, noise, timesteps = draw_noise(base, encode_photos(base, batch.denoised), batch.generators(), 2)
+    noisy, timesteps, target = asked(base, batch)
     with space.weights(network(batch.seen)):
         embeds = base.text_encoder(base.token_ids("").expand(2, -1))[0].repeat_interleave(2, dim=0)
-        expected = denoising_loss(base, clean, noise, timesteps, embeds).view(2, 2).mean(dim=1).sum()
+        error = predict(base, noisy, timesteps, embeds) - target
+    expected = error.square().mean(dim=(1, 2, 3)).view(2, 2).mean(dim=1).sum()
     assert torch.allclose(sums[0], expected, rtol=1e-5)
 
 
@@ -177,4 +186,4 @@ def test_moments_are_encoded_once_unless_photos_change(base, space, batch):
         assert (objective.latents.kept and set(objective.latents.kept)) == kept
         other = objective.latents.moments(batch.seen, batch.photos)
         assert torch.equal(other, encode_photos(base, batch.denoised if kept else batch.seen))
-        objective.latents.release()
+        release_vae(base)
