@@ -28,7 +28,6 @@ def generate(
     seed: int = 0,
     num_steps: int = 30,
     guidance: float = 7.5,
-    negative_prompt: str = "",
     progress: Progress | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per prompt, all from the same starting noise.
@@ -51,7 +50,6 @@ def generate(
     with space.apply(factors) if factors is not None else nullcontext():
         return pipeline(
             list(prompts),
-            negative_prompt=[negative_prompt] * len(prompts),
             num_inference_steps=num_steps,
             guidance_scale=guidance,
             height=base.size_px,
