@@ -112,17 +112,18 @@ class Judge:
         shots = [self.measure([photo(person, number) for person in people]).embedding for number in NEVER_SHOWN]
         return torch.nn.functional.normalize(torch.stack(shots).mean(dim=0), dim=1)
 
-    def identity(self, embedding: Tensor, people: Sequence[int], prompt: str) -> Tensor:
-        """Identity ``(n,)`` of pictures that a prompt made: 0 a stranger's, 1 a true picture."""
-        similarity = (embedding * self.references(people)).sum(dim=1)
+    def identity(self, embedding: Tensor, references: Tensor, prompt: str) -> Tensor:
+        """Identity ``(n,)`` of a prompt's pictures, by the people's `references`: 0 a stranger's, 1 a true one."""
+        similarity = (embedding * references).sum(dim=1)
         return (similarity - self.stranger[prompt]) / (self.true[prompt] - self.stranger[prompt])
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> Scores:
         """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1], in the order of the judge's prompts."""
+        references = self.references(people)
         identities, right = {}, {}
         for name, drawn in zip(self.prompts, pictures.unbind(1), strict=True):
             found = self.measure(drawn)
-            identities[name] = self.identity(found.embedding, people, name)
+            identities[name] = self.identity(found.embedding, references, name)
             for attribute, value in PROMPTS[name][1].items():
                 right[name] = torch.tensor([float(choice == value) for choice in found.choice(attribute)])
         shown = to_pixels([photo(person, SHOWN) for person in people])

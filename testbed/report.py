@@ -28,7 +28,7 @@ from testbed.protocol import PROMPTS, SHOWN, Judge, draw_prompts, photo, true_pi
 from testbed.train import psnr_db
 
 TEST = SPLITS["test"]
-SEEN = 0.5
+SEEN = 0.5  # the share of what guessing leaves open that has to be explained for an attribute to be seen
 
 
 @torch.no_grad()
