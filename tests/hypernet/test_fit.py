@@ -200,6 +200,13 @@ def test_a_plain_lora_needs_no_theta(base, space, new_subject):
     assert {lora_A.shape[0] for lora_A, _ in factors.values()} == {2}
 
 
+def test_everybody_starts_at_the_same_vector(base, space, new_subject):
+    """Each person's own random start was noise in the targets that no photo could predict."""
+    thetas, _ = fit_theta(base, space, [new_subject("ann"), new_subject("bob", 2)], FitConfig(0, 1e-2))
+    assert thetas.shape == (2, *space.theta_0.shape)
+    assert (thetas == space.theta_0).all()
+
+
 def test_no_steps_change_nothing(base, space, new_subject, random_theta):
     theta, losses = fit_theta(base, space, [new_subject("ann")], FitConfig(0, 1e-2), start=random_theta)
     assert torch.equal(theta[0], random_theta)

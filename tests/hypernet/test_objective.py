@@ -112,6 +112,17 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
     assert (timesteps.view(2, 2) // 500 == torch.tensor([0, 1])).all()  # stratified
 
 
+def test_noise_is_each_seeds_own_and_no_global_generator_is_touched(base, space, batch):
+    """Where a module seeded the global generator, every step drew the same noise and timestep."""
+    state = torch.get_rng_state()
+    first, other = asked(base, batch), asked(base, replace(batch, seeds=(5, 4)))
+    for drawn, drawn_other in zip(first, other, strict=True):
+        assert not torch.equal(drawn[:2], drawn_other[:2])
+        assert torch.equal(drawn[2:], drawn_other[2:])  # the second person's
+    Objective(base, space, make_network(space), replace(CONFIG, preservation=1.0))(batch)[0].backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_blank_place_counts_nothing(base, space, thetas, batch):
     objective = Objective(base, space, make_network(space), replace(CONFIG, denoising=0.0, weights=1.0),
                           layer_scale(space, thetas, "factors"))  # fmt: skip
