@@ -7,6 +7,7 @@ damaged) is returned as `Skipped`, with its reason, and never raised.
 import glob
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,7 +132,9 @@ def _find_files(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         files = [path]
     else:
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        # rglob would leave out folders that are links, as people's collections often are.
+        found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        names = sorted(file.relative_to(path).as_posix() for file in found if file.is_file())
         files = [path / name for name in names if not f"/{name}".count("/.")]
     return {kind: [file for file in files if file.suffix.lower() in suffixes[kind]] for kind in suffixes}
 

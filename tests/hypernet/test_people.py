@@ -82,6 +82,13 @@ def test_a_sub_folder_is_one_person_and_what_is_no_image_is_no_person(face_folde
     assert not skipped
 
 
+def test_a_link_to_a_folder_is_a_folder(face_folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "ann").symlink_to(face_folder, target_is_directory=True)
+    (ann,) = open_people(tmp_path / "linked")
+    assert (ann.name, len(ann.photos)) == ("ann", len(list(face_folder.glob("*.png"))))
+
+
 def test_one_image_is_a_data_set_too(face_folder):
     assert names(open_people(face_folder / "3.png")) == ["3.png"]
 
