@@ -56,23 +56,15 @@ class Measurement:
 
 
 class MeasuringNetwork(nn.Module):
-    """A small convolutional network on 32 x 32 pictures."""
+    """Reads who and what is in 32 x 32 pictures off the features of a trunk."""
 
-    def __init__(self):
+    def __init__(self, trunk: nn.Module | None = None, width: int = 320):
+        """Put fresh heads on ``trunk``, which makes ``(n, width)`` of pictures; default a small convolutional one."""
         super().__init__()
-
-        def block(fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-            convolution = nn.Conv2d(fan_in, fan_out, kernel, stride, padding=1)
-            return nn.Sequential(convolution, nn.GroupNorm(8, fan_out), nn.GELU())
-
-        self.trunk = nn.Sequential(
-            block(3, 32, kernel=4, stride=2), block(32, 64), block(64, 96, kernel=4, stride=2), block(96, 96),
-            block(96, 96, kernel=4, stride=2), block(96, 96), nn.Flatten(),
-            nn.Linear(96 * 16, 320), nn.LayerNorm(320), nn.GELU(),
-        )  # fmt: skip
-        self.embedding = nn.Linear(320, EMBEDDING_DIM)
-        self.continuous = nn.Linear(320, len(CONTINUOUS))
-        self.choices = nn.ModuleDict({name: nn.Linear(320, len(values)) for name, values in CHOICES.items()})
+        self.trunk = _convolutional_trunk(width) if trunk is None else trunk
+        self.embedding = nn.Linear(width, EMBEDDING_DIM)
+        self.continuous = nn.Linear(width, len(CONTINUOUS))
+        self.choices = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in CHOICES.items()})
 
     def forward(self, pixels: Tensor) -> Measurement:
         """Measure pictures ``(n, 3, 32, 32)`` in [-1, 1]."""
@@ -82,6 +74,18 @@ class MeasuringNetwork(nn.Module):
             continuous=dict(zip(CONTINUOUS, self.continuous(features).unbind(1), strict=True)),
             logits={name: head(features) for name, head in self.choices.items()},
         )
+
+
+def _convolutional_trunk(width: int) -> nn.Sequential:
+    def block(fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+        convolution = nn.Conv2d(fan_in, fan_out, kernel, stride, padding=1)
+        return nn.Sequential(convolution, nn.GroupNorm(8, fan_out), nn.GELU())
+
+    return nn.Sequential(
+        block(3, 32, kernel=4, stride=2), block(32, 64), block(64, 96, kernel=4, stride=2), block(96, 96),
+        block(96, 96, kernel=4, stride=2), block(96, 96), nn.Flatten(),
+        nn.Linear(96 * 16, width), nn.LayerNorm(width), nn.GELU(),
+    )  # fmt: skip
 
 
 def to_pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:

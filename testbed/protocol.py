@@ -15,7 +15,7 @@ from hypernet.base_models import BaseModel
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed.drawing import draw
 from testbed.measuring import Measurement, MeasuringNetwork, to_pixels
-from testbed.portraits import SPLITS, identity, random_scene
+from testbed.portraits import SPLITS, Scene, identity, random_scene
 
 PROMPTS = {
     "plain": ("a [V] face", {}),
@@ -41,10 +41,14 @@ CALIBRATION_PEOPLE = 100
 TYPICAL_COLOUR_DISTANCE = 0.70  # of the backgrounds of two random plain photos, colours in [-1, 1]
 
 
+def photo_scene(person: int, number: int) -> Scene:
+    """How plain photo ``number`` shows the identity with seed ``person``."""
+    return random_scene(np.random.default_rng((person, number, 0xF0)), plain=True)
+
+
 def photo(person: int, number: int) -> np.ndarray:
     """Plain photo ``number`` of the identity with seed ``person``: ``(32, 32, 3)`` uint8."""
-    scene = random_scene(np.random.default_rng((person, number, 0xF0)), plain=True)
-    return draw(identity(person), scene)
+    return draw(identity(person), photo_scene(person, number))
 
 
 def true_picture(person: int, prompt: str) -> np.ndarray:

@@ -1,0 +1,129 @@
+"""Make the miniature's hypernetwork from nothing: ``python -m testbed.train_hypernetwork --out runs/hypernetwork``.
+
+Stages: draw people, a few plain photos of each; train a vision transformer to tell them apart, as face recognition is
+trained; train the hypernetwork around it as `hdb train` does; pack. Every stage resumes where it was stopped.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+
+from hypernet.base_models import load_base
+from hypernet.hypernetwork import HyperNetwork
+from hypernet.people import People, open_people
+from hypernet.recipe import StageProgress, TrainConfig
+from hypernet.training import BEST, train
+from hypernet.training_setup import LAST
+from hypernet.training_state import STATE_FILE
+from lidb_peft import LiDBSpace
+from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed.measuring import MeasuringNetwork
+from testbed.measuring_training import SHOTS, draw_labelled, train_to_tell_people
+from testbed.portraits import SPLITS
+from testbed.protocol import photo, photo_scene
+from testbed.trainer import Run, fixed_initialisation
+
+HELD_OUT = 64  # people of the validation split
+PHOTOS = 3  # of each person
+ENCODER_WIDTH = 160
+HYPERNETWORK = {"hidden_size": 128, "num_attention_heads": 4, "train_encoder": True, "learned_bases": True}
+TRAINING = TrainConfig(
+    steps=6_000, lr=4e-4, warmup_steps=100, batch=8, timesteps_per_step=4, background=0.0, same_photo=True, crop=False,
+    workers=0, log_every=25,
+)  # fmt: skip
+
+
+class PhotoFeatures(nn.Module):
+    """The mean of a vision transformer's tokens, ``(n, width)`` of pictures ``(n, 3, 32, 32)`` in [-1, 1]."""
+
+    def __init__(self, encoder: ViTModel):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder(pixel_values=pixels).last_hidden_state.mean(dim=1)
+
+
+def build_encoder() -> ViTModel:
+    """A vision transformer of 16 patches and 1.3 million numbers."""
+    config = ViTConfig(
+        image_size=MINIATURE_SIZE_PX, patch_size=8, hidden_size=ENCODER_WIDTH, intermediate_size=4 * ENCODER_WIDTH,
+        num_hidden_layers=4, num_attention_heads=4,
+    )  # fmt: skip
+    with fixed_initialisation():
+        return ViTModel(config, add_pooling_layer=False)
+
+
+def train_encoder(run: Run, count: int, num_steps: int) -> Path:
+    """Train the encoder on plain photos of ``count`` people; returns its folder."""
+    folder = run.out / "encoder"
+    if not (folder / "model.safetensors").exists():
+        people = draw_labelled(
+            run.out, "people", SPLITS["train"][:count], lambda seed: [photo_scene(seed, shot) for shot in range(SHOTS)]
+        )
+        encoder = build_encoder()
+        with fixed_initialisation():
+            network = MeasuringNetwork(PhotoFeatures(encoder), ENCODER_WIDTH)
+        train_to_tell_people("encoder", run, network, people, num_steps)
+        encoder.save_pretrained(folder)
+    return folder
+
+
+def write_people(folder: Path, split: str, count: int) -> People:
+    """Write plain photos as PNG files, one folder for each person, as `hdb train` reads them."""
+    for seed in SPLITS[split][:count]:
+        person = folder / f"{seed:07d}"
+        if not person.exists():
+            unfinished = folder / f".{person.name}"  # no person to its readers
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for shot in range(PHOTOS):
+                Image.fromarray(photo(seed, shot)).save(unfinished / f"{shot}.png")
+            unfinished.rename(person)
+    return open_people(folder)
+
+
+def train_hypernetwork(out: Path, encoder: Path, people: int, config: TrainConfig, progress: StageProgress) -> Path:
+    """Train on ``people`` identities, or go on; returns the folder of the hypernetwork, in float16."""
+    base = load_base(str(miniature_path()), device="cpu")
+    space = LiDBSpace(base.adapted, miniature_lidb_config())
+    training, held_out = (write_people(out / split, split, count) for split, count in
+                          (("train", people), ("validation", HELD_OUT)))  # fmt: skip
+    folder = out / "training"
+    resume = (folder / STATE_FILE).exists()
+    if resume:
+        network = HyperNetwork.from_pretrained(folder / LAST)
+    else:
+        network = HyperNetwork.from_encoder(encoder, space, "testbed", **HYPERNETWORK)
+    train(training, base, network, folder, config, held_out=held_out, resume=resume, progress=progress)
+    HyperNetwork.from_pretrained(folder / BEST).save_pretrained(out / "hypernetwork", dtype=torch.float16)
+    return out / "hypernetwork"
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Working folder; resumes what it holds.")
+@click.option("--people", default=20_000, show_default=True, help="Identities of the training split.")
+@click.option("--encoder-steps", default=2_500, show_default=True, help="Encoder steps of 128 photos.")
+@click.option("--steps", default=TRAINING.steps, show_default=True, help="Hypernetwork steps of 8 people.")
+@click.option("--threads", default=1, show_default=True, help="Processor threads.")
+def main(out: Path, people: int, encoder_steps: int, steps: int, threads: int) -> None:
+    """Make the miniature's hypernetwork from nothing, or go on where a run was stopped."""
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = train_encoder(Run(out), people, encoder_steps)
+    began = time.monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if done % TRAINING.log_every == 0:
+            click.echo(f"{stage} {done} of {total}, {(time.monotonic() - began) / 60:.0f} min", err=True)
+
+    click.echo(f"wrote {train_hypernetwork(out, encoder, people, replace(TRAINING, steps=steps), report)}")
+
+
+if __name__ == "__main__":
+    main()
