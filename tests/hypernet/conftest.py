@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def base():
 @pytest.fixture(scope="package")
 def space(base):
     return LiDBSpace(base.adapted, miniature_lidb_config())
+
+
+@pytest.fixture(scope="package")
+def taught(space):
+    """Names of the layers that a picture teaches something.
+
+    In the miniature's middle block one token attends to itself, whatever its query and key: they get no gradient.
+    """
+    return [name for name in space.layer_names if not re.search(r"mid_block.*attn1\.to_[qk]$", name)]
 
 
 @pytest.fixture

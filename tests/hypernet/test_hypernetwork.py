@@ -77,7 +77,7 @@ def test_any_vision_transformer_predicts_thetas_with_zeros_in_the_padding(padded
     assert torch.allclose(net(pixels[1:])[0], theta[1], atol=1e-6)  # nobody depends on who shares the batch
 
 
-def test_the_first_gradient_reaches_both_halves_of_theta_and_everything_before(base, space, pixels):
+def test_the_first_gradient_reaches_both_halves_of_theta_and_everything_before(base, space, taught, pixels):
     """With both factors starting at zero, or heads of zeros, the gradients were zero for ever."""
     net = make(space, train_encoder=True)
     noisy, target = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
@@ -85,7 +85,8 @@ def test_the_first_gradient_reaches_both_halves_of_theta_and_everything_before(b
     with space.apply(space.expand(net(pixels))):
         answer = predict(base, noisy, torch.tensor([100, 700]), base.text_encoder(ids)[0])
     (answer - target).square().mean().backward()
-    for half in split_theta(net.heads.weight.grad, space.config):
+    layers = [space.layer_names.index(name) for name in taught]
+    for half in split_theta(net.heads.weight.grad[layers], space.config):
         assert (half.flatten(1).norm(dim=1) > 0).all()
     zero = [name for name, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert [name for name in zero if not name.endswith(("k_proj.bias", "key.bias"))] == []  # softmax ignores those
@@ -261,9 +262,18 @@ def test_impossible_configs_are_refused(padded_space, options, message):
         make(padded_space, **options)
 
 
+def test_at_first_all_rounds_say_the_same(padded_space, pixels):
+    net = make(padded_space, rounds=3).eval()
+    with torch.no_grad():
+        predictions = net(pixels, return_rounds=True)
+    assert torch.equal(predictions[0], predictions[2])
+    assert (predictions[0] - net.theta_0).abs().max() > 1e-4  # and something: the embedding learns from the first step
+
+
 def test_each_round_is_fed_the_last_prediction(padded_space, pixels):
     """Equation 3: theta_k = T(F, theta_(k-1)), from zeros on, with the features of a single look at the photos."""
     net = make(padded_space, rounds=3).eval()
+    torch.nn.init.normal_(net.prediction_embedding.weight, generator=torch.Generator().manual_seed(4))
     looks, fed = [], []
     net.encoder.register_forward_hook(lambda module, args, kwargs, out: looks.append(kwargs["pixel_values"].shape),
                                       with_kwargs=True)  # fmt: skip

@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +109,10 @@ def test_each_stage_moves_on_from_the_one_before(result, space):
     assert set(result.seconds) == {"prepare photos", "fit theta", "finetune LoRA"}
 
 
-def test_stages_can_be_left_out(base, photo, space):
+def test_stages_can_be_left_out(base, photo, space, taught):
     lora_only = personalize([photo], base, replace(QUICK, theta_steps=0), miniature_lidb_config())
     assert torch.equal(lora_only.theta, space.theta_0)
-    # In the miniature's middle block one token attends to itself, whatever its query and key: they get no gradient.
-    alone = re.compile(r"mid_block.*attn1\.to_[qk]")
-    assert all(lora_B[:, 1:].any() for name, (_, lora_B) in lora_only.factors.items() if not alone.search(name))
+    assert [name for name, (_, lora_B) in lora_only.factors.items() if lora_B[:, 1:].any()] == taught
     theta_only = personalize([photo], base, replace(QUICK, steps=0), miniature_lidb_config())
     assert theta_only.factors is theta_only.theta_factors
     with pytest.raises(ValueError, match="theta_steps and steps are both 0"):
