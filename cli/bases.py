@@ -1,4 +1,8 @@
-"""What ``--base`` names: `testbed` is the bundled miniature with its own recipe, anything else goes to `load_base`."""
+"""What ``--base`` and ``--hypernet`` name.
+
+`testbed` is the bundled miniature with its own recipe, and the hypernetwork of it; `load_base` and `HyperNetwork` take
+anything else.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +30,13 @@ device_option = click.option("--device", default="auto", show_default=True, help
 precision_option = click.option(
     "--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16: the base model's dtype."
 )
+hypernet_option = click.option(
+    "--hypernet",
+    metavar="ID|DIR|testbed|none",
+    show_default="none; testbed has its own",
+    help="Start at what this hypernetwork predicts from the photos: a Hugging Face id, a folder that hdb train wrote, "
+    "or testbed, the bundled one; none does without.",
+)
 
 
 def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):
@@ -49,6 +60,20 @@ def base_recipe(name: str) -> PersonalizeConfig:
     from testbed import MINIATURE_RECIPE
 
     return MINIATURE_RECIPE
+
+
+def base_hypernet(name: str) -> str:
+    """The ``--hypernet`` that goes with ``--base``."""
+    return "testbed" if name == "testbed" else "none"
+
+
+def hypernet_source(name: str | None) -> str | None:
+    """The id or folder that ``--hypernet`` names; None if there is to be no hypernetwork."""
+    if name == "testbed":
+        from testbed import miniature_hypernetwork_path
+
+        return str(miniature_hypernetwork_path())
+    return None if name == "none" else name
 
 
 def open_base(name: str, device: str, precision: str) -> Base:

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, recipe_option, seed_option
+from cli.bases import (
+    base_hypernet,
+    base_option,
+    base_recipe,
+    device_option,
+    hypernet_option,
+    hypernet_source,
+    open_base,
+    precision_option,
+    recipe_option,
+    seed_option,
+)
 from hypernet.recipe import PersonalizeConfig
 
 _RECIPE = PersonalizeConfig()
@@ -14,16 +25,21 @@ _RECIPE = PersonalizeConfig()
 @click.command(name="personalize")
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
 @base_option
+@hypernet_option
 @click.option("--out", type=click.Path(path_type=Path), help="LoRA to write.  [default: the photo's name .safetensors]")
-@recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit.")
+@recipe_option(
+    "--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit; none after a prediction, unless given."
+)
 @recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
 @recipe_option("--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning; 0 leaves it out.")
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
 @recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
 @recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
 @recipe_option("--background", "background", click.FloatRange(0), "How much the background counts; the head counts 1.")
-@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that will mean this person.")
-@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
+@click.option("--token", show_default=f"{_RECIPE.token}; a hypernetwork has its own",
+              help="The rare word that will mean this person.")  # fmt: skip
+@click.option("--prompt", show_default=f"{_RECIPE.prompt}; a hypernetwork has its own",
+              help="What the photos show; [V] is the token.")  # fmt: skip
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
 @click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
 @seed_option
@@ -33,30 +49,43 @@ _RECIPE = PersonalizeConfig()
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
 def command(
-    photos, base, out, previews, no_preview, device, precision, no_crop, save_theta, from_theta, **options
+    photos, base, hypernet, out, previews, no_preview, device, precision, no_crop, save_theta, from_theta, **options
 ) -> None:
     """Make a LoRA of the person in PHOTOS; several photos are one person.
 
     \b
     hdb personalize me.jpg
+    hdb personalize me.jpg --hypernet my-hypernetwork/best
     hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
     hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 80
     hdb personalize portrait.png --base testbed --no-crop --no-preview
     """
     from cli.progress import progress_bars
+    from hypernet.hypernetwork import read_config
     from hypernet.personalize import check_request, personalize_to_files
+    from hypernet.prediction import predicted_recipe
 
     if previews and no_preview:
         raise click.UsageError("--preview and --no-preview contradict each other; pass one of them")
+    if from_theta is not None:
+        if hypernet not in (None, "none"):
+            raise click.UsageError("--hypernet and --from-theta contradict each other; pass one of them")
+        hypernet = "none"
+    source = hypernet_source(hypernet or base_hypernet(base))
+    recipe = base_recipe(base)
+    if source is not None:
+        recipe = predicted_recipe(read_config(source), recipe)
+        click.echo(f"starting at the prediction of the hypernetwork {source}", err=True)
     out = out or Path(Path(photos[0]).stem + ".safetensors")
     given = {name: value for name, value in options.items() if value is not None}
-    recipe = replace(base_recipe(base), **given, crop=not no_crop)
-    check_request(photos, out, save_theta, from_theta)
+    recipe = replace(recipe, **given, crop=not no_crop)
+    check_request(photos, out, recipe, save_theta, from_theta, source)
     opened = open_base(base, device, precision)
     with progress_bars() as report:
         result = personalize_to_files(
             photos, opened.model, out, recipe, opened.lidb_config,
-            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, progress=report,
+            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, hypernet=source,
+            progress=report,
         )  # fmt: skip
     for photo in result.photos:
         if photo.note:

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, recipe_option, seed_option
+from cli.bases import (
+    base_option,
+    base_recipe,
+    device_option,
+    hypernet_source,
+    open_base,
+    precision_option,
+    recipe_option,
+    seed_option,
+)
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 
 _RECIPE = PersonalizeConfig()
@@ -29,7 +38,7 @@ class _CountOrAuto(click.IntRange):
 @click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True,
               help="People fitted at once; auto is as many as the memory allows.")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Take less memory for each of them, and longer.")
-@click.option("--init-from", metavar="HYPERNET", help="Start each fit at the prediction of this hypernetwork.")
+@click.option("--init-from", metavar="ID|DIR|testbed", help="Start each fit at the prediction of this hypernetwork.")
 @click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that means the person.")
 @click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
 @click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
@@ -56,7 +65,8 @@ def command(
     from cli.progress import progress_bars
     from hypernet.devices import choose_device
     from hypernet.people import open_people
-    from hypernet.preoptimize import open_targets, predicted_start, preoptimize
+    from hypernet.prediction import predicted_start
+    from hypernet.preoptimize import open_targets, preoptimize
     from hypernet.targets import SKIPPED_FILE
     from lidb_peft import LiDBSpace
 
@@ -68,7 +78,8 @@ def command(
     is_alone = state.num_processes == 1
     opened = open_base(base, device if is_alone or not is_cuda else str(state.device), precision)
     space = LiDBSpace(opened.model.adapted, opened.lidb_config)
-    start, start_name = predicted_start(init_from, space, opened.model.device) if init_from else (None, "theta_0")
+    source = hypernet_source(init_from)
+    start, start_name = predicted_start(source, space, opened.model.device) if source else (None, "theta_0")
     with state.main_process_first():  # which makes the store
         store = open_targets(out, opened.model, space, people, config, start_name)
     count = people.count()

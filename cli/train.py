@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from cli.bases import base_option, device_option, open_base, precision_option, seed_option
-from hypernet.recipe import DEFAULT_ENCODER, TRAIN_CHOICES, PersonalizeConfig, TrainConfig
+from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, PersonalizeConfig, TrainConfig
 
 _RECIPE = PersonalizeConfig()
 
@@ -105,8 +105,11 @@ def command(
     with progress_bars() as report:
         result = train(people, opened.model, network, out, config, targets, held_out, resume, trackers, report)
     if state.is_main_process:
+        loss = "no step was left" if result.loss is None else f"loss {result.loss:.4f}"
         best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({out / BEST})"
-        click.echo(f"trained {result.steps} steps: loss {result.loss:.4f}{best}")
+        click.echo(f"trained {result.steps} steps: {loss}{best}")
         if result.skipped:
             click.echo(f"skipped {len(result.skipped)} photos or people, listed in {out / SKIPPED_FILE}")
         click.echo(f"wrote {out / LAST}")
+        on = "" if base == DEFAULT_BASE else f" --base {base}"
+        click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {out / (LAST if result.best is None else BEST)}")

@@ -6,7 +6,7 @@ The result for one identity does not depend on who shares the batch: noise is ke
 gradients are clipped per identity and Adam works number by number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +51,13 @@ def fit_theta(
     config: FitConfig,
     start: Tensor | None = None,
     progress: Progress | None = None,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit one theta per subject, all from the same starting vector.
 
     Args:
         start: ``(N, L, row)`` or ``(L, row)``; default ``space.theta_0``.
+        bases: learned ones, by label, that theta is fitted in; None takes the frozen ones.
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
@@ -67,7 +69,8 @@ def fit_theta(
     start = space.theta_0 if start is None else start
     _check_thetas(space, start, len(subjects))
     theta = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32).clone()
-    losses = _fit(base, space, subjects, config, theta, lambda values: [space.expand(values)], progress)
+    bases = _frozen(bases, base.device)
+    losses = _fit(base, space, subjects, config, theta, lambda values: [space.expand(values, bases)], progress)
     return theta.detach().cpu(), losses
 
 
@@ -79,11 +82,13 @@ def fit_lora(
     rank: int,
     theta: Tensor | None = None,
     progress: Progress | None = None,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a fresh LoRA of rank ``rank`` per subject beside its frozen theta.
 
     Args:
         theta: ``(N, L, row)`` or ``(L, row)``, frozen; None fits a plain LoRA.
+        bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -100,7 +105,8 @@ def fit_lora(
         theta = theta.expand(len(subjects), *theta.shape[-2:])
     fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
     lora = torch.stack(fresh).to(base.device)
-    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32))]
+    bases = _frozen(bases, base.device)
+    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32), bases)]
 
     def parts(values: Tensor) -> list[Stacks]:
         return [*frozen, space.split_lora(values, rank)]
@@ -110,7 +116,7 @@ def fit_lora(
     results = []
     for i in range(len(subjects)):
         factors = space.lora_factors(lora[i], rank)
-        results.append(factors if theta is None else combine(space.factors(theta[i].cpu()), factors))
+        results.append(factors if theta is None else combine(space.factors(theta[i].cpu(), bases), factors))
     return results, losses
 
 
@@ -169,6 +175,10 @@ def _draw_moments(subjects: Sequence[Subject], generators: Sequence[torch.Genera
         photos = torch.randint(0, len(subject.moments), (copies,), generator=generator)
         moments.append(subject.moments[photos.to(subject.moments.device)])
     return torch.cat(moments)
+
+
+def _frozen(bases: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
+    return None if bases is None else {label: basis.detach().to(device) for label, basis in bases.items()}
 
 
 def _check_subjects(subjects: Sequence[Subject]) -> None:

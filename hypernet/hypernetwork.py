@@ -5,6 +5,8 @@ transformer decoder that refines its prediction ``rounds`` times (equation 3); o
 layer's weights. Predicted is a residual on the shared starting vector theta_0.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -172,6 +174,17 @@ class HyperNetwork(PreTrainedModel):
                 tokens = layer(tokens)
         return self.heads(self.norm(tokens[:, -len(self.theta_0) :])) * self.mask
 
+    @torch.no_grad()
+    def predict(self, pixels: Tensor) -> Tensor:
+        """Predict as ``forward`` does, wherever ``pixels`` and the hypernetwork are; the thetas are on the CPU."""
+        return self(pixels.to(self.device)).cpu()
+
+    def space_on(self, models: dict[str, nn.Module]) -> LiDBSpace:
+        """Return the space of the predictions on ``models``; raises and warns as `check_space` does."""
+        space = LiDBSpace(models, self.config.lidb)
+        self.check_space(space)
+        return space
+
     def check_space(self, space: LiDBSpace) -> None:
         """Raise ValueError unless the predictions are thetas of ``space``; warn if only the base's weights differ."""
         source = f"the hypernetwork {self.name_or_path}".rstrip()
@@ -208,17 +221,12 @@ class HyperNetwork(PreTrainedModel):
             FileNotFoundError: it is neither here nor on the hub.
             ValueError: it is damaged, no hypernetwork, or its weights do not fit its config.
         """
-        if Path(source).is_dir():
-            _check_folder(Path(source))
+        _check_files(Path(source))
         try:
-            model, info = super().from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, **_float32(), **options
-            )
-        except (OSError, HFValidationError) as error:
-            raise FileNotFoundError(
-                f"the hypernetwork {str(source)!r} is not a whole folder here and could not be had from the Hugging "
-                f"Face hub; check the path ({_first_line(error)})"
-            ) from error
+            with _told_if_missing(source):
+                model, info = super().from_pretrained(
+                    source, use_safetensors=True, output_loading_info=True, **_float32(), **options
+                )
         except RuntimeError as error:
             raise ValueError(f"{source} holds other weights than its config.json says: {_first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
@@ -230,6 +238,23 @@ class HyperNetwork(PreTrainedModel):
         return model
 
 
+def read_config(source: str | Path) -> HyperNetworkConfig:
+    """Read what a hypernetwork is, without its weights; of those in a folder the headers are checked.
+
+    Raises:
+        FileNotFoundError: it is neither here nor on the hub.
+        ValueError: it is damaged, or no hypernetwork.
+    """
+    _check_files(Path(source))
+    with _told_if_missing(source):
+        found, _ = HyperNetworkConfig.get_config_dict(source)
+    _check_type(source, found)
+    config = HyperNetworkConfig.from_dict(found)
+    config.name_or_path = str(source)
+    _ = config.lidb  # a kind of bases may be unknown here
+    return config
+
+
 def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
     """Self-attention over photo and layer tokens alike (pre-norm, through SDPA)."""
     return nn.TransformerEncoderLayer(
@@ -238,15 +263,37 @@ def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
     )  # fmt: skip
 
 
-def _check_folder(folder: Path) -> None:
+def _check_files(source: Path) -> None:
     """Find a folder's damage by the files' headers, before transformers does and says so in its own words."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a hypernetwork: it has no config.json; name the folder that has it")
-    found = read_json_object(folder / "config.json", "get the hypernetwork again").get("model_type")
-    if found != HyperNetworkConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {found!r}; expected {HyperNetworkConfig.model_type!r}")
-    for file in folder.glob("model*.safetensors"):
+    if source.is_file():
+        raise NotADirectoryError(f"{source} is a file; name the folder of a hypernetwork")
+    if not source.is_dir():  # on the hub, then
+        return
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is not a hypernetwork: it has no config.json; name the folder that has it")
+    _check_type(source, read_json_object(source / "config.json", "get the hypernetwork again"))
+    weights = list(source.glob("model*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"{source} is not a whole hypernetwork: it has no model.safetensors; get it again")
+    for file in weights:
         read_header(file)
+
+
+def _check_type(source: str | Path, config: dict[str, Any]) -> None:
+    found = config.get("model_type")
+    if found != HyperNetworkConfig.model_type:
+        raise ValueError(f"{source} holds a model of type {found!r}; expected {HyperNetworkConfig.model_type!r}")
+
+
+@contextmanager
+def _told_if_missing(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"the hypernetwork {str(source)!r} is not a whole folder here and could not be had from the Hugging "
+            f"Face hub; check the path ({_first_line(error)})"
+        ) from error
 
 
 def _float32() -> dict[str, torch.dtype]:

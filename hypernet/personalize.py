@@ -1,4 +1,7 @@
-"""One person's photos in, a standard LoRA out: fit theta, relax the rank, finetune, join both (paper, section 4)."""
+"""One person's photos in, a standard LoRA out: predict or fit theta, relax the rank, finetune, join both (section 4).
+
+theta starts at a hypernetwork's prediction, at a theta file, or at the shared starting vector.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -15,12 +18,19 @@ from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos
 from hypernet.fit import Progress, Subject, fit_lora, fit_theta
+from hypernet.hypernetwork import HyperNetwork
 from hypernet.people import identity_key
 from hypernet.photos import Photo, load_photo, read_image
+from hypernet.prediction import check_recipe, has_learned_bases, predict_person
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
 from lidb_peft.files import check_writable
+
+_NO_THETA_FILE = (
+    "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out: the "
+    "LoRA holds everything"
+)
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Personalization:
         theta_factors: theta as LoRA factors.
         factors: theta and the finetuned LoRA as one set of factors, what the LoRA file holds.
         photos: the prepared photos.
+        bases: the learned bases of ``theta``, by label; None if they are the frozen ones.
         seconds: time of each stage.
         losses: mean denoising loss of each step, by stage.
         files: what was written.
@@ -44,6 +55,7 @@ class Personalization:
     theta_factors: LoraFactors
     factors: LoraFactors
     photos: list[Photo]
+    bases: dict[str, Tensor] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
@@ -67,7 +79,13 @@ class Personalization:
         self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
 
     def save_theta(self, path: str | Path) -> None:
-        """Write theta alone, 53 KB for SD1.5."""
+        """Write theta alone, 53 KB for SD1.5.
+
+        Raises:
+            ValueError: its bases are learned.
+        """
+        if self.bases is not None:
+            raise ValueError(_NO_THETA_FILE)
         save_theta(
             path,
             self.theta,
@@ -81,28 +99,27 @@ class Personalization:
 def personalize(
     photos: Sequence[str | Path],
     base: BaseModel,
-    config: PersonalizeConfig = PersonalizeConfig(),  # noqa: B008  frozen
+    config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     from_theta: str | Path | None = None,
+    hypernet: HyperNetwork | str | Path | None = None,
     progress: StageProgress | None = None,
 ) -> Personalization:
     """Personalise a base model on photos of one person.
 
     Args:
-        lidb_config: the bases; default the paper's, a = 100 and b = 50.
-        from_theta: a theta file to start from, with its own bases, instead of the shared starting vector.
+        config: default ``PersonalizeConfig()``, with a hypernetwork its `predicted_recipe`.
+        lidb_config: the bases; default the paper's, a = 100 and b = 50. Theta files and hypernetworks bring their own.
+        from_theta: a theta file to start from instead of the shared starting vector.
+        hypernet: starts at its prediction from the photos; an id, a folder, or the network, which stays where it is.
 
     Raises:
-        ValueError, OSError: a photo is unusable; the message names it.
+        ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
+            the message names it.
     """
-    if not config.theta_steps and not config.steps and from_theta is None:
-        raise ValueError(
-            "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
-        )
-    if from_theta is None:
-        space, start = LiDBSpace(base.adapted, lidb_config or LiDBConfig()), None
-    else:
-        space, start = _open_theta(from_theta, base)
+    config = _choose_recipe(config, from_theta, hypernet)
+    space, theta, network = _open_start(base, lidb_config, from_theta, hypernet)
+    bases = None
     seconds: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
 
@@ -112,29 +129,35 @@ def personalize(
     with _timed(seconds, "prepare photos"):
         prepared = [load_photo(photo, base.size_px, crop=config.crop) for photo in photos]
         subject = make_subject(base, prepared, config.trigger, config.class_prompt)
-    with _timed(seconds, "fit theta"):
-        thetas, losses["fit theta"] = fit_theta(
-            base, space, [subject], config.theta_fit, start=start, progress=stage("fit theta")
-        )
-    theta_factors = space.factors(thetas[0])
+    if network is not None:
+        with _timed(seconds, "predict"):
+            theta, bases = predict_person(network, prepared, base.device, stage("predict"))
+        del network  # it may be larger than the base
+    if config.theta_steps:
+        with _timed(seconds, "fit theta"):
+            (theta,), losses["fit theta"] = fit_theta(
+                base, space, [subject], config.theta_fit, theta, stage("fit theta"), bases
+            )
+    theta_factors = space.factors(theta, bases)
     factors = theta_factors
     if config.steps:
         with _timed(seconds, "finetune LoRA"):
             (factors,), losses["finetune LoRA"] = fit_lora(
-                base, space, [subject], config.lora_fit, config.rank, theta=thetas, progress=stage("finetune LoRA")
+                base, space, [subject], config.lora_fit, config.rank, theta, stage("finetune LoRA"), bases
             )
-    return Personalization(base, space, config, thetas[0], theta_factors, factors, prepared, seconds, losses)
+    return Personalization(base, space, config, theta, theta_factors, factors, prepared, bases, seconds, losses)
 
 
 def personalize_to_files(
     photos: Sequence[str | Path],
     base: BaseModel,
     out: str | Path,
-    config: PersonalizeConfig = PersonalizeConfig(),  # noqa: B008  frozen
+    config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = (),
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
+    hypernet: HyperNetwork | str | Path | None = None,
     progress: StageProgress | None = None,
 ) -> Personalization:
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
@@ -143,17 +166,18 @@ def personalize_to_files(
         previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
             None draws nothing, not even the preview picture.
         save_theta: write theta there too.
+        config, lidb_config, from_theta, hypernet: as for `personalize`.
 
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
     out = Path(out)
-    check_outputs(out, save_theta, from_theta)
-    result = personalize(photos, base, config, lidb_config, from_theta, progress)
+    check_outputs(out, save_theta, from_theta, hypernet)
+    result = personalize(photos, base, config, lidb_config, from_theta, hypernet, progress)
     if previews is None:
         result.save(out)
     else:
-        _save_with_pictures(result, out, [config.trigger, *previews], progress)
+        _save_with_pictures(result, out, [result.config.trigger, *previews], progress)
     if save_theta is not None:
         result.save_theta(save_theta)
     return result
@@ -177,24 +201,39 @@ def _save_with_pictures(
         result.files.append(file)
 
 
-def check_request(photos: Sequence[str | Path], out: str | Path, save_theta=None, from_theta=None) -> None:
+def check_request(
+    photos: Sequence[str | Path],
+    out: str | Path,
+    config: PersonalizeConfig | None = None,
+    save_theta: str | Path | None = None,
+    from_theta: str | Path | None = None,
+    hypernet: str | Path | None = None,
+) -> None:
     """Find what is wrong with the files before a base model is loaded, which may be a download of gigabytes.
 
     Raises:
-        ValueError, OSError: a photo or theta file is unusable, or an output cannot be written.
+        ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
+            ``config``, or an output cannot be written.
     """
-    check_outputs(out, save_theta, from_theta)
+    _choose_recipe(config, from_theta, hypernet)
+    check_outputs(out, save_theta, from_theta, hypernet)
     if from_theta is not None:
         load_theta(from_theta)
     for photo in photos:
         read_image(photo)
 
 
-def check_outputs(out: str | Path, save_theta: str | Path | None = None, from_theta: str | Path | None = None) -> None:
+def check_outputs(
+    out: str | Path,
+    save_theta: str | Path | None = None,
+    from_theta: str | Path | None = None,
+    hypernet: HyperNetwork | str | Path | None = None,
+) -> None:
     """Raise now what writing the LoRA and theta would raise after all the work.
 
     Raises:
-        ValueError: a file is not named .safetensors, or the LoRA would overwrite a theta file.
+        ValueError: a file is not named .safetensors, the LoRA would overwrite a theta file, or theta's bases are those
+            that ``hypernet`` has learned.
         OSError: the folder is not there or not writable.
     """
     targets = [Path(out)] if save_theta is None else [Path(out), Path(save_theta)]
@@ -205,6 +244,24 @@ def check_outputs(out: str | Path, save_theta: str | Path | None = None, from_th
     for theta in (save_theta, from_theta):
         if theta is not None and Path(theta).resolve() == Path(out).resolve():
             raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
+    if save_theta is not None and hypernet is not None and has_learned_bases(hypernet):
+        raise ValueError(_NO_THETA_FILE)
+
+
+def _choose_recipe(
+    config: PersonalizeConfig | None, from_theta: str | Path | None, hypernet: HyperNetwork | str | Path | None
+) -> PersonalizeConfig:
+    """The recipe that is meant, checked against where theta starts."""
+    if from_theta is not None and hypernet is not None:
+        raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
+    if hypernet is not None:
+        return check_recipe(hypernet, config)
+    config = config or PersonalizeConfig()
+    if from_theta is None and not config.theta_steps and not config.steps:
+        raise ValueError(
+            "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
+        )
+    return config
 
 
 def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigger: str) -> list[Path]:
@@ -216,6 +273,23 @@ def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigg
     check_outputs(out, from_theta=theta_file)
     space, theta = _open_theta(theta_file, base)
     return write_lora(out, space.factors(theta), lora_metadata(base, trigger))
+
+
+def _open_start(
+    base: BaseModel,
+    lidb_config: LiDBConfig | None,
+    from_theta: str | Path | None,
+    hypernet: HyperNetwork | str | Path | None,
+) -> tuple[LiDBSpace, Tensor, HyperNetwork | None]:
+    """The space of theta, where it starts ``(L, row)``, and the hypernetwork that will say better."""
+    if hypernet is not None:
+        network = hypernet if isinstance(hypernet, HyperNetwork) else HyperNetwork.from_pretrained(hypernet)
+        space = network.space_on(base.adapted)
+        return space, space.theta_0, network
+    if from_theta is not None:
+        return *_open_theta(from_theta, base), None
+    space = LiDBSpace(base.adapted, lidb_config or LiDBConfig())
+    return space, space.theta_0, None
 
 
 def _open_theta(path: str | Path, base: BaseModel) -> tuple[LiDBSpace, Tensor]:

@@ -4,7 +4,6 @@ Row i of the data set belongs to shard i // N, and shard j to process j % world.
 so a run that was killed goes on with the shards that are missing, whichever process makes them.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,12 +17,10 @@ from hypernet.batch_size import choose_batch
 from hypernet.diffusion import encode_photos
 from hypernet.fit import Subject, fit_theta
 from hypernet.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
+from hypernet.prediction import Start
 from hypernet.recipe import PreoptimizeConfig, StageProgress
 from hypernet.targets import Shard, TargetStore, create_targets, has_targets
 from lidb_peft import LiDBSpace
-
-Start = Callable[[Tensor], Tensor]
-"""Photos ``(n, 3, size_px, size_px)`` in [-1, 1] on the CPU -> the thetas ``(n, L, row)`` that their fits start at."""
 
 
 @dataclass
@@ -47,25 +44,6 @@ class Preoptimized:
     @property
     def per_hour(self) -> float:
         return 3600 * self.fitted / self.seconds
-
-
-def predicted_start(source: str | Path, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
-    """Load a hypernetwork to start fits at its predictions; return that and a name for the manifest.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it predicts no thetas of ``space``.
-    """
-    from hypernet.hypernetwork import HyperNetwork
-
-    network = HyperNetwork.from_pretrained(source)
-    network.check_space(space)
-    if network.bases is not None:
-        raise ValueError(f"{source} has learned bases, on which no target is fitted; pass one with frozen bases")
-    digest = hashlib.sha256()
-    for value in network.state_dict().values():
-        digest.update(value.contiguous().numpy().tobytes())
-    network.to(device)
-    return lambda pixels: network(pixels.to(device)).cpu(), f"{Path(source).name} {digest.hexdigest()[:16]}"
 
 
 def open_targets(
@@ -238,8 +216,7 @@ def _fit_people(
     ]
     first = None
     if start is not None:
-        with torch.no_grad():
-            first = torch.stack([thetas.mean(0) for thetas in start(pixels).split(counts)])
+        first = torch.stack([thetas.mean(0) for thetas in start(pixels).split(counts)])
     try:
         theta, losses = fit_theta(
             base, space, subjects, config.fit, first, lambda _, steps: report(len(people) / steps)

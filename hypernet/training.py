@@ -30,7 +30,6 @@ from hypernet.targets import SKIPPED_FILE
 from hypernet.training_setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
 from hypernet.training_state import STATE_FILE, TrainingState
 from hypernet.validation import TIMESTEPS, draw_sheet, validation_sums
-from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
 
 BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"
@@ -42,13 +41,13 @@ class Trained:
 
     Attributes:
         steps: done in all.
-        loss: on the people it was trained on, at the end.
+        loss: on the people it was trained on, at the end; None if no step was left to do.
         best: the lowest on held-out people; None without validation.
         skipped: the photos and people that were left out, name -> reason.
     """
 
     steps: int = 0
-    loss: float = math.nan
+    loss: float | None = None
     best: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -86,8 +85,7 @@ def train(
     """
     out = Path(out)
     _check_folder(out, resume)
-    space = LiDBSpace(base.adapted, network.config.lidb)
-    network.check_space(space)
+    space = network.space_on(base.adapted)
     store = open_targets(targets, space, base, network, config)
     if held_out is not None and not config.needs_base:
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "

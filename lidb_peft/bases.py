@@ -98,7 +98,7 @@ def find_basis(key: BasisKey, device: torch.device, bases: Mapping[str, Tensor] 
         raise ValueError(
             f"the learned bases have no {key.label} basis of shape {key.shape}; pass those that were learned here"
         )
-    return bases[key.label].float()
+    return bases[key.label].to(device, torch.float32)
 
 
 def _build_basis(key: BasisKey) -> Tensor:

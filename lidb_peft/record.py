@@ -95,9 +95,10 @@ def check_record(record: Mapping[str, str], space: LiDBSpace, source: str) -> No
     if differences:
         raise ValueError(f"{source} was made with {', '.join(differences)}; use its own settings")
     if record["layers_hash"] != space.layers_hash:
+        of = f", that of {record['base_model_name']}" if record["base_model_name"] else ""
         raise ValueError(
             f"{source} belongs to another list of {record['num_layers']} layers (hash {record['layers_hash']}) than "
-            f"this model's {space.num_layers} (hash {space.layers_hash}); use the architecture it was made for"
+            f"this model's {space.num_layers} (hash {space.layers_hash}); use the architecture it was made for{of}"
         )
     _check_bases(record, space, source)
     fingerprint = _fingerprint(space)

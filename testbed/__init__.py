@@ -26,6 +26,20 @@ def miniature_path() -> Path:
     return folder
 
 
+def miniature_hypernetwork_path() -> Path:
+    """The folder of the bundled hypernetwork, which predicts the miniature's thetas.
+
+    Raises:
+        FileNotFoundError: the weights are not there.
+    """
+    folder = Path(__file__).parent / "hypernetwork"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no hypernetwork; install lidb-peft from its wheel, or pass --hypernet none"
+        )
+    return folder
+
+
 def miniature_lidb_config():
     """The `LiDBConfig` of the miniature."""
     from lidb_peft import LiDBConfig

@@ -10,6 +10,32 @@ from PIL import Image
 
 torch.set_num_threads(1)
 
+CLEAR = 300  # times the heads' first weights: predictions as far from theta_0 as those of a trained network
+
+
+@pytest.fixture(scope="session")
+def make_hypernetwork():
+    """A function: (space, options) -> a tiny hypernetwork; learned bases are no longer the frozen ones."""
+    from transformers import ViTConfig
+
+    from hypernet.hypernetwork import HyperNetwork
+    from hypernet.hypernetwork_config import HyperNetworkConfig
+
+    encoder = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
+    )
+    decoder = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "rounds": 2}
+
+    @torch.no_grad()
+    def make(space, **options):
+        network = HyperNetwork(HyperNetworkConfig.for_space(space, encoder, "mini", **decoder | options)).eval()
+        network.heads.weight.mul_(CLEAR)
+        for index, basis in enumerate((network.bases or {}).values()):
+            basis.add_(0.1 * torch.randn(basis.shape, generator=torch.Generator().manual_seed(index)))
+        return network
+
+    return make
+
 
 @pytest.fixture(scope="session")
 def portrait(tmp_path_factory):

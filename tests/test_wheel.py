@@ -44,13 +44,24 @@ def test_it_holds_every_module(wheel):
     assert expected <= set(wheel.namelist())
 
 
+def contents(wheel, folder):
+    """The files of the wheel in a folder, and their sizes: those of the source, all of them."""
+    files = [file for file in (ROOT / folder).rglob("*") if file.is_file()]
+    found = {entry.filename: entry.file_size for entry in wheel.infolist() if entry.filename.startswith(f"{folder}/")}
+    assert found == {str(file.relative_to(ROOT)): file.stat().st_size for file in files}
+    return found
+
+
 def test_it_holds_the_miniature_whole_and_small(wheel):
-    folder = ROOT / "testbed/miniature"
-    expected = {str(file.relative_to(ROOT)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    found = {entry.filename: entry.file_size for entry in wheel.infolist() if "/miniature/" in entry.filename}
-    assert found == expected
+    found = contents(wheel, "testbed/miniature")
     assert "testbed/miniature/model_index.json" in found
     assert sum(found.values()) <= LARGEST_MINIATURE_BYTES
+
+
+def test_it_holds_the_hypernetwork_whole(wheel):
+    if not (ROOT / "testbed/hypernetwork").is_dir():
+        pytest.skip("no hypernetwork ships yet")
+    assert "testbed/hypernetwork/model.safetensors" in contents(wheel, "testbed/hypernetwork")
 
 
 def test_it_installs_the_command_and_the_licence(wheel):

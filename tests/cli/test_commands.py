@@ -39,9 +39,9 @@ def test_personalize_without_a_preview_draws_nothing(hdb, portrait, personalize)
 def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
     shutil.copy(portrait, "second.png")
     hdb.run(
-        "personalize", portrait, "second.png", "--base", "testbed", "--out", "both.safetensors", "--theta-steps", 1,
-        "--theta-lr", 0.01, "--steps", 1, "--lr", 0.001, "--rank", 3, "--token", "ohwx", "--prompt", "a photo of [V]",
-        "--seed", 7, "--device", "cpu", "--precision", "fp32", "--no-crop",
+        "personalize", portrait, "second.png", "--base", "testbed", "--hypernet", "none", "--out", "both.safetensors",
+        "--theta-steps", 1, "--theta-lr", 0.01, "--steps", 1, "--lr", 0.001, "--rank", 3, "--token", "ohwx",
+        "--prompt", "a photo of [V]", "--seed", 7, "--device", "cpu", "--precision", "fp32", "--no-crop",
     )  # fmt: skip
     description = describe("both.safetensors")
     assert description.ranks == (4,)
@@ -50,7 +50,7 @@ def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
 
 def test_personalize_on_a_real_photograph_makes_a_lora_that_changes_the_picture(hdb):
     Image.fromarray(data.astronaut()).save("astronaut.jpg")
-    hdb.run("personalize", "astronaut.jpg", "--base", "testbed", "--theta-steps", 3, "--steps", 3)
+    hdb.run("personalize", "astronaut.jpg", "--base", "testbed", "--hypernet", "none", "--theta-steps", 3, "--steps", 3)
     base = load_base(str(miniature_path()), device="cpu")
     plain = generate(base, ["a sks face"], num_steps=2)[0]
     with lora_applied(base, "astronaut.safetensors"):

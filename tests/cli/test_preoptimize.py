@@ -8,6 +8,10 @@ import sys
 import pytest
 from PIL import Image
 
+import testbed
+from hypernet.base_models import load_base
+from lidb_peft import LiDBSpace
+from testbed import miniature_lidb_config, miniature_path
 from testbed.corpus import portrait as draw_portrait
 
 QUICK = ("--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1)
@@ -57,6 +61,16 @@ def test_preoptimize_tells_what_is_wrong_in_a_sentence(hdb, faces):
     shard = hdb.folder / "targets" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "shard-00000.safetensors is damaged" in hdb.run(*preoptimize, "targets", code=1)
+
+
+def test_preoptimize_starts_at_a_prediction(hdb, faces, make_hypernetwork, monkeypatch):
+    base = load_base(str(miniature_path()), device="cpu")
+    make_hypernetwork(LiDBSpace(base.adapted, miniature_lidb_config())).save_pretrained(hdb.folder / "net")
+    monkeypatch.setattr(testbed, "miniature_hypernetwork_path", lambda: hdb.folder / "net")
+    for name, out in (("net", "targets"), ("testbed", "again")):
+        hdb.run("preoptimize", faces, *QUICK, "--init-from", name, "--out", out)
+        assert json.loads((hdb.folder / out / "manifest.json").read_text())["fit"]["start"].startswith("net ")
+    assert shards(hdb.folder / "again") == shards(hdb.folder / "targets")
 
 
 def test_two_processes_make_the_shards_of_one(hdb, faces):

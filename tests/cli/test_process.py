@@ -37,8 +37,8 @@ print(json.dumps(sorted(sys.modules)))
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
 def test_ctrl_c_in_the_middle_of_a_fit_leaves_no_file(environment, portrait, tmp_path):
     (tmp_path / "me.safetensors").write_text("the one from yesterday")
-    arguments = ("personalize", portrait, "--base", "testbed", "--no-crop", "--theta-steps", 1_000_000,
-                 "--out", "me.safetensors", "--save-theta", "theta.safetensors")  # fmt: skip
+    arguments = ("personalize", portrait, "--base", "testbed", "--hypernet", "none", "--no-crop", "--save-theta",
+                 "theta.safetensors", "--theta-steps", 1_000_000, "--out", "me.safetensors")  # fmt: skip
     process = subprocess.Popen(
         [*HDB, *map(str, arguments)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoModel, ViTConfig
 
 import hypernet.validation as validation
+from converters import describe
 from hypernet.hypernetwork import HyperNetwork
 from testbed.corpus import portrait as draw_portrait
 
@@ -33,6 +34,7 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert "trained 2 steps: loss" in output
     assert "at best on held-out people (net/best)" in output
     assert "wrote net/last" in output
+    assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet net/best"
     assert {"net/best/config.json", "net/samples/step-0000002.png", "net/log.jsonl"} <= set(hdb.files())
     assert HyperNetwork.from_pretrained(hdb.folder / "net" / "last").config.rounds == 2
     assert "net holds a training already" in hdb.fail("train", faces, *QUICK, "--out", "net")
@@ -41,8 +43,19 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     )
     hdb.run("preoptimize", faces, "--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1, "--out", "targets")
     hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out", "other")
+    output = hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out",
+                     "other", "--resume")  # fmt: skip
+    assert "trained 2 steps: no step was left" in output
+    assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet other/last"
     lines = [json.loads(line) for line in (hdb.folder / "other" / "log.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"step", "loss", "weights", "people", "lr"}] * 2
+
+
+def test_personalize_takes_what_train_has_made(hdb, faces):
+    hdb.run("train", faces, *QUICK, "--out", "net", "--validation", 0, "--learned-bases")
+    hdb.run("personalize", "faces/0.png", "faces/1.png", "--base", "testbed", "--hypernet", "net/last", "--no-crop",
+            "--no-preview", "--steps", 1, "--rank", 2, "--out", "me.safetensors")  # fmt: skip
+    assert describe("me.safetensors").ranks == (3,)
 
 
 def test_train_tells_what_is_wrong_in_a_sentence(hdb, faces):

@@ -73,6 +73,12 @@ def import_helper():
 
 
 @pytest.fixture(scope="package")
+def assert_same_deltas(import_helper):
+    """A function: (LoRA file, factors, tolerance, floor) -> nothing, or it fails."""
+    return import_helper("lora_file").assert_same_deltas
+
+
+@pytest.fixture(scope="package")
 def drawn_faces():
     """Five drawn portraits of five people, as PNG; to be used with ``crop=False``."""
 

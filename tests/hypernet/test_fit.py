@@ -10,6 +10,8 @@ import hypernet.fit as fit_module
 from hypernet.base_models import load_base
 from hypernet.fit import fit_lora, fit_theta
 from hypernet.recipe import FitConfig
+from lidb_peft.bases import get_basis
+from lidb_peft.space import distinct_basis_keys
 from testbed import miniature_path
 
 UNCLIPPED = 1e9
@@ -94,6 +96,26 @@ def test_noise_follows_the_key_and_the_seed_alone(base, space, new_subject, batc
         assert torch.equal(first[part][1], other_key[part][1])
         assert not torch.equal(first[part][0], other_key[part][0])
         assert not torch.equal(first[part], other_seed[part])
+
+
+def test_thetas_are_fitted_in_learned_bases(base, space, new_subject, random_theta):
+    """Turned around, down and its bases give the same updates, to the last bit, and so the same fits."""
+    signs = torch.ones(space.row_size)
+    signs[: space.config.down_dim] = -1
+    keys = distinct_basis_keys(space.shapes, space.config)
+    turned = torch.nn.ParameterDict(
+        {key.label: get_basis(key, torch.device("cpu")) * (-1 if key.side == "down" else 1) for key in keys}
+    )
+    subjects, config = [new_subject("ann")], FitConfig(steps=2, lr=1e-2)
+    theta, losses = fit_theta(base, space, subjects, config, random_theta)
+    turned_theta, turned_losses = fit_theta(base, space, subjects, config, signs * random_theta, bases=turned)
+    assert torch.equal(turned_losses, losses)
+    assert torch.equal(signs * turned_theta, theta)
+    (lora,), losses = fit_lora(base, space, subjects, config, 2, theta)
+    (turned_lora,), turned_losses = fit_lora(base, space, subjects, config, 2, turned_theta, bases=turned)
+    assert torch.equal(turned_losses, losses)
+    assert all(torch.equal(turned_lora[name][side], lora[name][side]) for name in lora for side in (0, 1))
+    assert all(basis.grad is None for basis in turned.values())
 
 
 def test_the_same_call_gives_the_same_numbers(base, space, new_subject):

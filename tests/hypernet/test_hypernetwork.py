@@ -23,7 +23,7 @@ from transformers import (
 
 from hypernet.diffusion import predict
 from hypernet.encoder import prepare_pictures
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.hypernetwork import HyperNetwork, read_config
 from hypernet.hypernetwork_config import HyperNetworkConfig
 from lidb_peft import LiDBConfig, LiDBSpace, squared_distance
 from lidb_peft.space import split_theta
@@ -212,28 +212,51 @@ def test_a_damaged_folder_is_refused_in_words(padded_space, tmp_path):
     rewrite(folder, lambda tensors: tensors.update({"heads.weight": torch.zeros(3, 2, 1)}))
     with pytest.raises(ValueError, match=r"holds other weights than its config\.json says"):
         HyperNetwork.from_pretrained(folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        HyperNetwork.from_pretrained(folder)
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match="is not a whole folder here"):
-        HyperNetwork.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"layers": config["layers"][::-1]}))
+
+
+@pytest.mark.parametrize("read", [HyperNetwork.from_pretrained, read_config])
+def test_damage_that_shows_without_the_weights_is_found_without_them(padded_space, tmp_path, read):
+    folder = tmp_path / "net"
+    make(padded_space).save_pretrained(folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+
+    def rewrite_config(**changes):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    rewrite_config(layers=config["layers"][::-1])
     with pytest.raises(ValueError, match=r"layers is not the one of the record"):
-        HyperNetwork.from_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "vit"}')
+        read(folder)
+    rewrite_config(record=config["record"] | {"basis": "unheard of"})
+    with pytest.raises(ValueError, match="net describes no LiDB this version knows: basis is 'unheard of'"):
+        read(folder)
+    rewrite_config(model_type="vit")
     with pytest.raises(ValueError, match="holds a model of type 'vit'; expected 'lidb_hypernetwork'"):
-        HyperNetwork.from_pretrained(folder)
+        read(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        HyperNetwork.from_pretrained(folder)
+        read(folder)
+    rewrite_config()
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        read(folder)
+    with pytest.raises(NotADirectoryError, match=r"model\.safetensors is a file; name the folder"):
+        read(weights)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors"):
+        read(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
-        HyperNetwork.from_pretrained(folder)
+        read(folder)
     with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub"):
-        HyperNetwork.from_pretrained(tmp_path / "none")
+        read(tmp_path / "none")
+
+
+def test_the_config_is_read_without_the_weights(padded_space, tmp_path, monkeypatch):
+    make(padded_space, token="ohwx", rounds=3, learned_bases=True).save_pretrained(tmp_path)
+    loaded = HyperNetwork.from_pretrained(tmp_path).config
+    monkeypatch.setattr(HyperNetwork, "__init__", lambda *_: pytest.fail("a network was made"))
+    assert read_config(tmp_path).to_dict() == loaded.to_dict()
+    assert read_config(tmp_path).name_or_path == str(tmp_path)
 
 
 def test_a_save_that_fails_leaves_the_last_one(padded_space, pixels, tmp_path, monkeypatch):

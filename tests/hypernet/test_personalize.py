@@ -1,11 +1,9 @@
 import errno
 import json
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,42 +25,6 @@ def result(base, photo):
     return personalize([photo], base, QUICK, miniature_lidb_config())
 
 
-def raw_deltas(path):
-    """Kohya name -> alpha / rank * up @ down in float64, by json, struct and numpy alone."""
-    blob = path.read_bytes()
-    (length,) = struct.unpack("<Q", blob[:8])
-    header = json.loads(blob[8 : 8 + length])
-    header.pop("__metadata__")
-    arrays = {}
-    for name, entry in header.items():
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        kind = {"F16": "<f2", "F32": "<f4"}[entry["dtype"]]
-        arrays[name] = np.frombuffer(blob[start:end], kind).reshape(entry["shape"]).astype(np.float64)
-    names = {name.partition(".")[0] for name in arrays}
-    return {
-        name: arrays[f"{name}.alpha"]
-        / len(arrays[f"{name}.lora_down.weight"])
-        * arrays[f"{name}.lora_up.weight"]
-        @ arrays[f"{name}.lora_down.weight"]
-        for name in names
-    }
-
-
-def kohya_name(layer):
-    component, path = layer.split(".", 1)
-    return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + path.replace(".", "_")
-
-
-def assert_same_deltas(path, factors, tolerance, floor=0.0):
-    """Every module's delta in the file is the factors', within a share of its norm, or ``floor`` where it is tiny."""
-    deltas = raw_deltas(path)
-    assert deltas.keys() == {kohya_name(layer) for layer in factors}
-    for layer, (lora_A, lora_B) in factors.items():
-        expected = (lora_B.double() @ lora_A.double()).numpy()
-        error = np.linalg.norm(deltas[kohya_name(layer)] - expected)
-        assert error <= tolerance * np.linalg.norm(expected) + floor, layer
-
-
 def tree(folder):
     return sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*"))
 
@@ -70,7 +32,7 @@ def tree(folder):
 # ---- the way from photo to LoRA ----
 
 
-def test_the_file_holds_the_fitted_weights_module_by_module(result, tmp_path):
+def test_the_file_holds_the_fitted_weights_module_by_module(result, tmp_path, assert_same_deltas):
     assert len(result.factors) == 176
     assert {lora_A.shape[0] for lora_A, _ in result.factors.values()} == {3}  # theta's 1 and the LoRA's 2
     result.save(tmp_path / "half.safetensors")
@@ -149,7 +111,7 @@ def test_all_files_are_written_and_named(base, photo, tmp_path):
 # ---- theta files ----
 
 
-def test_theta_goes_out_and_comes_back(result, base, photo, tmp_path):
+def test_theta_goes_out_and_comes_back(result, base, photo, tmp_path, assert_same_deltas):
     file = tmp_path / "theta.safetensors"
     result.save_theta(file)
     stored = result.theta.half().float()

@@ -16,7 +16,8 @@ from hypernet.fit import fit_theta
 from hypernet.people import People, open_people
 from hypernet.personalize import make_subject
 from hypernet.photos import load_photo
-from hypernet.preoptimize import open_targets, predicted_start, preoptimize
+from hypernet.prediction import predicted_start
+from hypernet.preoptimize import open_targets, preoptimize
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

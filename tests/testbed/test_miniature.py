@@ -1,11 +1,20 @@
 """What the bundled miniature must be, whatever its weights."""
 
+import warnings
+
 import pytest
 import torch
 
 from hypernet.base_models import load_base
+from hypernet.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
-from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed import (
+    MINIATURE_RECIPE,
+    MINIATURE_SIZE_PX,
+    miniature_hypernetwork_path,
+    miniature_lidb_config,
+    miniature_path,
+)
 from testbed.demo import COLUMNS, draw_photos, run_demo
 from testbed.measuring import measuring_path, to_pixels
 
@@ -30,6 +39,17 @@ def test_its_bases_are_far_from_complete(base):
         down, up = space.basis_keys(index)
         assert down.dim <= 0.32 * fan_in
         assert up.dim <= 0.16 * fan_out
+
+
+def test_its_hypernetwork_predicts_for_its_recipe(base):
+    try:
+        network = HyperNetwork.from_pretrained(miniature_hypernetwork_path())
+    except FileNotFoundError:
+        pytest.skip("no hypernetwork ships yet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of another base
+        assert network.space_on(base.adapted).num_layers == 176
+    assert (network.config.prompt, network.config.token) == (MINIATURE_RECIPE.prompt, MINIATURE_RECIPE.token)
 
 
 def test_it_is_small(base):

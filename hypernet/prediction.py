@@ -1,0 +1,90 @@
+"""A hypernetwork's prediction as the start of a fit: one person's personalisation, or the pre-optimisation of many."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hypernet.fit import Progress
+from hypernet.hypernetwork import HyperNetwork, read_config
+from hypernet.hypernetwork_config import HyperNetworkConfig
+from hypernet.photos import Photo
+from hypernet.recipe import PersonalizeConfig
+from lidb_peft import LiDBSpace
+
+Start = Callable[[Tensor], Tensor]
+"""Photos ``(n, 3, size_px, size_px)`` in [-1, 1] on the CPU -> the thetas ``(n, L, row)`` that their fits start at."""
+
+
+def predict_person(
+    network: HyperNetwork, photos: Sequence[Photo], device: torch.device, progress: Progress | None = None
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Predict the person in all of ``photos``.
+
+    The hypernetwork is moved to ``device`` for this and back, so that it holds no memory there while fitting.
+
+    Returns:
+        theta ``(L, row)``, and copies by label of the bases that were learned for it, None if they are the frozen ones;
+        on the CPU.
+    """
+    home, was_training = network.device, network.training
+    network.to(device).eval()
+    try:
+        theta = network.predict(torch.stack([photo.to_tensor() for photo in photos])[None])[0]
+    finally:
+        network.to(home).train(was_training)
+    if progress is not None:
+        progress(1, 1)
+    if network.bases is None:
+        return theta, None
+    return theta, {label: basis.detach().to("cpu", copy=True) for label, basis in network.bases.items()}
+
+
+def predicted_start(source: str | Path, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
+    """Load a hypernetwork to start many fits at its predictions; return that and a name for the manifest.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it predicts no thetas of ``space``.
+    """
+    network = HyperNetwork.from_pretrained(source)
+    network.check_space(space)
+    if network.bases is not None:
+        raise ValueError(f"{source} has learned bases, on which no target is fitted; pass one with frozen bases")
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.contiguous().numpy().tobytes())
+    return network.to(device).predict, f"{Path(source).name} {digest.hexdigest()[:16]}"
+
+
+def predicted_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None = None) -> PersonalizeConfig:
+    """Return ``recipe`` as it goes with a prediction: the hypernetwork's prompt and token, and no theta fit."""
+    return replace(recipe or PersonalizeConfig(), prompt=network.prompt, token=network.token, theta_steps=0)
+
+
+def check_recipe(hypernet: HyperNetwork | str | Path, recipe: PersonalizeConfig | None) -> PersonalizeConfig:
+    """Return ``recipe``, by default the `predicted_recipe`.
+
+    Raises:
+        ValueError: its prompt or token is not what the hypernetwork predicts for.
+        OSError, ValueError: as `read_config`.
+    """
+    network = _config_of(hypernet)
+    recipe = recipe or predicted_recipe(network)
+    if (recipe.prompt, recipe.token) != (network.prompt, network.token):
+        raise ValueError(
+            f"the hypernetwork predicts for the prompt {network.prompt!r} with the token {network.token!r}, not for "
+            f"{recipe.prompt!r} with {recipe.token!r}; leave --prompt and --token out, or pass --hypernet none"
+        )
+    return recipe
+
+
+def has_learned_bases(hypernet: HyperNetwork | str | Path) -> bool:
+    """Tell whether predictions are on bases of the hypernetwork's own; raises as `read_config` does."""
+    return _config_of(hypernet).learned_bases
+
+
+def _config_of(hypernet: HyperNetwork | str | Path) -> HyperNetworkConfig:
+    return hypernet.config if isinstance(hypernet, HyperNetwork) else read_config(hypernet)

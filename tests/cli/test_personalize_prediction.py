@@ -1,0 +1,109 @@
+"""`hdb personalize --hypernet`."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import testbed
+from converters import describe
+from hypernet.base_models import load_base
+from lidb_peft import LiDBSpace
+from testbed import miniature_lidb_config, miniature_path
+
+
+@pytest.fixture(scope="module")
+def saved(make_hypernetwork, tmp_path_factory):
+    """A folder of hypernetworks: the miniature's ``net``, ``learned``, and one of its UNet alone, ``unet``."""
+    folder = tmp_path_factory.mktemp("hypernetworks")
+    base = load_base(str(miniature_path()), device="cpu")
+    space = LiDBSpace(base.adapted, miniature_lidb_config())
+    make_hypernetwork(space, token="ohwx").save_pretrained(folder / "net")
+    make_hypernetwork(space, learned_bases=True).save_pretrained(folder / "learned")
+    make_hypernetwork(LiDBSpace({"unet": base.unet}, miniature_lidb_config())).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture
+def run(portrait):
+    """The arguments of a personalisation on the miniature that ends with the prediction."""
+    return lambda *arguments: ("personalize", portrait, "--base", "testbed", "--no-crop", "--no-preview",
+                               "--steps", 0, "--out", "me.safetensors", *arguments)  # fmt: skip
+
+
+def stages(output):
+    (line,) = [line for line in output.splitlines() if line.startswith("took ")]
+    return [stage.rsplit(" ", 2)[0] for stage in line.removeprefix("took ").split(", ")]
+
+
+def test_steps_0_leave_the_prediction_alone(hdb, run, saved):
+    output = hdb.run(*run("--hypernet", saved / "net"))
+    assert stages(output) == ["prepare photos", "predict"]
+    assert '"a ohwx face <lora:me:1>"' in output
+    assert hdb.files() == ["me.json", "me.safetensors"]
+    description = describe("me.safetensors")
+    assert description.ranks == (1,)
+    assert description.trigger_words == ("a ohwx face",)
+
+
+def test_the_lora_is_finetuned_and_theta_only_if_it_is_asked_for(hdb, run, saved):
+    output = hdb.run(*run("--hypernet", saved / "learned", "--steps", 1, "--rank", 2))
+    assert stages(output) == ["prepare photos", "predict", "finetune LoRA"]
+    assert describe("me.safetensors").ranks == (3,)
+    output = hdb.run(*run("--hypernet", saved / "learned", "--theta-steps", 1))
+    assert stages(output) == ["prepare photos", "predict", "fit theta"]
+
+
+def test_the_miniature_has_its_own_hypernetwork(hdb, run, saved, portrait, monkeypatch):
+    monkeypatch.setattr(testbed, "miniature_hypernetwork_path", lambda: saved / "net")
+    output = hdb.run(*run("--save-theta", "theta.safetensors"))
+    assert f"starting at the prediction of the hypernetwork {saved / 'net'}" in output
+    assert stages(output) == ["prepare photos", "predict"]
+    own = Path("me.safetensors").read_bytes()
+    hdb.run("personalize", portrait, "--base", miniature_path(), "--hypernet", "testbed", "--no-crop", "--no-preview",
+            "--steps", 0, "--out", "me.safetensors")  # fmt: skip
+    assert Path("me.safetensors").read_bytes() == own
+    assert "predict" not in stages(hdb.run(*run("--hypernet", "none", "--theta-steps", 1)))
+    assert stages(hdb.run(*run("--from-theta", "theta.safetensors", "--theta-steps", 0))) == ["prepare photos"]
+    assert "--hypernet none" in hdb.fail(*run("--token", "sks"))
+
+
+def test_a_hypernetwork_that_does_not_ship_says_the_way_on(hdb, run, monkeypatch):
+    monkeypatch.setattr(testbed, "__file__", str(hdb.folder / "__init__.py"))
+    assert "has no hypernetwork; install lidb-peft from its wheel, or pass --hypernet none" in hdb.fail(
+        "personalize", "me.jpg", "--hypernet", "testbed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "text"),
+    [
+        ("unet", (), "another list of 128 layers"),
+        (
+            "net",
+            ("--token", "sks"),
+            "for the prompt 'a [V] face' with the token 'ohwx', not for 'a [V] face' with 'sks'",
+        ),
+        ("net", ("--prompt", "a photo of [V]"), "leave --prompt and --token out"),
+        ("learned", ("--save-theta", "theta.safetensors"), "leave --save-theta out: the LoRA holds everything"),
+    ],
+)
+def test_what_does_not_go_with_a_hypernetwork_is_told(hdb, run, saved, network, arguments, text):
+    assert text in hdb.fail(*run("--hypernet", saved / network, *arguments))
+
+
+def test_two_starts_are_a_usage_error(hdb, run, saved):
+    message = hdb.fail(*run("--hypernet", saved / "net", "--from-theta", "theta.safetensors"), code=2)
+    assert "--hypernet and --from-theta contradict each other" in message
+
+
+def test_damage_is_told_before_the_base_is_loaded(hdb, saved, portrait):
+    shutil.copytree(saved / "net", "net")
+    weights = Path("net/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    Path("empty").mkdir()
+    personalize = ("personalize", portrait, "--no-crop", "--base", "no/such-base", "--hypernet")
+    assert "net/model.safetensors is truncated" in hdb.fail(*personalize, "net")
+    assert "empty is not a hypernetwork: it has no config.json" in hdb.fail(*personalize, "empty")
+    assert "vae holds a model of type None" in hdb.fail(*personalize, miniature_path() / "vae")
+    assert "is a file; name the folder" in hdb.fail(*personalize, portrait)
