@@ -15,7 +15,7 @@ from cli.bases import seed_option
 @click.option("--person", default=3, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
 @seed_option
 def command(out: Path, person: int, seed: int) -> None:
-    """Show the whole way on a bundled miniature, offline: portrait, LiDB fit, LoRA, pictures.
+    """Show the whole way on a bundled miniature, offline: portrait, prediction, LoRA, pictures.
 
     \b
     hdb demo
@@ -29,7 +29,6 @@ def command(out: Path, person: int, seed: int) -> None:
         files, result = run_demo(out, person, seed, report)
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     click.echo(f"one photo           {files.photo}")
-    click.echo(f"LiDB weights        {files.theta}  ({files.theta.stat().st_size / 1000:.0f} KB)")
     click.echo(f"LoRA                {files.lora}  ({files.lora.stat().st_size / 1000:.0f} KB)")
     click.echo(f"look at             {files.sheet}")
     click.echo(f"took                {took}")

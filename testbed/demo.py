@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from hypernet.base_models import load_base
+from hypernet.hypernetwork import HyperNetwork
 from hypernet.personalize import Personalization, personalize
+from hypernet.prediction import predicted_recipe
 from hypernet.recipe import StageProgress
 from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors
-from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
 from testbed.protocol import PROMPTS, SHOWN, Judge, photo, true_picture
@@ -26,14 +28,14 @@ NUM_STEPS = 25
 class DemoFiles:
     photo: Path
     lora: Path
-    theta: Path
     sheet: Path
 
 
 def run_demo(
     out: str | Path, person: int = 3, seed: int = 0, progress: StageProgress | None = None
 ) -> tuple[DemoFiles, Personalization]:
-    """Draw an identity that nothing was trained on, personalise the miniature on one photo of it, show every stage.
+    """Draw an identity that nothing was trained on, personalise the miniature on one photo of it by its hypernetwork's
+    prediction and the relaxed finetuning, show every stage.
 
     Args:
         person: which identity of the test split.
@@ -41,13 +43,14 @@ def run_demo(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "sks-theta.safetensors", out / "demo.png")
+    files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "demo.png")
     shown, truth = draw_photos(person)
     save_picture(shown.resize((256, 256), Image.Resampling.NEAREST), files.photo)
 
     base = load_base(str(miniature_path()), device="cpu")
-    recipe = replace(MINIATURE_RECIPE, seed=seed, crop=False)
-    result = personalize([files.photo], base, recipe, miniature_lidb_config(), progress=progress)
+    network = HyperNetwork.from_pretrained(miniature_hypernetwork_path())
+    recipe = replace(predicted_recipe(network.config, MINIATURE_RECIPE), seed=seed, crop=False)
+    result = personalize([files.photo], base, recipe, hypernet=network, progress=progress)
     prompts = [PROMPTS[column][0].replace("[V]", recipe.token) for column in COLUMNS]
     judge = Judge(load_measuring_network(), "test", COLUMNS)
 
@@ -65,14 +68,13 @@ def run_demo(
     rows = [
         ("the one photo\nthat is given", [shown]),
         drawn("base model\n(does not know\nthe person)", "base model", None),
-        drawn("LiDB fit", "LiDB fit", result.theta_factors),
-        drawn("LoRA\n(the result)", "LoRA", result.factors),
+        drawn(f"predicted from\nthe photo in\n{result.seconds['predict']:.1f} s", "prediction", result.theta_factors),
+        drawn(f"and {recipe.steps} steps of\nfinetuning\n(the LoRA)", "LoRA", result.factors),
         row("right answers\n(never shown)", truth),
     ]
     sheet = contact_sheet(rows, [PROMPTS[column][0] for column in COLUMNS])
     preview = rows[3][1][0].resize((512, 512), Image.Resampling.NEAREST)
     result.save(files.lora, preview=preview)
-    result.save_theta(files.theta)
     save_picture(sheet, files.sheet)
     return files, result
 

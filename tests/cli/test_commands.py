@@ -80,7 +80,7 @@ def test_generate_draws_with_and_without_a_lora(hdb, made):
 
 
 def test_demo_shows_the_whole_way(hdb, monkeypatch):
-    quick = replace(testbed.MINIATURE_RECIPE, theta_steps=1, steps=1)
+    quick = replace(testbed.MINIATURE_RECIPE, steps=1)
     monkeypatch.setattr(testbed.demo, "MINIATURE_RECIPE", quick)
     monkeypatch.setattr(testbed.demo, "NUM_STEPS", 1)
     output = hdb.run("demo", "--out", "shown", "--person", 7)

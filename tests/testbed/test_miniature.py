@@ -73,14 +73,14 @@ def test_demo_writes_everything_and_counts_progress(tmp_path, monkeypatch):
 
     import testbed.demo as demo
 
-    monkeypatch.setattr(demo, "MINIATURE_RECIPE", replace(demo.MINIATURE_RECIPE, theta_steps=2, steps=2))
+    monkeypatch.setattr(demo, "MINIATURE_RECIPE", replace(demo.MINIATURE_RECIPE, steps=2))
     monkeypatch.setattr(demo, "NUM_STEPS", 2)
     seen = []
     files, result = run_demo(tmp_path / "out", progress=lambda stage, done, total: seen.append((stage, done, total)))
-    assert {stage for stage, _, _ in seen} >= {"fit theta", "finetune LoRA", "draw LoRA"}
+    assert {stage for stage, _, _ in seen} >= {"predict", "finetune LoRA", "draw prediction", "draw LoRA"}
     assert all(done <= total for _, done, total in seen)
-    assert set(result.seconds) >= {"fit theta", "finetune LoRA"}
-    for file in (files.photo, files.lora, files.theta, files.sheet, files.lora.with_suffix(".json")):
+    assert set(result.seconds) >= {"predict", "finetune LoRA"}
+    for file in (files.photo, files.lora, files.sheet, files.lora.with_suffix(".json")):
         assert file.stat().st_size > 0
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(draw_photos(0)[1]) == len(COLUMNS)
