@@ -249,7 +249,8 @@ def test_a_hypernetwork_starts_fits_and_names_itself_by_its_weights(space, tmp_p
     network.save_pretrained(tmp_path / "first")
     start, name = predicted_start(tmp_path / "first", space, torch.device("cpu"))
     pixels = torch.zeros(2, 3, 32, 32)
-    assert torch.equal(start(pixels), network(pixels))
+    with torch.no_grad():  # the decoder's layers take another path, and round otherwise
+        assert torch.equal(start(pixels), network(pixels))
     HyperNetwork(network.config, seed=1).save_pretrained(tmp_path / "first")
     other = predicted_start(tmp_path / "first", space, torch.device("cpu"))[1]
     assert name.startswith("first ")
