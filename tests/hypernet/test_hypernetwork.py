@@ -451,6 +451,7 @@ def test_a_pretrained_encoder_brings_its_weights_and_its_pictures(padded_space, 
     assert net.config.image_size == 16
     assert (net.config.image_mean, net.config.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert not [name for name, _ in net.named_parameters() if "text" in name]
+    assert str(tmp_path) not in net.config.to_json_string()
     pictures = prepare_pictures(pixels, 16, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     net.photo_projection = nn.Identity()
     with torch.no_grad():
