@@ -4,6 +4,7 @@ Stages: draw people, a few plain photos of each; train a vision transformer to t
 trained; train the hypernetwork around it as `hdb train` does; pack. Every stage resumes where it was stopped.
 """
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +34,11 @@ HELD_OUT = 64  # people of the validation split
 PHOTOS = 3  # of each person
 ENCODER_WIDTH = 160
 HYPERNETWORK = {"hidden_size": 128, "num_attention_heads": 4, "train_encoder": True, "learned_bases": True}
-TRAINING = TrainConfig(
-    steps=6_000, lr=4e-4, warmup_steps=100, batch=8, timesteps_per_step=4, background=0.0, same_photo=True, crop=False,
+LEARN_PEOPLE = TrainConfig(
+    steps=4_000, lr=4e-4, warmup_steps=100, batch=8, timesteps_per_step=4, background=0.0, same_photo=True, crop=False,
     workers=0, log_every=25,
 )  # fmt: skip
+KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
 
 
 class PhotoFeatures(nn.Module):
@@ -88,20 +90,30 @@ def write_people(folder: Path, split: str, count: int) -> People:
     return open_people(folder)
 
 
-def train_hypernetwork(out: Path, encoder: Path, people: int, config: TrainConfig, progress: StageProgress) -> Path:
-    """Train on ``people`` identities, or go on; returns the folder of the hypernetwork, in float16."""
+def train_hypernetwork(out: Path, encoder: Path, people: int, fraction: float, progress: StageProgress) -> Path:
+    """Train on ``people`` identities, or go on: first who they are, then also to leave prompts their effect.
+
+    Returns:
+        The folder of the hypernetwork, in float16.
+    """
     base = load_base(str(miniature_path()), device="cpu")
     space = LiDBSpace(base.adapted, miniature_lidb_config())
-    training, held_out = (write_people(out / split, split, count) for split, count in
-                          (("train", people), ("validation", HELD_OUT)))  # fmt: skip
-    folder = out / "training"
-    resume = (folder / STATE_FILE).exists()
-    if resume:
-        network = HyperNetwork.from_pretrained(folder / LAST)
-    else:
-        network = HyperNetwork.from_encoder(encoder, space, "testbed", **HYPERNETWORK)
-    train(training, base, network, folder, config, held_out=held_out, resume=resume, progress=progress)
-    HyperNetwork.from_pretrained(folder / BEST).save_pretrained(out / "hypernetwork", dtype=torch.float16)
+    training = write_people(out / "train", "train", people)
+    held_out = write_people(out / "validation", "validation", HELD_OUT)
+    before = None
+    for number, config in enumerate((LEARN_PEOPLE, KEEP_PROMPTS), start=1):
+        config = replace(config, steps=math.ceil(fraction * config.steps))
+        folder = out / f"training-{number}"
+        resume = (folder / STATE_FILE).exists()
+        if resume:
+            network = HyperNetwork.from_pretrained(folder / LAST)
+        elif before is not None:
+            network = HyperNetwork.from_pretrained(before)
+        else:
+            network = HyperNetwork.from_encoder(encoder, space, "testbed", **HYPERNETWORK)
+        train(training, base, network, folder, config, held_out=held_out, resume=resume, progress=progress)
+        before = folder / BEST
+    HyperNetwork.from_pretrained(before).save_pretrained(out / "hypernetwork", dtype=torch.float16)
     return out / "hypernetwork"
 
 
@@ -109,9 +121,9 @@ def train_hypernetwork(out: Path, encoder: Path, people: int, config: TrainConfi
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Working folder; resumes what it holds.")
 @click.option("--people", default=20_000, show_default=True, help="Identities of the training split.")
 @click.option("--encoder-steps", default=2_500, show_default=True, help="Encoder steps of 128 photos.")
-@click.option("--steps", default=TRAINING.steps, show_default=True, help="Hypernetwork steps of 8 people.")
+@click.option("--fraction", default=1.0, show_default=True, help="Of the steps of the hypernetwork's own training.")
 @click.option("--threads", default=1, show_default=True, help="Processor threads.")
-def main(out: Path, people: int, encoder_steps: int, steps: int, threads: int) -> None:
+def main(out: Path, people: int, encoder_steps: int, fraction: float, threads: int) -> None:
     """Make the miniature's hypernetwork from nothing, or go on where a run was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,10 +131,10 @@ def main(out: Path, people: int, encoder_steps: int, steps: int, threads: int) -
     began = time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
-        if done % TRAINING.log_every == 0:
+        if done % LEARN_PEOPLE.log_every == 0:
             click.echo(f"{stage} {done} of {total}, {(time.monotonic() - began) / 60:.0f} min", err=True)
 
-    click.echo(f"wrote {train_hypernetwork(out, encoder, people, replace(TRAINING, steps=steps), report)}")
+    click.echo(f"wrote {train_hypernetwork(out, encoder, people, fraction, report)}")
 
 
 if __name__ == "__main__":
