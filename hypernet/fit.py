@@ -6,7 +6,7 @@ The result for one identity does not depend on who shares the batch: noise is ke
 gradients are clipped per identity and Adam works number by number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +79,13 @@ def fit_lora(
     rank: int,
     theta: Tensor | None = None,
     progress: Progress | None = None,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a fresh LoRA of rank ``rank`` per subject beside its frozen theta.
 
     Args:
         theta: ``(N, L, row)`` or ``(L, row)``, frozen; None fits a plain LoRA.
+        bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -100,7 +102,7 @@ def fit_lora(
         theta = theta.expand(len(subjects), *theta.shape[-2:])
     fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
     lora = torch.stack(fresh).to(base.device)
-    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32))]
+    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32), bases)]
 
     def parts(values: Tensor) -> list[Stacks]:
         return [*frozen, space.split_lora(values, rank)]
@@ -110,7 +112,7 @@ def fit_lora(
     results = []
     for i in range(len(subjects)):
         factors = space.lora_factors(lora[i], rank)
-        results.append(factors if theta is None else combine(space.factors(theta[i].cpu()), factors))
+        results.append(factors if theta is None else combine(space.factors(theta[i].cpu(), bases), factors))
     return results, losses
 
 
