@@ -2,28 +2,26 @@
 
 Fits validation identities of the miniature world with every recipe of `ROWS`, several seeds each, and scores pictures
 of 15 prompts by the measuring network (`testbed.protocol`): identity of "a [V] face" and of the other prompts, share of
-styles and scenes obeyed, background copied from the photo. One JSON line per recipe and seed; what is there is not done
-again, so that a killed run goes on. The table gives the mean over seeds and, after it, their standard deviation.
+styles and scenes obeyed, background copied from the photo. One JSON line per recipe, seed and person; what is there is
+not done again, so that a killed run goes on. The table gives the mean, its standard error over people and, in brackets,
+the standard deviation over seeds; the seconds are the processor's, all people in one batch.
 """
 
 import argparse
-import json
-import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from scoring import Results, World
 
-from hypernet.base_models import load_base
-from hypernet.diffusion import encode_photos
-from hypernet.fit import Subject, fit_lora, fit_theta
+from hypernet.fit import fit_lora, fit_theta
 from hypernet.recipe import PersonalizeConfig
-from lidb_peft import LiDBSpace
-from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
-from testbed.measuring import load_measuring_network, to_pixels
+from lidb_peft import LoraFactors
+from testbed import MINIATURE_RECIPE
 from testbed.portraits import SPLITS
-from testbed.protocol import SHOWN, Judge, draw_prompts, photo
 
 LORA = replace(MINIATURE_RECIPE, theta_steps=0, steps=40, lr=8e-3, rank=8, background=1.0, preservation=0.0)
 KEPT = replace(LORA, preservation=1.0, background=0.2)
@@ -55,7 +53,19 @@ ROWS: dict[str, PersonalizeConfig] = {
     "theta 100 x 0.01, LoRA 40, both": replace(THETA, steps=40),
     "theta 100 x 0.01, LoRA 40, neither": replace(THETA, steps=40, background=1.0, preservation=0.0),
 }
-COLUMNS = ("identity", "identity_prompted", "style", "scene", "prompt", "background", "seconds")
+
+
+@contextmanager
+def fitted(
+    world: World, people: Sequence[int], seed: int, recipe: PersonalizeConfig
+) -> Iterator[list[LoraFactors] | None]:
+    recipe, subjects, theta, factors = replace(recipe, seed=seed), world.subjects(people), None, None
+    if recipe.theta_steps:
+        theta, _ = fit_theta(world.base, world.space, subjects, recipe.theta_fit)
+        factors = [world.space.factors(each) for each in theta]
+    if recipe.steps:
+        factors, _ = fit_lora(world.base, world.space, subjects, recipe.lora_fit, recipe.rank, theta)
+    yield factors
 
 
 def main() -> None:
@@ -68,53 +78,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    base = load_base(arguments.base or str(miniature_path()), device="cpu")
-    space = LiDBSpace(base.adapted, miniature_lidb_config())
+    world, results = World("validation", arguments.base), Results(arguments.out)
     people = SPLITS["validation"][: arguments.people]
-    subjects = [
-        Subject(str(p), encode_photos(base, to_pixels([photo(p, SHOWN)])), LORA.trigger, LORA.class_prompt)
-        for p in people
-    ]
-    judge = Judge(load_measuring_network())
-
-    def score(recipe: PersonalizeConfig) -> dict[str, float]:
-        start, theta, factors = time.perf_counter(), None, None
-        if recipe.theta_steps:
-            theta, _ = fit_theta(base, space, subjects, recipe.theta_fit)
-            factors = [space.factors(each) for each in theta]
-        if recipe.steps:
-            factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank, theta=theta)
-        seconds = (time.perf_counter() - start) / len(people)
-        pictures = draw_prompts(base, space, factors, len(people), seed=recipe.seed, guidance=recipe.guidance)
-        scores = judge.score(pictures, people)
-        by_prompt = {name: float(values.mean()) for name, values in scores.right.items()}
-        return {**scores.means(), "seconds": seconds, "by_prompt": by_prompt}
-
-    done = _read(arguments.out)
     for seed in arguments.seeds:
         for row in arguments.rows:
-            if (row, seed) not in done:
-                done[row, seed] = score(replace(ROWS[row], seed=seed))
-                with open(arguments.out, "a") as file:
-                    file.write(json.dumps({"row": row, "seed": seed, "people": len(people), **done[row, seed]}) + "\n")
-                print(row, seed, {name: round(done[row, seed][name], 3) for name in COLUMNS}, flush=True)
-    print_table(done)
-
-
-def _read(path: Path) -> dict[tuple[str, int], dict]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(line["row"], line["seed"]): line for line in lines}
-
-
-def print_table(done: dict[tuple[str, int], dict]) -> None:
-    print("| recipe | seeds | " + " | ".join(COLUMNS) + " |")
-    print("|---|---" + "|---" * len(COLUMNS) + "|")
-    for row in ROWS:
-        lines = [scores for (name, _), scores in done.items() if name == row]
-        if lines:
-            values = [[line[column] for line in lines] for column in COLUMNS]
-            cells = [f"{np.mean(each):.2f}" + f" ± {np.std(each):.2f}" * (len(each) > 1) for each in values]
-            print(f"| {row} | {len(lines)} | " + " | ".join(cells) + " |")
+            results.complete(world, row, partial(fitted, recipe=ROWS[row]), people, seed, len(people))
+    print(results.table(ROWS))
 
 
 if __name__ == "__main__":

@@ -72,21 +72,25 @@ class Scores:
     right: dict[str, Tensor]
     background: Tensor
 
-    def means(self) -> dict[str, float]:
-        """Identity of the plain prompt and of the others, share of styles and of scenes (place, attire) obeyed, prompt
-        fidelity (the mean of both), background."""
+    def by_person(self) -> dict[str, Tensor]:
+        """Each person's identity by the plain prompt and by the others, share of styles and of scenes (place, attire)
+        obeyed, prompt fidelity (the mean of both) and background, ``(n,)`` each."""
         styles = [values for name, values in self.right.items() if "style" in PROMPTS[name][1]]
         scenes = [values for name, values in self.right.items() if "style" not in PROMPTS[name][1]]
         prompted = [values for name, values in self.identities.items() if name != "plain"]
-        style, scene = float(torch.stack(styles).mean()), float(torch.stack(scenes).mean())
+        style, scene = torch.stack(styles).mean(dim=0), torch.stack(scenes).mean(dim=0)
         return {
-            "identity": float(self.identities["plain"].mean()),
-            "identity_prompted": float(torch.stack(prompted).mean()),
+            "identity": self.identities["plain"],
+            "identity_prompted": torch.stack(prompted).mean(dim=0),
             "style": style,
             "scene": scene,
             "prompt": (style + scene) / 2,
-            "background": float(self.background.mean()),
+            "background": self.background,
         }
+
+    def means(self) -> dict[str, float]:
+        """What `by_person` gives, averaged over people."""
+        return {name: float(values.mean()) for name, values in self.by_person().items()}
 
 
 class Judge:
@@ -155,14 +159,17 @@ def draw_prompts(
     num_steps: int = 15,
     guidance: float = 3.0,
     prompts: Sequence[str] = tuple(prompt for prompt, _ in PROMPTS.values()),
+    first: int = 0,
 ) -> Tensor:
     """Draw every prompt for every person, all in one batch: pixels ``(n, prompts, 3, h, w)`` in [-1, 1].
 
     Args:
         factors: each person's weights; None draws with the base.
+        first: how many people come before these: each has noise of their own, however many are drawn at once.
     """
     texts = [prompt.replace("[V]", token) for prompt in prompts] * num_people
-    noise = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(texts))]
+    start = seed * 1_000_003 + first * len(prompts)
+    noise = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
     with space.apply(_stacked(factors)) if factors is not None else nullcontext():
         asked = base.text_encoder(torch.cat([base.token_ids(text) for text in texts]))[0]
         nothing = base.text_encoder(base.token_ids("").expand(len(texts), -1))[0]

@@ -61,5 +61,7 @@ def test_people_drawn_together_are_drawn_as_if_alone(base):
     assert together.shape == (2, 3, 3, 32, 32)
     alone = draw_prompts(base, space, factors[:1], 1, num_steps=3, prompts=prompts)
     assert torch.allclose(together[:1], alone, atol=1e-4)
+    alone = draw_prompts(base, space, factors[1:], 1, num_steps=3, prompts=prompts, first=1)
+    assert torch.allclose(together[1:], alone, atol=1e-4)
     swapped = draw_prompts(base, space, factors[::-1], 2, num_steps=3, prompts=prompts)
     assert (swapped - together).abs().mean() > 0.01
