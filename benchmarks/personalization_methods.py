@@ -129,23 +129,23 @@ COMPARED_CLOSELY = {"people": 40, "seeds": 3}
 ROWS: dict[str, Row] = {
     _relaxed_name(PLAIN, 40): Row(partial(relaxed, steps=40), **COMPARED_CLOSELY),
     "DreamBooth 1200": _dreambooth_row(1200, 1e-4),
-    "DreamBooth 400": _dreambooth_row(400, 1e-4),
-    "DreamBooth 40": _dreambooth_row(40, 1e-4),
-    "Textual Inversion": Row(partial(textual_inversion, start="face", steps=400, lr=1e-2)),
-    "LoRA DreamBooth rank 1": Row(partial(lora_dreambooth, rank=1, steps=400, lr=8e-3)),
-    "LoRA DreamBooth rank 8": Row(partial(lora_dreambooth, rank=8, steps=400, lr=8e-3)),
+    "DreamBooth 400": _dreambooth_row(400, 3e-4),
+    "DreamBooth 40": _dreambooth_row(40, 1e-3),
+    "Textual Inversion": Row(partial(textual_inversion, start="sks", steps=400, lr=1e-2)),
+    "LoRA DreamBooth rank 1": Row(partial(lora_dreambooth, rank=1, steps=400, lr=2e-3)),
+    "LoRA DreamBooth rank 8": Row(partial(lora_dreambooth, rank=8, steps=400, lr=1e-3)),
     "LiDB alone": Row(partial(lidb, steps=400, lr=2e-2), **COMPARED_CLOSELY),
 }
+DREAMBOOTH_GRID = {40: (8, (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)), 400: (4, (1e-4, 3e-4, 1e-3)), 1200: (3, (1e-4, 3e-4))}
 TUNING: dict[str, Row] = {
     **{f"DreamBooth {steps} x {lr:g}": replace(_dreambooth_row(steps, lr), people=people)
-       for steps, people, lrs in ((40, 8, (1e-4, 3e-4, 1e-3)), (400, 4, (3e-5, 1e-4, 3e-4)), (1200, 3, (3e-5, 1e-4)))
-       for lr in lrs},
+       for steps, (people, lrs) in DREAMBOOTH_GRID.items() for lr in lrs},
     **{f"Textual Inversion from {start!r}, {steps} x {lr:g}":
        Row(partial(textual_inversion, start=start, steps=steps, lr=lr), people=8)
        for start, steps, lr in (("face", 400, 3e-3), ("face", 400, 1e-2), ("face", 400, 3e-2), ("sks", 400, 1e-2))},
     **{f"LoRA DreamBooth rank {rank}, 400 x {lr:g}":
        Row(partial(lora_dreambooth, rank=rank, steps=400, lr=lr), people=8)
-       for rank, lrs in ((1, (2e-3, 8e-3, 3e-2)), (8, (1e-3, 3e-3, 8e-3))) for lr in lrs},
+       for rank, lrs in ((1, (1e-3, 2e-3, 8e-3, 3e-2)), (8, (5e-4, 1e-3, 3e-3, 8e-3))) for lr in lrs},
     **{f"LiDB alone, 400 x {lr:g}": Row(partial(lidb, steps=400, lr=lr), people=4) for lr in (1e-2, 2e-2)},
 }  # fmt: skip
 """Settings tried on validation identities, on fewer people where a fit takes minutes."""
