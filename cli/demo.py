@@ -12,7 +12,7 @@ from cli.bases import seed_option
     "--out", type=click.Path(file_okay=False, path_type=Path), default="hdb-demo", show_default=True,
     help="Folder for the results.",
 )  # fmt: skip
-@click.option("--person", default=3, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
+@click.option("--person", default=4, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
 @seed_option
 def command(out: Path, person: int, seed: int) -> None:
     """Show the whole way on a bundled miniature, offline: portrait, prediction, LoRA, pictures.

@@ -32,10 +32,9 @@ class DemoFiles:
 
 
 def run_demo(
-    out: str | Path, person: int = 3, seed: int = 0, progress: StageProgress | None = None
+    out: str | Path, person: int = 4, seed: int = 0, progress: StageProgress | None = None
 ) -> tuple[DemoFiles, Personalization]:
-    """Draw an identity that nothing was trained on, personalise the miniature on one photo of it by its hypernetwork's
-    prediction and the relaxed finetuning, show every stage.
+    """Personalise the miniature on one photo of an identity that nothing was trained on, and show every stage.
 
     Args:
         person: which identity of the test split.

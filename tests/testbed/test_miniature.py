@@ -42,10 +42,7 @@ def test_its_bases_are_far_from_complete(base):
 
 
 def test_its_hypernetwork_predicts_for_its_recipe(base):
-    try:
-        network = HyperNetwork.from_pretrained(miniature_hypernetwork_path())
-    except FileNotFoundError:
-        pytest.skip("no hypernetwork ships yet")
+    network = HyperNetwork.from_pretrained(miniature_hypernetwork_path())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as of another base
         assert network.space_on(base.adapted).num_layers == 176
@@ -55,6 +52,7 @@ def test_its_hypernetwork_predicts_for_its_recipe(base):
 def test_it_is_small(base):
     files = [*miniature_path().rglob("*"), measuring_path()]
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 16_000_000
+    assert sum(file.stat().st_size for file in miniature_hypernetwork_path().iterdir()) <= 10_000_000
     assert base.size_px == MINIATURE_SIZE_PX
 
 
