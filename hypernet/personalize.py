@@ -28,8 +28,8 @@ from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load
 from lidb_peft.files import check_writable
 
 _NO_THETA_FILE = (
-    "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out: the "
-    "LoRA holds everything"
+    "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out, for the "
+    "LoRA holds everything, or fit theta with --hypernet none"
 )
 
 
