@@ -85,7 +85,7 @@ def test_a_hypernetwork_that_does_not_ship_says_the_way_on(hdb, run, monkeypatch
             "for the prompt 'a [V] face' with the token 'ohwx', not for 'a [V] face' with 'sks'",
         ),
         ("net", ("--prompt", "a photo of [V]"), "leave --prompt and --token out"),
-        ("learned", ("--save-theta", "theta.safetensors"), "leave --save-theta out: the LoRA holds everything"),
+        ("learned", ("--save-theta", "theta.safetensors"), "leave --save-theta out, for the LoRA holds everything"),
     ],
 )
 def test_what_does_not_go_with_a_hypernetwork_is_told(hdb, run, saved, network, arguments, text):
