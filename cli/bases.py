@@ -12,6 +12,8 @@ import click
 from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from hypernet.base_models import BaseModel
     from lidb_peft import LiDBConfig
 
@@ -92,3 +94,11 @@ def open_base(name: str, device: str, precision: str) -> Base:
         base = Base(load_base(name, device, precision), LiDBConfig())
     click.echo(f"base {name} on {describe_choice(base.model.device, base.model.dtype)}", err=True)
     return base
+
+
+def join_and_open(name: str, device: str, precision: str) -> tuple["PartialState", Base]:
+    """Meet the processes that a launcher started, if one did, and `open_base` on this one's own device."""
+    from hypernet.devices import choose_device, join_processes
+
+    state = join_processes(choose_device(device))
+    return state, open_base(name, device if state.num_processes == 1 else str(state.device), precision)

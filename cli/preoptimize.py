@@ -10,7 +10,7 @@ from cli.bases import (
     base_recipe,
     device_option,
     hypernet_source,
-    open_base,
+    join_and_open,
     precision_option,
     recipe_option,
     seed_option,
@@ -60,10 +60,7 @@ def command(
     hdb preoptimize somebody/faces --streaming --out targets --batch 32
     accelerate launch --num_processes 8 -m cli.main preoptimize faces/ --out targets
     """
-    from accelerate import PartialState
-
     from cli.progress import progress_bars
-    from hypernet.devices import choose_device
     from hypernet.people import open_people
     from hypernet.prediction import predicted_start
     from hypernet.preoptimize import open_targets, preoptimize
@@ -73,10 +70,7 @@ def command(
     given = {name: value for name, value in options.items() if value is not None}
     config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch, gradient_checkpointing)
     people = open_people(images, streaming)
-    is_cuda = choose_device(device).type == "cuda"
-    state = PartialState(cpu=not is_cuda)
-    is_alone = state.num_processes == 1
-    opened = open_base(base, device if is_alone or not is_cuda else str(state.device), precision)
+    state, opened = join_and_open(base, device, precision)
     space = LiDBSpace(opened.model.adapted, opened.lidb_config)
     source = hypernet_source(init_from)
     start, start_name = predicted_start(source, space, opened.model.device) if source else (None, "theta_0")
@@ -89,7 +83,7 @@ def command(
             people, opened.model, space, store, config, start,
             rank=state.process_index, world=state.num_processes, progress=report if state.is_main_process else None,
         )  # fmt: skip
-    who = "" if is_alone else f"process {state.process_index + 1} of {state.num_processes}: "
+    who = "" if state.num_processes == 1 else f"process {state.process_index + 1} of {state.num_processes}: "
     found = f"; found {result.found} shards of an earlier run" if result.found else ""
     click.echo(f"{who}fitted {result.fitted} people in {result.seconds:.1f} s, {result.per_hour:,.0f} an hour{found}")
     if result.fitted:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, device_option, open_base, precision_option, seed_option
+from cli.bases import base_option, device_option, join_and_open, precision_option, seed_option
 from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, PersonalizeConfig, TrainConfig
 
 _RECIPE = PersonalizeConfig()
@@ -84,19 +84,17 @@ def command(
     accelerate launch --num_processes 8 -m cli.main train faces/ --out hypernet
     """
     from cli.progress import progress_bars
-    from hypernet.devices import choose_device
     from hypernet.people import open_people
     from hypernet.targets import SKIPPED_FILE
     from hypernet.training import BEST, train
-    from hypernet.training_setup import LAST, join_processes, open_network
+    from hypernet.training_setup import LAST, open_network
     from lidb_peft import LiDBSpace
 
     weights = float(targets is not None) if weights is None else weights
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
-    state = join_processes(choose_device(device))
-    opened = open_base(base, device if state.num_processes == 1 else str(state.device), precision)
+    state, opened = join_and_open(base, device, precision)
     network = open_network(
         out if resume else None, encoder, LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed,
         rounds=rounds, hidden_size=hidden_size, train_encoder=train_encoder, learned_bases=learned_bases, token=token,

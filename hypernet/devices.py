@@ -1,7 +1,15 @@
 """Which device and which precision: `auto` chooses and says what it chose; anything else is taken or refused."""
 
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
 import torch
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+WAIT = timedelta(minutes=30)
+"""How long a process waits for another, which may be drawing sample pictures or be dead."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +39,13 @@ def choose_device(device: str = "auto") -> torch.device:
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device!r} is not supported; choose auto, cpu, cuda, cuda:N or mps")
     return chosen
+
+
+def join_processes(device: torch.device) -> "PartialState":
+    """Meet the other processes, if a launcher started some, before a base is loaded onto ``PartialState.device``."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu", timeout=WAIT)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

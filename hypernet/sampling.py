@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from converters import FileDescription, describe
 from converters.safe_read import iter_tensors
@@ -82,6 +83,11 @@ def generate_to_file(
     label = "base" if lora is None else Path(lora).stem
     sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts)
     save_picture(sheet, out)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture of ``pixels`` ``(3, h, w)``; what is outside of [-1, 1] is cut off."""
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:

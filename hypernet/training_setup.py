@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
+from hypernet.devices import WAIT
 from hypernet.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
 from hypernet.targets import TargetStore
@@ -18,8 +18,6 @@ from hypernet.training_state import STATE_FILE
 from lidb_peft import LiDBSpace
 
 LAST = "last"
-WAIT = timedelta(minutes=30)
-"""How long a process waits for another, which may be drawing sample pictures or be dead."""
 _SCALE_FROM = 256  # targets, of which the layers' scale is the mean
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -70,11 +68,6 @@ def some_targets(store: TargetStore) -> Tensor:
     if not keys:
         raise ValueError(f"{store.folder} holds no targets yet; run hdb preoptimize first")
     return store.thetas(keys[:_SCALE_FROM])
-
-
-def join_processes(device: torch.device) -> PartialState:
-    """Meet the other processes, if a launcher started some, before a base is loaded onto ``PartialState.device``."""
-    return PartialState(cpu=device.type == "cpu", timeout=WAIT)
 
 
 def open_network(

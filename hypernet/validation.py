@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hypernet.diffusion import release_vae
 from hypernet.examples import Example, Examples, validation_places
 from hypernet.objective import SUMMED, Objective
-from hypernet.sampling import contact_sheet, generate, save_picture
+from hypernet.sampling import contact_sheet, generate, save_picture, to_image
 
 TIMESTEPS = 4  # noisy copies of each photo, spread over the schedule
 PICTURED = 4
@@ -46,7 +45,7 @@ def draw_sheet(objective: Objective, examples: Examples, path: Path) -> None:
         factors = objective.space.factors(theta, objective.network.bases)
         release_vae(objective.base)
         pictures = generate(objective.base, prompts, objective.space, factors, num_steps=PICTURE_STEPS)
-        rows.append((example.name, [_picture(example.seen), *pictures]))
+        rows.append((example.name, [to_image(example.seen), *pictures]))
     objective.train()
     if rows:
         save_picture(contact_sheet(rows, ("photo", *prompts)), path)
@@ -61,8 +60,3 @@ def _usable(examples: Examples, count: int) -> list[Example]:
         if len(found) == count:
             break
     return found
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    """A picture of ``pixels`` ``(3, h, w)`` in [-1, 1]."""
-    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())

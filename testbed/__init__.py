@@ -18,12 +18,7 @@ def miniature_path() -> Path:
     Raises:
         FileNotFoundError: the weights are not there.
     """
-    folder = Path(__file__).parent / "miniature"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model; install lidb-peft from its wheel, or run python -m testbed.train"
-        )
-    return folder
+    return _bundled("miniature", "model_index.json", "model", "run python -m testbed.train")
 
 
 def miniature_hypernetwork_path() -> Path:
@@ -32,11 +27,13 @@ def miniature_hypernetwork_path() -> Path:
     Raises:
         FileNotFoundError: the weights are not there.
     """
-    folder = Path(__file__).parent / "hypernetwork"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no hypernetwork; install lidb-peft from its wheel, or pass --hypernet none"
-        )
+    return _bundled("hypernetwork", "config.json", "hypernetwork", "pass --hypernet none")
+
+
+def _bundled(folder_name: str, index: str, what: str, remedy: str) -> Path:
+    folder = Path(__file__).parent / folder_name
+    if not (folder / index).is_file():
+        raise FileNotFoundError(f"{folder} has no {what}; install lidb-peft from its wheel, or {remedy}")
     return folder
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hypernet.base_models import BaseModel, load_base
 from hypernet.diffusion import encode_photos
 from hypernet.fit import Subject, fit_lora, fit_theta
-from hypernet.sampling import contact_sheet, save_picture
+from hypernet.sampling import contact_sheet, save_picture, to_image
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -24,7 +24,7 @@ from testbed.corpus import portrait
 from testbed.drawing import draw
 from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS, identity, random_scene
-from testbed.protocol import PROMPTS, SHOWN, Judge, draw_prompts, photo, true_picture
+from testbed.protocol import PROMPTS, SHOWN, Judge, Scores, draw_prompts, photo, true_picture
 from testbed.train import psnr_db
 
 TEST = SPLITS["test"]
@@ -79,30 +79,17 @@ def retrieval(judge: Judge, count: int = 500) -> float:
     return float(((first @ second.T).argmax(dim=1) == torch.arange(count)).float().mean())
 
 
-def prompt_accuracy(judge: Judge, pictures: Tensor) -> dict[str, float]:
-    """Share of ``(n, prompts, 3, h, w)`` pictures that show the style, place or attire asked for, by prompt."""
-    accuracy = {}
-    for index, (name, (_, wanted)) in enumerate(PROMPTS.items()):
-        for attribute, value in wanted.items():
-            accuracy[name] = float(
-                np.mean([got == value for got in judge.measure(pictures[:, index]).choice(attribute)])
-            )
-    return accuracy
+def prompts_obeyed(scores: Scores) -> dict[str, float]:
+    """Share of pictures that show what their prompt asked for: of styles, of scenes (place, attire), by prompt."""
+    means = scores.means()
+    by_prompt = {name: float(values.mean()) for name, values in scores.right.items()}
+    return {"style": means["style"], "scene": means["scene"], **by_prompt}
 
 
 def identity_spread(embedding: Tensor) -> float:
     """Mean of 1 - cosine over all pairs."""
     count = len(embedding)
     return float(1 - ((embedding @ embedding.T).sum() - count) / (count * (count - 1)))
-
-
-def group_means(accuracy: dict[str, float]) -> dict[str, float]:
-    """Mean accuracy over the prompts of a style, and over those of a place or attire."""
-    styles = [name for name, (_, wanted) in PROMPTS.items() if "style" in wanted]
-    return {
-        "style": float(np.mean([accuracy[name] for name in styles])),
-        "scene": float(np.mean([value for name, value in accuracy.items() if name not in styles])),
-    }
 
 
 def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tensor]:
@@ -112,10 +99,10 @@ def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tenso
     more = draw_prompts(base, None, None, 10 * count, seed=1, prompts=["a face"])[:, 0]
     people = TEST[: 10 * count]
     true = torch.stack([to_pixels([true_picture(person, name) for name in PROMPTS]) for person in TEST[:count]])
-    sampled, real = prompt_accuracy(judge, samples), prompt_accuracy(judge, true)
+    sampled, real = (prompts_obeyed(judge.score(pictures, TEST[:count])) for pictures in (samples, true))
     return {
-        "prompts obeyed": group_means(sampled) | sampled,
-        "measuring network on true pictures": group_means(real),
+        "prompts obeyed": sampled,
+        "measuring network on true pictures": {group: real[group] for group in ("style", "scene")},
         "identity spread of 'a face'": identity_spread(judge.measure(more).embedding),
         "identity spread of real people": identity_spread(judge.measure([photo(p, SHOWN) for p in people]).embedding),
     }, samples
@@ -139,10 +126,6 @@ def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple
         rows.append(judge.score(pictures, people).means())
     return {name: {"mean": float(np.mean([row[name] for row in rows])),
                    "by seed": [round(row[name], 3) for row in rows]} for name in rows[0]}, pictures  # fmt: skip
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 @click.command()

@@ -105,10 +105,9 @@ def train_hypernetwork(out: Path, encoder: Path, people: int, fraction: float, p
         config = replace(config, steps=math.ceil(fraction * config.steps))
         folder = out / f"training-{number}"
         resume = (folder / STATE_FILE).exists()
-        if resume:
-            network = HyperNetwork.from_pretrained(folder / LAST)
-        elif before is not None:
-            network = HyperNetwork.from_pretrained(before)
+        start = folder / LAST if resume else before
+        if start is not None:
+            network = HyperNetwork.from_pretrained(start)
         else:
             network = HyperNetwork.from_encoder(encoder, space, "testbed", **HYPERNETWORK)
         train(training, base, network, folder, config, held_out=held_out, resume=resume, progress=progress)
