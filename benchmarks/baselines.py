@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import denoising_error, predict, question
-from hypernet.fit import Subject
-from hypernet.losses import draw_noise
-from hypernet.people import derive_seed
+from hypernet.fitting.engine import Subject
+from hypernet.fitting.losses import draw_noise
+from hypernet.inputs.people import derive_seed
 
 PRIOR_WEIGHT = 1.0
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from hypernet.base_models import load_base
-from hypernet.fit import Subject, fit_theta
+from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBConfig, LiDBSpace
 from testbed import miniature_lidb_config, miniature_path

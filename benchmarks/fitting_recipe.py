@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from scoring import Results, World
 
-from hypernet.fit import fit_lora, fit_theta
+from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE

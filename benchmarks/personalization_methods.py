@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from scoring import Method, Results, World
 
-from hypernet.fit import fit_lora, fit_theta
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import FitConfig
 from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE

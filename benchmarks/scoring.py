@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from hypernet.base_models import load_base
 from hypernet.diffusion import encode_photos
-from hypernet.fit import Subject
+from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels

@@ -61,9 +61,9 @@ def command(
     hdb personalize portrait.png --base testbed --no-crop --no-preview
     """
     from cli.progress import progress_bars
-    from hypernet.hypernetwork import read_config
+    from hypernet.network.hypernetwork import read_config
+    from hypernet.network.prediction import predicted_recipe
     from hypernet.personalize import check_request, personalize_to_files
-    from hypernet.prediction import predicted_recipe
 
     if previews and no_preview:
         raise click.UsageError("--preview and --no-preview contradict each other; pass one of them")

@@ -61,10 +61,10 @@ def command(
     accelerate launch --num_processes 8 -m cli.main preoptimize faces/ --out targets
     """
     from cli.progress import progress_bars
-    from hypernet.people import open_people
-    from hypernet.prediction import predicted_start
-    from hypernet.preoptimize import open_targets, preoptimize
-    from hypernet.targets import SKIPPED_FILE
+    from hypernet.fitting.preoptimize import open_targets, preoptimize
+    from hypernet.fitting.targets import SKIPPED_FILE
+    from hypernet.inputs.people import open_people
+    from hypernet.network.prediction import predicted_start
     from lidb_peft import LiDBSpace
 
     given = {name: value for name, value in options.items() if value is not None}

@@ -84,10 +84,10 @@ def command(
     accelerate launch --num_processes 8 -m cli.main train faces/ --out hypernet
     """
     from cli.progress import progress_bars
-    from hypernet.people import open_people
-    from hypernet.targets import SKIPPED_FILE
-    from hypernet.training import BEST, train
-    from hypernet.training_setup import LAST, open_network
+    from hypernet.fitting.targets import SKIPPED_FILE
+    from hypernet.inputs.people import open_people
+    from hypernet.training.loop import BEST, train
+    from hypernet.training.setup import LAST, open_network
     from lidb_peft import LiDBSpace
 
     weights = float(targets is not None) if weights is None else weights

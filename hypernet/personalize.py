@@ -17,12 +17,12 @@ from torch import Tensor
 from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos
-from hypernet.fit import Progress, Subject, fit_lora, fit_theta
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.people import identity_key
-from hypernet.photos import Photo, load_photo, read_image
-from hypernet.prediction import check_recipe, has_learned_bases, predict_person
-from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.fitting.engine import Subject, fit_lora, fit_theta
+from hypernet.inputs.people import identity_key
+from hypernet.inputs.photos import Photo, load_photo, read_image
+from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.prediction import check_recipe, has_learned_bases, predict_person
+from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
 from lidb_peft.files import check_writable

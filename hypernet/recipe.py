@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
 
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after every step."""
 StageProgress = Callable[[str, int, int | None], None]
 """Called with (stage, steps done, steps in all or None if nobody knows) after every step."""
-
 
 PRESERVED = (
     "a pencil drawing of {}", "a watercolour painting of {}", "an oil painting of {}", "a cartoon of {}",
@@ -27,7 +28,7 @@ class FitConfig:
         lr: peak learning rate of AdamW; decays linearly to a tenth.
         timesteps_per_step: noisy copies of a photo in each step.
         background: how much the photo's background counts; 1 as much as the head.
-        preservation: weight of prompt preservation, see `hypernet.preservation`; 0 leaves it out.
+        preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 leaves it out.
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
         max_grad_norm: each identity's gradient is clipped to this norm.
         seed: keys the noise, together with the identity's key.
@@ -163,7 +164,7 @@ class TrainConfig:
         batch, accumulation: people in each process and pass, and passes in each step.
         optimizer: ``adamw``, or ``adamw8bit`` by bitsandbytes.
         denoising, weights, preservation: what each term of the loss counts (paper, equation 2: alpha and beta); 0
-            leaves it out. ``weights`` needs targets; of preservation see `hypernet.preservation`.
+            leaves it out. ``weights`` needs targets; of preservation see `hypernet.fitting.preservation`.
         compare: what ``weights`` compares with the targets: the ``updates``, or theta's own numbers, the ``factors``.
         deep_supervision: the loss is on every round of refinement, not on the last alone.
         timesteps_per_step, background, preserved: of the base's losses, see `FitConfig`.

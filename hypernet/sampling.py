@@ -12,7 +12,7 @@ from torch import Tensor
 from converters import FileDescription, describe
 from converters.safe_read import iter_tensors
 from hypernet.base_models import BaseModel
-from hypernet.fit import Progress
+from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path, check_writable
 

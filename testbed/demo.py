@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from hypernet.base_models import load_base
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.prediction import predicted_recipe
 from hypernet.personalize import Personalization, personalize
-from hypernet.prediction import predicted_recipe
 from hypernet.recipe import StageProgress
 from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hypernet.base_models import BaseModel, load_base
 from hypernet.diffusion import encode_photos
-from hypernet.fit import Subject, fit_lora, fit_theta
+from hypernet.fitting.engine import Subject, fit_lora, fit_theta
 from hypernet.sampling import contact_sheet, save_picture, to_image
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from hypernet.base_models import load_base
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.people import People, open_people
+from hypernet.inputs.people import People, open_people
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
-from hypernet.training import BEST, train
-from hypernet.training_setup import LAST
-from hypernet.training_state import STATE_FILE
+from hypernet.training.loop import BEST, train
+from hypernet.training.setup import LAST
+from hypernet.training.state import STATE_FILE
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.measuring import MeasuringNetwork

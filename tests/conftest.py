@@ -18,8 +18,8 @@ def make_hypernetwork():
     """A function: (space, options) -> a tiny hypernetwork; learned bases are no longer the frozen ones."""
     from transformers import ViTConfig
 
-    from hypernet.hypernetwork import HyperNetwork
-    from hypernet.hypernetwork_config import HyperNetworkConfig
+    from hypernet.network.config import HyperNetworkConfig
+    from hypernet.network.hypernetwork import HyperNetwork
 
     encoder = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8

@@ -11,12 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
+PARTS = ("hypernet/training", "hypernet/fitting", "hypernet/network", "hypernet/inputs")
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
 # An entry point like the CLI: it may reach one package to the left, and nothing may import it.
 KOHYA_ENTRY = Path("lidb_peft/kohya.py")
 OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow", "triton", "wandb", "matplotlib",
             "skimage", "datasets", "pillow_heif"}  # fmt: skip
-OWN_STATE = {Path("hypernet/training_state.py"), Path("testbed/trainer.py")}
+OWN_STATE = {Path("hypernet/training/state.py"), Path("testbed/trainer.py")}
 UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 
 
@@ -51,6 +52,15 @@ def test_imports_go_to_the_right_only(file):
     ours = {name for name in imported_modules(file) if name.split(".")[0] in CHAIN}
     assert {name for name in ours if name.split(".")[0] not in allowed} == set()
     assert not any(name.startswith("lidb_peft.kohya") for name in ours) or relative == KOHYA_ENTRY
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_hypernet_import_to_the_right_only(part):
+    to_the_left = tuple(f"{other.replace('/', '.')}." for other in PARTS[: PARTS.index(part)])
+    files = sorted((ROOT / part).glob("*.py"))
+    assert files
+    for file in files:
+        assert not [name for name in imported_modules(file) if name.startswith((*to_the_left, "hypernet.personalize"))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

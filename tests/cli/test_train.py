@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from transformers import AutoModel, ViTConfig
 
-import hypernet.validation as validation
+import hypernet.training.validation as validation
 from converters import describe
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.network.hypernetwork import HyperNetwork
 from testbed.corpus import portrait as draw_portrait
 
 QUICK = ("--base", "testbed", "--no-crop", "--workers", 0, "--batch", 2, "--steps", 2, "--log-every", 1, "--encoder",

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hypernet.base_models import load_base
-from hypernet.fit import Subject
+from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.corpus import portrait as draw_portrait

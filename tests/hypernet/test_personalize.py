@@ -10,8 +10,8 @@ from PIL import Image
 
 import hypernet.personalize as personalize_module
 from hypernet.base_models import load_base
+from hypernet.inputs.photos import load_photo
 from hypernet.personalize import check_request, export_theta, make_subject, personalize, personalize_to_files
-from hypernet.photos import load_photo
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import hypernet.personalize as personalize_module
-from hypernet.fit import fit_lora, fit_theta
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.inputs.photos import load_photo
+from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.prediction import check_recipe, predicted_recipe
 from hypernet.personalize import check_request, make_subject, personalize, personalize_to_files
-from hypernet.photos import load_photo
-from hypernet.prediction import check_recipe, predicted_recipe
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta
 from lidb_peft.bases import get_basis

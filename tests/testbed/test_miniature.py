@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypernet.base_models import load_base
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import (
     MINIATURE_RECIPE,

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 import testbed.train_hypernetwork as recipe
 from hypernet.base_models import load_base
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.measuring import to_pixels

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hypernet.examples import BLANK, Examples, augment, choose_people, training_places, validation_places
-from hypernet.people import open_people
+from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig
+from hypernet.training.examples import BLANK, Examples, augment, choose_people, training_places, validation_places
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

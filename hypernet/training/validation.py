@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hypernet.diffusion import release_vae
-from hypernet.examples import Example, Examples, validation_places
-from hypernet.objective import SUMMED, Objective
 from hypernet.sampling import contact_sheet, generate, save_picture, to_image
+from hypernet.training.examples import Example, Examples, validation_places
+from hypernet.training.objective import SUMMED, Objective
 
 TIMESTEPS = 4  # noisy copies of each photo, spread over the schedule
 PICTURED = 4

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-import hypernet.fit as fit_module
 from hypernet.base_models import load_base
-from hypernet.fit import fit_lora, fit_theta
+from hypernet.fitting import engine
+from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import FitConfig
 from lidb_peft.bases import get_basis
 from lidb_peft.space import distinct_basis_keys
@@ -34,13 +34,13 @@ def gradients(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """Every step's ``(clean, noise, timesteps)``."""
-    seen, original = [], fit_module.draw_noise
+    seen, original = [], engine.draw_noise
 
     def record(*arguments):
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(fit_module, "draw_noise", record)
+    monkeypatch.setattr(engine, "draw_noise", record)
     return seen
 
 

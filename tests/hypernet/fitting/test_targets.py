@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypernet.people import Skipped
-from hypernet.targets import Shard, TargetStore, create_targets, has_targets
+from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
+from hypernet.inputs.people import Skipped
 from lidb_peft import LiDBConfig, LiDBSpace
 
 FIT = {"steps": 3, "lr": 0.01, "preserved": ("{} at night",)}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hypernet.people import Person, RawPhoto, identity_key, open_people, prepare_person
+from hypernet.inputs.people import Person, RawPhoto, identity_key, open_people, prepare_person
+from hypernet.inputs.photos import load_photo
 from hypernet.personalize import make_subject
-from hypernet.photos import load_photo
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from hypernet.people import People, PreparedPerson, Skipped, derive_seed, prepare_person
+from hypernet.fitting.targets import TargetStore
+from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, prepare_person
 from hypernet.recipe import TrainConfig
-from hypernet.targets import TargetStore
 
 BLANK = -1
 """The row of nobody, which fills up a batch."""

@@ -10,14 +10,14 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-import hypernet.preoptimize as preoptimize_module
-from hypernet.batch_size import LARGEST_BATCH, _largest_batch, choose_batch
-from hypernet.fit import fit_theta
-from hypernet.people import People, open_people
+import hypernet.fitting.preoptimize as preoptimize_module
+from hypernet.fitting.batch_size import LARGEST_BATCH, _largest_batch, choose_batch
+from hypernet.fitting.engine import fit_theta
+from hypernet.fitting.preoptimize import open_targets, preoptimize
+from hypernet.inputs.people import People, open_people
+from hypernet.inputs.photos import load_photo
+from hypernet.network.prediction import predicted_start
 from hypernet.personalize import make_subject
-from hypernet.photos import load_photo
-from hypernet.prediction import predicted_start
-from hypernet.preoptimize import open_targets, preoptimize
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -241,7 +241,7 @@ def test_fits_start_at_the_mean_prediction_of_ones_photos(run, face_folder, spac
 
 
 def test_a_hypernetwork_starts_fits_and_names_itself_by_its_weights(space, tmp_path):
-    from hypernet.hypernetwork import HyperNetwork, HyperNetworkConfig
+    from hypernet.network.hypernetwork import HyperNetwork, HyperNetworkConfig
 
     encoder = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
     small = {"hidden_size": 16, "num_attention_heads": 2, "rounds": 1}

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from hypernet.diffusion import predict
-from hypernet.encoder import prepare_pictures
-from hypernet.hypernetwork import HyperNetwork, read_config
-from hypernet.hypernetwork_config import HyperNetworkConfig
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.encoder import prepare_pictures
+from hypernet.network.hypernetwork import HyperNetwork, read_config
 from lidb_peft import LiDBConfig, LiDBSpace, squared_distance
 from lidb_peft.space import split_theta
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hypernet.base_models import BaseModel
 from hypernet.devices import WAIT
-from hypernet.hypernetwork import HyperNetwork
+from hypernet.fitting.targets import TargetStore
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
-from hypernet.targets import TargetStore
-from hypernet.training_state import STATE_FILE
+from hypernet.training.state import STATE_FILE
 from lidb_peft import LiDBSpace
 
 LAST = "last"

@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from hypernet.faces import Face, find_faces
+from hypernet.inputs.faces import Face, find_faces
 
 SMALLEST_SIDE_PX = 32
 _LARGEST_PIXELS = 179_000_000  # Pillow's own limit, rounded up

@@ -6,7 +6,7 @@ The result for one identity does not depend on who shares the batch: noise is ke
 gradients are clipped per identity and Adam works number by number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +14,12 @@ from torch import Tensor
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import question
-from hypernet.losses import base_losses, checkpointed, draw_noise
-from hypernet.people import derive_seed
-from hypernet.preservation import PromptPreservation
-from hypernet.recipe import FitConfig
+from hypernet.fitting.losses import base_losses, checkpointed, draw_noise
+from hypernet.fitting.preservation import PromptPreservation
+from hypernet.inputs.people import derive_seed
+from hypernet.recipe import FitConfig, Progress
 from lidb_peft import LiDBSpace, LoraFactors, combine
 from lidb_peft.stacks import Stacks
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all) after every step."""
 
 FP16_LOSS_SCALE = 1024.0
 

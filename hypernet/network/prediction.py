@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypernet.fit import Progress
-from hypernet.hypernetwork import HyperNetwork, read_config
-from hypernet.hypernetwork_config import HyperNetworkConfig
-from hypernet.photos import Photo
-from hypernet.recipe import PersonalizeConfig
+from hypernet.inputs.photos import Photo
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork, read_config
+from hypernet.recipe import PersonalizeConfig, Progress
 from lidb_peft import LiDBSpace
 
 Start = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import denoising_error, predict, sample_latents
-from hypernet.preservation import Preserved
+from hypernet.fitting.preservation import Preserved
 
 
 def draw_noise(

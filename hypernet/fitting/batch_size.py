@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from hypernet.base_models import BaseModel
-from hypernet.fit import Subject, fit_theta
+from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
 

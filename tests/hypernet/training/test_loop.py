@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-import hypernet.training_state as training_state
-import hypernet.validation as validation
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.hypernetwork_config import HyperNetworkConfig
-from hypernet.people import open_people, prepare_person
+import hypernet.training.state as training_state
+import hypernet.training.validation as validation
+from hypernet.fitting.targets import Shard, TargetStore, create_targets
+from hypernet.inputs.people import open_people, prepare_person
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
-from hypernet.targets import Shard, TargetStore, create_targets
-from hypernet.training import train
-from hypernet.training_setup import make_optimizer
+from hypernet.training.loop import train
+from hypernet.training.setup import make_optimizer
 from lidb_peft import LiDBConfig, LiDBSpace
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -213,10 +213,10 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from hypernet.base_models import load_base
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.people import open_people
+from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig
-from hypernet.training import train
+from hypernet.training.loop import train
 from testbed import miniature_path
 
 def die(stage, done, total):

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.batch_size import choose_batch
 from hypernet.diffusion import encode_photos
-from hypernet.fit import Subject, fit_theta
-from hypernet.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
-from hypernet.prediction import Start
+from hypernet.fitting.batch_size import choose_batch
+from hypernet.fitting.engine import Subject, fit_theta
+from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
+from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
+from hypernet.network.prediction import Start
 from hypernet.recipe import PreoptimizeConfig, StageProgress
-from hypernet.targets import Shard, TargetStore, create_targets, has_targets
 from lidb_peft import LiDBSpace
 
 

@@ -20,16 +20,16 @@ from transformers import get_scheduler
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import release_vae
-from hypernet.examples import Batch, Examples, choose_people, training_places
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.losses import checkpointed
-from hypernet.objective import SUMMED, Objective, layer_scale
-from hypernet.people import People, check_detector
+from hypernet.fitting.losses import checkpointed
+from hypernet.fitting.targets import SKIPPED_FILE
+from hypernet.inputs.people import People, check_detector
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
-from hypernet.targets import SKIPPED_FILE
-from hypernet.training_setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
-from hypernet.training_state import STATE_FILE, TrainingState
-from hypernet.validation import TIMESTEPS, draw_sheet, validation_sums
+from hypernet.training.examples import Batch, Examples, choose_people, training_places
+from hypernet.training.objective import SUMMED, Objective, layer_scale
+from hypernet.training.setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
+from hypernet.training.state import STATE_FILE, TrainingState
+from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
 from lidb_peft.files import atomic_path
 
 BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"

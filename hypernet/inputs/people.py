@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypernet.faces import find_faces
-from hypernet.photos import decode_image, prepare_photo, read_image
+from hypernet.inputs.faces import find_faces
+from hypernet.inputs.photos import decode_image, prepare_photo, read_image
 
 if TYPE_CHECKING:
     import datasets
@@ -187,7 +187,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPerson | None, list[Skipped]]:
-    """Decode a person's photos and prepare them as `hypernet.photos` does.
+    """Decode a person's photos and prepare them as `hypernet.inputs.photos` does.
 
     Returns:
         The person on the photos that can be used, None if none can be; and the photos that cannot.

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import encode_photos, question
-from hypernet.examples import Batch
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.losses import base_losses, draw_noise
-from hypernet.preservation import Preserved, PromptPreservation
+from hypernet.fitting.losses import base_losses, draw_noise
+from hypernet.fitting.preservation import Preserved, PromptPreservation
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import PersonalizeConfig, TrainConfig
+from hypernet.training.examples import Batch
 from lidb_peft import LiDBSpace, squared_distance
 
 TERMS = ("denoising", "weights", "preservation")

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from hypernet.encoder import check_encoder
+from hypernet.network.encoder import check_encoder
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, record_config, space_record
 from lidb_peft.space import layers_hash

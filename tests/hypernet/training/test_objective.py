@@ -7,12 +7,12 @@ import torch
 from transformers import ViTConfig
 
 from hypernet.diffusion import encode_photos, predict, question, release_vae
-from hypernet.examples import Batch
-from hypernet.hypernetwork import HyperNetwork
-from hypernet.hypernetwork_config import HyperNetworkConfig
-from hypernet.losses import checkpointed, draw_noise
-from hypernet.objective import SUMMED, Objective, layer_distance, layer_scale
+from hypernet.fitting.losses import checkpointed, draw_noise
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
+from hypernet.training.examples import Batch
+from hypernet.training.objective import SUMMED, Objective, layer_distance, layer_scale
 from lidb_peft import squared_distance
 
 ENCODER = ViTConfig(

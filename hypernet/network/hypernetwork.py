@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from converters.safe_read import read_header, read_json_object
-from hypernet.encoder import is_unused, load_encoder, prepare_pictures
-from hypernet.hypernetwork_config import HyperNetworkConfig
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_path

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hypernet.diffusion import predict
-from hypernet.fit import fit_lora, fit_theta
-from hypernet.preservation import PromptPreservation
+from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.preservation import PromptPreservation
 from hypernet.recipe import FitConfig
 
 TEMPLATES = ("a pencil drawing of {}", "{} at night", "a cartoon of {}")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 from skimage import data
 
-from hypernet.faces import find_faces
-from hypernet.photos import load_photo, prepare_photo, read_image
+from hypernet.inputs.faces import find_faces
+from hypernet.inputs.photos import load_photo, prepare_photo, read_image
 
 FACE = (224, 110)  # the middle of the astronaut's face in the picture of 512 x 512
 
