@@ -72,19 +72,20 @@ def command(
             raise click.UsageError("--hypernet and --from-theta contradict each other; pass one of them")
         hypernet = "none"
     source = hypernet_source(hypernet or base_hypernet(base))
-    recipe = base_recipe(base)
+    recipe, network = base_recipe(base), None
     if source is not None:
-        recipe = predicted_recipe(read_config(source), recipe)
+        network = read_config(source)
+        recipe = predicted_recipe(network, recipe)
         click.echo(f"starting at the prediction of the hypernetwork {source}", err=True)
     out = out or Path(Path(photos[0]).stem + ".safetensors")
     given = {name: value for name, value in options.items() if value is not None}
     recipe = replace(recipe, **given, crop=not no_crop)
-    check_request(photos, out, recipe, save_theta, from_theta, source)
+    check_request(photos, out, recipe, save_theta, from_theta, network)
     opened = open_base(base, device, precision)
     with progress_bars() as report:
         result = personalize_to_files(
             photos, opened.model, out, recipe, opened.lidb_config,
-            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, hypernet=source,
+            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, hypernet=network,
             progress=report,
         )  # fmt: skip
     for photo in result.photos:

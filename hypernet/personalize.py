@@ -20,8 +20,9 @@ from hypernet.diffusion import encode_photos
 from hypernet.fitting.engine import Subject, fit_lora, fit_theta
 from hypernet.inputs.people import identity_key
 from hypernet.inputs.photos import Photo, load_photo, read_image
+from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.network.prediction import check_recipe, has_learned_bases, predict_person
+from hypernet.network.prediction import Hypernet, check_recipe, config_of, predict_person, read_once
 from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
@@ -102,7 +103,7 @@ def personalize(
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     from_theta: str | Path | None = None,
-    hypernet: HyperNetwork | str | Path | None = None,
+    hypernet: Hypernet | None = None,
     progress: StageProgress | None = None,
 ) -> Personalization:
     """Personalise a base model on photos of one person.
@@ -111,13 +112,14 @@ def personalize(
         config: default ``PersonalizeConfig()``, with a hypernetwork its `predicted_recipe`.
         lidb_config: the bases; default the paper's, a = 100 and b = 50. Theta files and hypernetworks bring their own.
         from_theta: a theta file to start from instead of the shared starting vector.
-        hypernet: starts at its prediction from the photos; an id, a folder, or the network, which stays where it is.
+        hypernet: starts at its prediction from the photos; a network that is given stays where it is.
 
     Raises:
         ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
             the message names it.
     """
-    config = _choose_recipe(config, from_theta, hypernet)
+    hypernet = read_once(hypernet)
+    config = _choose_recipe(config, from_theta, config_of(hypernet))
     space, theta, network = _open_start(base, lidb_config, from_theta, hypernet)
     bases = None
     seconds: dict[str, float] = {}
@@ -157,7 +159,7 @@ def personalize_to_files(
     previews: Sequence[str] | None = (),
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
-    hypernet: HyperNetwork | str | Path | None = None,
+    hypernet: Hypernet | None = None,
     progress: StageProgress | None = None,
 ) -> Personalization:
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
@@ -171,8 +173,8 @@ def personalize_to_files(
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
-    out = Path(out)
-    check_outputs(out, save_theta, from_theta, hypernet)
+    out, hypernet = Path(out), read_once(hypernet)
+    check_outputs(out, save_theta, from_theta, config_of(hypernet))
     result = personalize(photos, base, config, lidb_config, from_theta, hypernet, progress)
     if previews is None:
         result.save(out)
@@ -207,7 +209,7 @@ def check_request(
     config: PersonalizeConfig | None = None,
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
-    hypernet: str | Path | None = None,
+    hypernet: Hypernet | None = None,
 ) -> None:
     """Find what is wrong with the files before a base model is loaded, which may be a download of gigabytes.
 
@@ -215,8 +217,9 @@ def check_request(
         ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
             ``config``, or an output cannot be written.
     """
-    _choose_recipe(config, from_theta, hypernet)
-    check_outputs(out, save_theta, from_theta, hypernet)
+    network = config_of(read_once(hypernet))
+    _choose_recipe(config, from_theta, network)
+    check_outputs(out, save_theta, from_theta, network)
     if from_theta is not None:
         load_theta(from_theta)
     for photo in photos:
@@ -227,13 +230,13 @@ def check_outputs(
     out: str | Path,
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
-    hypernet: HyperNetwork | str | Path | None = None,
+    network: HyperNetworkConfig | None = None,
 ) -> None:
     """Raise now what writing the LoRA and theta would raise after all the work.
 
     Raises:
         ValueError: a file is not named .safetensors, the LoRA would overwrite a theta file, or theta's bases are those
-            that ``hypernet`` has learned.
+            that ``network`` has learned.
         OSError: the folder is not there or not writable.
     """
     targets = [Path(out)] if save_theta is None else [Path(out), Path(save_theta)]
@@ -244,18 +247,18 @@ def check_outputs(
     for theta in (save_theta, from_theta):
         if theta is not None and Path(theta).resolve() == Path(out).resolve():
             raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
-    if save_theta is not None and hypernet is not None and has_learned_bases(hypernet):
+    if save_theta is not None and network is not None and network.learned_bases:
         raise ValueError(_NO_THETA_FILE)
 
 
 def _choose_recipe(
-    config: PersonalizeConfig | None, from_theta: str | Path | None, hypernet: HyperNetwork | str | Path | None
+    config: PersonalizeConfig | None, from_theta: str | Path | None, network: HyperNetworkConfig | None
 ) -> PersonalizeConfig:
     """The recipe that is meant, checked against where theta starts."""
-    if from_theta is not None and hypernet is not None:
+    if from_theta is not None and network is not None:
         raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
-    if hypernet is not None:
-        return check_recipe(hypernet, config)
+    if network is not None:
+        return check_recipe(network, config)
     config = config or PersonalizeConfig()
     if from_theta is None and not config.theta_steps and not config.steps:
         raise ValueError(
@@ -279,11 +282,13 @@ def _open_start(
     base: BaseModel,
     lidb_config: LiDBConfig | None,
     from_theta: str | Path | None,
-    hypernet: HyperNetwork | str | Path | None,
+    hypernet: HyperNetwork | HyperNetworkConfig | None,
 ) -> tuple[LiDBSpace, Tensor, HyperNetwork | None]:
     """The space of theta, where it starts ``(L, row)``, and the hypernetwork that will say better."""
     if hypernet is not None:
-        network = hypernet if isinstance(hypernet, HyperNetwork) else HyperNetwork.from_pretrained(hypernet)
+        network = hypernet
+        if isinstance(hypernet, HyperNetworkConfig):
+            network = HyperNetwork.from_pretrained(hypernet.name_or_path, config=hypernet)
         space = network.space_on(base.adapted)
         return space, space.theta_0, network
     if from_theta is not None:

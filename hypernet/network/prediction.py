@@ -17,6 +17,9 @@ from lidb_peft import LiDBSpace
 Start = Callable[[Tensor], Tensor]
 """Photos ``(n, 3, size_px, size_px)`` in [-1, 1] on the CPU -> the thetas ``(n, L, row)`` that their fits start at."""
 
+Hypernet = HyperNetwork | HyperNetworkConfig | str | Path
+"""A hypernetwork, or its id or folder, or what `read_config` has read there; the weights are loaded when needed."""
+
 
 def predict_person(
     network: HyperNetwork, photos: Sequence[Photo], device: torch.device, progress: Progress | None = None
@@ -63,14 +66,12 @@ def predicted_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | No
     return replace(recipe or PersonalizeConfig(), prompt=network.prompt, token=network.token, theta_steps=0)
 
 
-def check_recipe(hypernet: HyperNetwork | str | Path, recipe: PersonalizeConfig | None) -> PersonalizeConfig:
+def check_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None) -> PersonalizeConfig:
     """Return ``recipe``, by default the `predicted_recipe`.
 
     Raises:
         ValueError: its prompt or token is not what the hypernetwork predicts for.
-        OSError, ValueError: as `read_config`.
     """
-    network = _config_of(hypernet)
     recipe = recipe or predicted_recipe(network)
     if (recipe.prompt, recipe.token) != (network.prompt, network.token):
         raise ValueError(
@@ -80,10 +81,10 @@ def check_recipe(hypernet: HyperNetwork | str | Path, recipe: PersonalizeConfig 
     return recipe
 
 
-def has_learned_bases(hypernet: HyperNetwork | str | Path) -> bool:
-    """Tell whether predictions are on bases of the hypernetwork's own; raises as `read_config` does."""
-    return _config_of(hypernet).learned_bases
+def read_once(hypernet: Hypernet | None) -> HyperNetwork | HyperNetworkConfig | None:
+    """Return ``hypernet``, in place of an id or folder its config; raises as `read_config` does."""
+    return read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
 
 
-def _config_of(hypernet: HyperNetwork | str | Path) -> HyperNetworkConfig:
-    return hypernet.config if isinstance(hypernet, HyperNetwork) else read_config(hypernet)
+def config_of(hypernet: HyperNetwork | HyperNetworkConfig | None) -> HyperNetworkConfig | None:
+    return hypernet.config if isinstance(hypernet, HyperNetwork) else hypernet

@@ -8,6 +8,7 @@ import pytest
 import testbed
 from converters import describe
 from hypernet.base_models import load_base
+from hypernet.network.config import HyperNetworkConfig
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 
@@ -44,6 +45,15 @@ def test_steps_0_leave_the_prediction_alone(hdb, run, saved):
     description = describe("me.safetensors")
     assert description.ranks == (1,)
     assert description.trigger_words == ("a ohwx face",)
+
+
+def test_the_hypernetworks_config_is_read_once(hdb, run, saved, monkeypatch):
+    reads, read = [], HyperNetworkConfig.get_config_dict
+    monkeypatch.setattr(
+        HyperNetworkConfig, "get_config_dict", lambda *args, **kw: reads.append(args) or read(*args, **kw)
+    )
+    hdb.run(*run("--hypernet", saved / "net"))
+    assert len(reads) == 1
 
 
 def test_the_lora_is_finetuned_and_theta_only_if_it_is_asked_for(hdb, run, saved):

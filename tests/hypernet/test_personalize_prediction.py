@@ -10,7 +10,8 @@ from PIL import Image
 import hypernet.personalize as personalize_module
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.inputs.photos import load_photo
-from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import check_recipe, predicted_recipe
 from hypernet.personalize import check_request, make_subject, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
@@ -119,6 +120,22 @@ def test_a_folder_is_as_good_as_the_network(base, network, photo, tmp_path):
         assert torch.equal(personalize([photo], base, ALONE, hypernet=source).theta, predicted(network, photo))
 
 
+def test_its_config_is_read_once(base, network, photo, tmp_path, monkeypatch):
+    network.save_pretrained(tmp_path)
+    reads, read = [], HyperNetworkConfig.get_config_dict
+    monkeypatch.setattr(
+        HyperNetworkConfig, "get_config_dict", lambda *args, **kw: reads.append(args) or read(*args, **kw)
+    )
+    out = tmp_path / "me.safetensors"
+    personalize_to_files([photo], base, out, ALONE, previews=None, hypernet=tmp_path)
+    assert len(reads) == 1
+    config = read_config(tmp_path)
+    check_request([photo], out, ALONE, hypernet=config)
+    result = personalize([photo], base, ALONE, hypernet=config)
+    assert len(reads) == 2
+    assert torch.equal(result.theta, predicted(network, photo))
+
+
 def test_the_network_stays_as_it_was(base, learned, photo):
     network = learned.train()
     result = personalize([photo], base, replace(RELAXED, theta_steps=1), hypernet=network)
@@ -160,11 +177,11 @@ def test_an_interruption_leaves_no_file(base, learned, photo, tmp_path):
 
 def test_the_recipe_takes_the_prompt_and_no_theta_fit(space, make_hypernetwork):
     network = make_hypernetwork(space, prompt="a photo of [V]", token="ohwx")
-    assert check_recipe(network, None) == PersonalizeConfig(prompt="a photo of [V]", token="ohwx", theta_steps=0)
+    assert check_recipe(network.config, None) == PersonalizeConfig(prompt="a photo of [V]", token="ohwx", theta_steps=0)
     recipe = predicted_recipe(network.config, MINIATURE_RECIPE)
     assert recipe == replace(MINIATURE_RECIPE, prompt="a photo of [V]", token="ohwx", theta_steps=0)
     fitting = replace(recipe, theta_steps=7)
-    assert check_recipe(network, fitting) is fitting
+    assert check_recipe(network.config, fitting) is fitting
 
 
 @pytest.mark.parametrize("change", [{"token": "ohwx"}, {"prompt": "a photo of [V]"}])
