@@ -13,7 +13,7 @@ def draw(who: Identity, scene: Scene, size_px: int = 32) -> np.ndarray:
     pen = _Pen(size_px * SUPERSAMPLING, scene)
     rng = np.random.default_rng(scene.seed)
     _draw_place(pen, scene, rng)
-    _draw_person(pen, who, scene, rng)
+    _draw_person(pen, who, scene)
     picture = _apply_light(pen.canvas, scene)
     return _apply_style(picture, scene, size_px, rng)
 
@@ -112,7 +112,7 @@ def _draw_place(pen: _Pen, scene: Scene, rng: np.random.Generator) -> None:
             pen.ellipse(x, y, 0.028, 0.028, (255, 255, 255), posed=False)
 
 
-def _draw_person(pen: _Pen, who: Identity, scene: Scene, rng: np.random.Generator) -> None:
+def _draw_person(pen: _Pen, who: Identity, scene: Scene) -> None:
     """Back to front: back hair, body, head, face, front hair, attire."""
     skin = _skin(who.skin)
     hair = np.asarray(HAIR_COLOURS[who.hair_colour], np.float64)
@@ -131,7 +131,7 @@ def _draw_person(pen: _Pen, who: Identity, scene: Scene, rng: np.random.Generato
     pen.ellipse(x, y - 0.02, half_width, half_height * 0.92, skin)
     pen.ellipse(x, y + 0.3 * half_height, half_width * jaw, half_height * 0.72, skin)
     _draw_beard(pen, who, hair, x + turn, y, half_width, half_height, jaw)
-    _draw_face(pen, who, scene, skin, hair, x + turn, y, half_width, rng)
+    _draw_face(pen, who, scene, skin, hair, x + turn, y)
     _draw_front_hair(pen, who, hair, x, y, half_width, half_height)
     _draw_attire(pen, scene, x, y, half_width, half_height)
 
@@ -170,7 +170,7 @@ def _draw_front_hair(pen, who: Identity, hair, x, y, half_width, half_height) ->
     pen.polygon(cap, hair)
 
 
-def _draw_face(pen, who: Identity, scene: Scene, skin, hair, x, y, half_width, rng) -> None:
+def _draw_face(pen, who: Identity, scene: Scene, skin, hair, x, y) -> None:
     apart = 0.085 + 0.055 * who.eye_spacing
     eye = 0.032 + 0.028 * who.eye_size
     dark = who.skin > 0.7
