@@ -31,6 +31,7 @@ from hypernet.recipe import FitConfig
 from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE
 from testbed.portraits import SPLITS
+from testbed.protocol import shown_photos
 
 CURVE_STEPS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
 PLAIN, PREDICTED = "no hypernetwork", "hypernetwork"
@@ -45,7 +46,7 @@ def relaxed(
     if network is not None:
         hypernetwork = _load_network(network)
         hypernetwork.check_space(world.space)
-        theta, bases = hypernetwork(world.photos(people)), hypernetwork.bases
+        theta, bases = hypernetwork(shown_photos(people)), hypernetwork.bases
     if steps:
         recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed)
         factors, _ = fit_lora(

@@ -22,7 +22,7 @@ from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
-from testbed.protocol import CALIBRATION_PEOPLE, SHOWN, Judge, draw_prompts, photo, true_picture
+from testbed.protocol import CALIBRATION_PEOPLE, Judge, draw_prompts, shown_photos, shown_subjects, true_picture
 
 CLASS_PICTURES = 200
 CLASS_SEED = 1000  # not a seed that people are drawn with
@@ -44,14 +44,8 @@ class World:
         self.judge = Judge(load_measuring_network(), split)
         self._stranger, self._same = self._calibrate_features()
 
-    def photos(self, people: Sequence[int]) -> Tensor:
-        """Each one's shown photo, ``(n, 3, 32, 32)`` in [-1, 1]."""
-        return to_pixels([photo(person, SHOWN) for person in people])
-
     def subjects(self, people: Sequence[int]) -> list[Subject]:
-        moments = encode_photos(self.base, self.photos(people))
-        trigger, class_prompt = MINIATURE_RECIPE.trigger, MINIATURE_RECIPE.class_prompt
-        return [Subject(str(p), m[None], trigger, class_prompt) for p, m in zip(people, moments, strict=True)]
+        return shown_subjects(self.base, people)
 
     @cached_property
     def class_moments(self) -> Tensor:
@@ -81,13 +75,13 @@ class World:
         By the cosine of the measuring network's features before its heads, which see pose, light and background too, as
         DINO's do; 0 another person's plain photo, 1 another plain photo of the same person. A copy has more than 1.
         """
-        similarity = (self._features(pictures) * self._features(self.photos(people))).sum(dim=1)
+        similarity = (self._features(pictures) * self._features(shown_photos(people))).sum(dim=1)
         return (similarity - self._stranger) / (self._same - self._stranger)
 
     def _calibrate_features(self) -> tuple[float, float]:
         people = SPLITS[self.split][-CALIBRATION_PEOPLE:]
         others = self._features(to_pixels([true_picture(person, "plain") for person in people]))
-        similarity = others @ self._features(self.photos(people)).T
+        similarity = others @ self._features(shown_photos(people)).T
         own, count = float(similarity.diagonal().sum()), len(people)
         return (float(similarity.sum()) - own) / (count * (count - 1)), own / count
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
+from hypernet.diffusion import encode_photos
+from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
+from testbed import MINIATURE_RECIPE
 from testbed.drawing import draw
 from testbed.measuring import Measurement, MeasuringNetwork, to_pixels
 from testbed.portraits import SPLITS, Scene, identity, random_scene
@@ -49,6 +52,18 @@ def photo_scene(person: int, number: int) -> Scene:
 def photo(person: int, number: int) -> np.ndarray:
     """Plain photo ``number`` of the identity with seed ``person``: ``(32, 32, 3)`` uint8."""
     return draw(identity(person), photo_scene(person, number))
+
+
+def shown_photos(people: Sequence[int]) -> Tensor:
+    """The photo of each person that fits are shown, ``(n, 3, 32, 32)`` in [-1, 1]."""
+    return to_pixels([photo(person, SHOWN) for person in people])
+
+
+def shown_subjects(base: BaseModel, people: Sequence[int]) -> list[Subject]:
+    """Each person as a subject on the shown photo, with the prompts of `MINIATURE_RECIPE`."""
+    moments = encode_photos(base, shown_photos(people))
+    trigger, class_prompt = MINIATURE_RECIPE.trigger, MINIATURE_RECIPE.class_prompt
+    return [Subject(str(person), m[None], trigger, class_prompt) for person, m in zip(people, moments, strict=True)]
 
 
 def true_picture(person: int, prompt: str) -> np.ndarray:
@@ -134,8 +149,7 @@ class Judge:
             identities[name] = self.identity(found.embedding, references, name)
             for attribute, value in PROMPTS[name][1].items():
                 right[name] = torch.tensor([float(choice == value) for choice in found.choice(attribute)])
-        shown = to_pixels([photo(person, SHOWN) for person in people])
-        return Scores(identities, right, _background_copied(pictures[:, 0], shown))
+        return Scores(identities, right, _background_copied(pictures[:, 0], shown_photos(people)))
 
 
 def _background_copied(pictures: Tensor, shown: Tensor) -> Tensor:

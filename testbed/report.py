@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypernet.base_models import BaseModel, load_base
-from hypernet.diffusion import encode_photos
-from hypernet.fitting.engine import Subject, fit_lora, fit_theta
+from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.sampling import contact_sheet, save_picture, to_image
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
@@ -24,7 +23,7 @@ from testbed.corpus import portrait
 from testbed.drawing import draw
 from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS, identity, random_scene
-from testbed.protocol import PROMPTS, SHOWN, Judge, Scores, draw_prompts, photo, true_picture
+from testbed.protocol import PROMPTS, Judge, Scores, draw_prompts, photo, shown_photos, shown_subjects, true_picture
 from testbed.train import psnr_db
 
 TEST = SPLITS["test"]
@@ -104,7 +103,7 @@ def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tenso
         "prompts obeyed": sampled,
         "measuring network on true pictures": {group: real[group] for group in ("style", "scene")},
         "identity spread of 'a face'": identity_spread(judge.measure(more).embedding),
-        "identity spread of real people": identity_spread(judge.measure([photo(p, SHOWN) for p in people]).embedding),
+        "identity spread of real people": identity_spread(judge.measure(shown_photos(people)).embedding),
     }, samples
 
 
@@ -112,11 +111,7 @@ def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple
     """Scores of `MINIATURE_RECIPE` on one photo each of ``count`` test identities, and pictures of the last seed."""
     space = LiDBSpace(base.adapted, miniature_lidb_config())
     people = TEST[:count]
-    recipe = MINIATURE_RECIPE
-    subjects = [
-        Subject(str(p), encode_photos(base, to_pixels([photo(p, SHOWN)])), recipe.trigger, recipe.class_prompt)
-        for p in people
-    ]
+    subjects = shown_subjects(base, people)
     rows = []
     for seed in range(seeds):
         recipe = replace(MINIATURE_RECIPE, seed=seed)
