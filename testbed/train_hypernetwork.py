@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from hypernet.training.state import STATE_FILE
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.measuring import MeasuringNetwork
-from testbed.measuring_training import SHOTS, draw_labelled, train_to_tell_people
+from testbed.measuring_training import SHOTS, Labelled, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS
 from testbed.protocol import photo, photo_scene
 from testbed.trainer import Run, fixed_initialisation
@@ -62,13 +63,17 @@ def build_encoder() -> ViTModel:
         return ViTModel(config, add_pooling_layer=False)
 
 
-def train_encoder(run: Run, count: int, num_steps: int) -> Path:
-    """Train the encoder on plain photos of ``count`` people; returns its folder."""
+def draw_people(folder: Path, count: int) -> Labelled:
+    """The training split's first people on plain photos; kept in ``folder``."""
+    return draw_labelled(
+        folder, "people", SPLITS["train"][:count], lambda seed: [photo_scene(seed, shot) for shot in range(SHOTS)]
+    )
+
+
+def train_encoder(run: Run, people: Labelled, num_steps: int) -> Path:
+    """Train the encoder to tell people apart; returns its folder."""
     folder = run.out / "encoder"
     if not (folder / "model.safetensors").exists():
-        people = draw_labelled(
-            run.out, "people", SPLITS["train"][:count], lambda seed: [photo_scene(seed, shot) for shot in range(SHOTS)]
-        )
         encoder = build_encoder()
         with fixed_initialisation():
             network = MeasuringNetwork(PhotoFeatures(encoder), ENCODER_WIDTH)
@@ -77,29 +82,38 @@ def train_encoder(run: Run, count: int, num_steps: int) -> Path:
     return folder
 
 
-def write_people(folder: Path, split: str, count: int) -> People:
-    """Write plain photos as PNG files, one folder for each person, as `hdb train` reads them."""
-    for seed in SPLITS[split][:count]:
+def write_people(folder: Path, split: str, images: np.ndarray) -> People:
+    """Write photos of a split's first people as PNG files, one folder for each person, as `hdb train` reads them.
+
+    Args:
+        images: ``(n, shots, 32, 32, 3)`` uint8; the first ``PHOTOS`` of each are written.
+    """
+    for seed, photos in zip(SPLITS[split][: len(images)], images, strict=True):
         person = folder / f"{seed:07d}"
         if not person.exists():
             unfinished = folder / f".{person.name}"  # no person to its readers
             unfinished.mkdir(parents=True, exist_ok=True)
             for shot in range(PHOTOS):
-                Image.fromarray(photo(seed, shot)).save(unfinished / f"{shot}.png")
+                Image.fromarray(photos[shot]).save(unfinished / f"{shot}.png")
             unfinished.rename(person)
     return open_people(folder)
 
 
-def train_hypernetwork(out: Path, encoder: Path, people: int, fraction: float, progress: StageProgress) -> Path:
-    """Train on ``people`` identities, or go on: first who they are, then also to leave prompts their effect.
+def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: float, progress: StageProgress) -> Path:
+    """Train on the people in ``images``, or go on: first who they are, then also to leave prompts their effect.
+
+    Args:
+        images: as for `write_people`, of the training split.
 
     Returns:
         The folder of the hypernetwork, in float16.
     """
     base = load_base(str(miniature_path()), device="cpu")
     space = LiDBSpace(base.adapted, miniature_lidb_config())
-    training = write_people(out / "train", "train", people)
-    held_out = write_people(out / "validation", "validation", HELD_OUT)
+    training = write_people(out / "train", "train", images)
+    others = SPLITS["validation"][:HELD_OUT]
+    photos = np.stack([[photo(person, shot) for shot in range(PHOTOS)] for person in others])
+    held_out = write_people(out / "validation", "validation", photos)
     before = None
     for number, config in enumerate((LEARN_PEOPLE, KEEP_PROMPTS), start=1):
         config = replace(config, steps=math.ceil(fraction * config.steps))
@@ -126,14 +140,15 @@ def main(out: Path, people: int, encoder_steps: int, fraction: float, threads: i
     """Make the miniature's hypernetwork from nothing, or go on where a run was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    encoder = train_encoder(Run(out), people, encoder_steps)
+    drawn = draw_people(out, people)
+    encoder = train_encoder(Run(out), drawn, encoder_steps)
     began = time.monotonic()
 
     def report(stage: str, done: int, total: int) -> None:
         if done % LEARN_PEOPLE.log_every == 0:
             click.echo(f"{stage} {done} of {total}, {(time.monotonic() - began) / 60:.0f} min", err=True)
 
-    click.echo(f"wrote {train_hypernetwork(out, encoder, people, fraction, report)}")
+    click.echo(f"wrote {train_hypernetwork(out, encoder, drawn.images, fraction, report)}")
 
 
 if __name__ == "__main__":

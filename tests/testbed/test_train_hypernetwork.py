@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import testbed.train_hypernetwork as recipe
 from hypernet.base_models import load_base
@@ -19,6 +21,8 @@ def test_the_recipe_makes_a_hypernetwork_from_nothing_and_goes_on(tmp_path, monk
     made = CliRunner().invoke(recipe.main, arguments, catch_exceptions=False)
     assert made.exit_code == 0
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "encoder", tmp_path / "train" / "0000003")}
+    written = Image.open(tmp_path / "train" / "0000003" / "1.png")
+    assert np.array_equal(np.asarray(written), photo(3, 1))
     again = CliRunner().invoke(recipe.main, arguments, catch_exceptions=False)
     assert again.exit_code == 0
     assert all(file.stat().st_mtime_ns == time for file, time in files.items())
