@@ -5,6 +5,7 @@ Docstrings say which failure of other re-implementations of HyperDreamBooth a te
 
 import inspect
 import json
+import logging.handlers
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from transformers import (
     PretrainedConfig,
     ResNetConfig,
     ViTConfig,
+    ViTModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from hypernet.diffusion import predict
 from hypernet.network.config import HyperNetworkConfig
@@ -456,6 +459,20 @@ def test_a_pretrained_encoder_brings_its_weights_and_its_pictures(padded_space, 
     net.photo_projection = nn.Identity()
     with torch.no_grad():
         assert torch.equal(net.encode(pixels), both.vision_model(pixel_values=pictures).last_hidden_state)
+
+
+def test_a_pooler_that_an_encoder_was_saved_without_is_not_missed(padded_space, tmp_path):
+    ViTModel(ENCODERS["vit"], add_pooling_layer=False).save_pretrained(tmp_path)
+    told, before = logging.handlers.BufferingHandler(100), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.add_handler(told)
+    try:
+        HyperNetwork.from_encoder(tmp_path, padded_space, **DECODER)
+        assert told.buffer == []
+        assert transformers_logging.get_verbosity() == logging.WARNING
+    finally:
+        transformers_logging.remove_handler(told)
+        transformers_logging.set_verbosity(before)
 
 
 def test_other_encoders_are_refused_in_words(padded_space, tmp_path):
