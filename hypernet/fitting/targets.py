@@ -5,6 +5,7 @@ data set, one safetensors file: ``theta`` ``(n, L, row)`` float32, ``losses`` ``
 keys, names, and what was skipped. Nothing is known of a shard but what its file says, so processes share no state.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,12 +38,14 @@ class Shard:
         rows: names of all of them.
         keys, names: of those that were fitted.
         skipped: the photos and people that were left out.
+        sizes: bytes of the photos of each of ``rows``; none in shards of before they were noted.
     """
 
     rows: tuple[str, ...]
     keys: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    sizes: tuple[int, ...] = ()
 
 
 def has_targets(folder: str | Path) -> bool:
@@ -145,6 +148,7 @@ class TargetStore:
             shard = Shard(
                 *(tuple(text[name]) for name in ("rows", "keys", "names")),
                 tuple(Skipped(*entry) for entry in text["skipped"]),
+                tuple(text.get("sizes", ())),
             )
             counts = {header.tensors[name].shape[0] for name in ("theta", "losses")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -157,6 +161,11 @@ class TargetStore:
     def places(self) -> dict[str, tuple[int, int]]:
         """Where each person's theta is: key -> (shard, row), of the shards that were there at the first look."""
         return {key: (index, row) for index in self.shards() for row, key in enumerate(self.read(index).keys)}
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of whose targets these are and of how they were fitted."""
+        return hashlib.sha256(json.dumps([self.manifest, list(self.places)]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.places)

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,11 @@ class Person(NamedTuple):
 
     name: str
     photos: tuple[RawPhoto, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all photos together; what is no file here, such as a URL, counts nothing."""
+        return sum(map(_num_bytes, self.photos))
 
 
 class PreparedPerson(NamedTuple):
@@ -81,6 +87,16 @@ class People:
             return len(self.dataset)
         splits = self.dataset.info.splits or {}
         return splits["train"].num_examples or None if "train" in splits else None
+
+    @cached_property
+    def roster(self) -> tuple[tuple[str, int], ...]:
+        """Each person's name and number of bytes; the whole data set is gone through for it, once."""
+        return tuple((person.name, person.num_bytes) for person in self)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the roster: tells by names, sizes and order that the data set is another."""
+        return hashlib.sha256(repr(self.roster).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Person]:
         with _readable(self.source):
@@ -205,6 +221,12 @@ def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPe
         return None, skipped
     stacked = torch.stack(pixels)
     return PreparedPerson(identity_key(stacked), person.name, stacked), skipped
+
+
+def _num_bytes(photo: RawPhoto) -> int:
+    if isinstance(photo.data, bytes):
+        return len(photo.data)
+    return os.path.getsize(photo.data) if os.path.isfile(photo.data) else 0
 
 
 def _fetch(data: bytes | str) -> bytes:

@@ -31,7 +31,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         ValueError: it is no vision transformer, or lacks weights.
     """
     try:
-        with torch.random.fork_rng(devices=[]), _told_here():  # transformers draws the weights that it does not find
+        with torch.random.fork_rng(devices=[]), _quiet_report():  # transformers draws the weights that it does not find
             config = AutoConfig.from_pretrained(source)
             config = getattr(config, "vision_config", config)
             check_encoder(config)
@@ -53,7 +53,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 @contextmanager
-def _told_here() -> Iterator[None]:
+def _quiet_report() -> Iterator[None]:
     """Keep transformers from listing absent weights as a warning: those that are used are an error, the others nothing.
 
     Encoders are saved without a pooler, whose weights no patch's vector passes through.

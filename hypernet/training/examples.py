@@ -243,8 +243,8 @@ def choose_people(
 def _rows(people: People, targets: TargetStore | None) -> dict[str, int]:
     """The row of each name, of those who have a target."""
     rows: dict[str, int] = {}
-    for row, person in enumerate(people):
-        rows.setdefault(person.name, row)
+    for row, (name, _) in enumerate(people.roster):
+        rows.setdefault(name, row)
     if targets is None:
         return rows
     fitted = {name for index in targets.shards() for name in targets.read(index).names}

@@ -93,6 +93,8 @@ def train(
     if config.crop:
         check_detector()
     training, validating = choose_people(people, config, store, held_out)
+    sources = {"people": people, "held-out people": held_out, "targets": store}
+    data = {name: source.fingerprint for name, source in sources.items() if source is not None}
     accelerator = make_accelerator(base, config, out, trackers)
     scale = None if store is None else layer_scale(space, some_targets(store), config.compare)
     run = _Run(
@@ -103,6 +105,7 @@ def train(
             validating, base.size_px, config, store if held_out is None else None, space.theta_0.shape, TIMESTEPS, True
         ),
         out,
+        data,
     )  # fmt: skip
     with _told_of_the_dead(accelerator.num_processes), checkpointed(base, config.gradient_checkpointing):
         try:
@@ -118,7 +121,13 @@ class _Run:
     """A training under way."""
 
     def __init__(
-        self, accelerator: Accelerator, objective: Objective, training: Examples, validating: Examples | None, out: Path
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        training: Examples,
+        validating: Examples | None,
+        out: Path,
+        data: dict[str, str],
     ) -> None:
         self.accelerator, self.objective, self.out = accelerator, objective, out
         self.training, self.validating = training, validating
@@ -134,7 +143,7 @@ class _Run:
         parts = {"optimizer": optimizer, "schedule": self.schedule}
         if accelerator.scaler is not None:
             parts["scaler"] = accelerator.scaler
-        self.state = TrainingState(self.network, parts)
+        self.state = TrainingState(self.network, data, parts)
         self.running = torch.zeros(len(SUMMED), device=accelerator.device)
         self.used = 0  # people since the last checkpoint
 

@@ -27,12 +27,14 @@ class TrainingState:
 
     Attributes:
         network: whose trainable parameters are saved.
+        data: fingerprints of what is trained on, by name.
         parts: what else has ``state_dict`` and ``load_state_dict``, by name: optimizer, schedule, loss scaler.
         step: steps done.
         best: the lowest validation loss so far.
     """
 
     network: nn.Module
+    data: dict[str, str]
     parts: dict[str, Any]
     step: int = 0
     best: float = float("inf")
@@ -43,6 +45,7 @@ class TrainingState:
             "format": FORMAT_VERSION,
             "config": json.dumps(asdict(config)),
             "world": world,
+            "data": self.data,
             "step": self.step,
             "best": self.best,
             "network": dict(_trainable(self.network)),
@@ -56,11 +59,16 @@ class TrainingState:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another config, number of processes or hypernetwork.
+            ValueError: it is damaged, or of another config, number of processes, data or hypernetwork.
         """
         path = folder / STATE_FILE
         state = _read(path)
         _check_config(path, json.loads(state["config"]), state["world"], config, world)
+        their_data = state.get("data", self.data)  # not noted in the first states
+        changed = sorted(name for name in {*their_data, *self.data} if their_data.get(name) != self.data.get(name))
+        if changed:
+            raise ValueError(f"{path} was trained on other {' and '.join(changed)} than there are now, by their names, "
+                             f"sizes or order; resume with the same ones, or train anew")  # fmt: skip
         parameters = dict(_trainable(self.network))
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
         ours = {name: tuple(value.shape) for name, value in parameters.items()}

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
@@ -171,8 +172,22 @@ def test_another_fit_start_or_data_set_in_the_same_folder_is_refused(run, unbrok
     with pytest.raises(ValueError, match="start 'theta_0'"):
         run(unbroken, start_name="a hypernetwork")
     (face_folder / "00.png").write_bytes((face_folder / "0.png").read_bytes())
-    with pytest.raises(ValueError, match=r"other people than .*faces has in that place"):
+    with pytest.raises(ValueError, match=r"other people or photos than .*faces has in that place"):
         run(unbroken)
+
+
+def test_another_photo_of_the_same_name_is_refused(run, unbroken, face_folder):
+    Image.new("RGB", (64, 64)).save(face_folder / "3.png")
+    with pytest.raises(ValueError, match=f"{SHARDS[1]} holds other people or photos than .*faces has in that place"):
+        run(unbroken)
+
+
+def test_a_shard_of_before_sizes_were_noted_is_gone_on_from(run, unbroken, base, space, face_folder, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "targets")
+    store = open_targets(tmp_path / "targets", base, space, open_people(face_folder), QUICK)
+    shard = store.read(0)
+    store.write(0, replace(shard, sizes=()), store.thetas(shard.keys), torch.zeros(len(shard.keys)))
+    assert run(tmp_path / "targets")[1].found == len(SHARDS)
 
 
 def test_gradient_checkpointing_may_change_on_the_way(run, unbroken):

@@ -58,6 +58,7 @@ def test_every_kind_of_data_set_gives_the_same_people_in_the_same_order(drawn_fa
     assert len(set(expected)) == 5
     for source in sources:
         people = open_people(source)
+        assert [size for _, size in people.roster] == [len(face) for face in drawn_faces]
         assert keys(people) == keys(people) == expected  # the same every time
         assert people.count() == 5
         streamed = open_people(source, streaming=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
@@ -333,6 +334,24 @@ def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"training\.pt is damaged"):
         run("out", short, resume=True)
+
+
+def test_resuming_needs_the_same_people_photos_and_targets(run, space, face_folder, targets, tmp_path):
+    config = replace(CONFIG, steps=1, denoising=1.0)
+    run("out", config)
+    photo = (face_folder / "2.png").read_bytes()
+    Image.new("RGB", (64, 64)).save(face_folder / "2.png")
+    with pytest.raises(ValueError, match=r"training\.pt was trained on other people than there are now"):
+        run("out", config, resume=True)
+    (face_folder / "2.png").write_bytes(photo)
+    with pytest.raises(ValueError, match="other held-out people than there are now"):
+        run("out", config, held_out=open_people(face_folder), resume=True)
+    store = TargetStore(targets, space)
+    shard = store.read(0)
+    store.write(0, replace(shard, names=shard.names[:4], keys=shard.keys[:4]), store.thetas(shard.keys[:4]),
+                torch.zeros(4))  # fmt: skip
+    with pytest.raises(ValueError, match="other targets than there are now"):
+        run("out", config, resume=True)
 
 
 def test_a_divergence_stops_before_it_is_saved(run, tmp_path):
