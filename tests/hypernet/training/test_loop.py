@@ -193,10 +193,20 @@ def test_a_run_killed_while_it_writes_leaves_a_whole_state(run, monkeypatch, tmp
     assert largest_difference(weights(resumed), weights(unbroken)) == 0
 
 
+def but_key_biases(weights):
+    """Attention's softmax does not see them: their gradients are rounding, of which Adam makes steps."""
+    seen = {name: value.clone() for name, value in weights.items()}
+    for name, value in seen.items():
+        if name.endswith("in_proj_bias"):
+            value.view(3, -1)[1] = 0
+    return seen
+
+
 def test_accumulated_passes_are_one_large_one(run):
-    whole, _, _ = run("whole", replace(CONFIG, lr=1e-3, batch=4))
-    parts, _, _ = run("parts", replace(CONFIG, lr=1e-3, accumulation=2))
-    assert largest_difference(weights(whole), weights(parts)) < 1e-5
+    config = replace(CONFIG, steps=40, lr=1e-3, checkpoint_every=40)
+    whole, _, _ = run("whole", replace(config, batch=4))
+    parts, _, _ = run("parts", replace(config, accumulation=2))
+    assert largest_difference(but_key_biases(weights(whole)), but_key_biases(weights(parts))) < 1e-5
     for one, other in zip(log(whole), log(parts), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
@@ -251,7 +261,7 @@ def launch(arguments):
     ]  # fmt: skip
 
 
-def test_two_processes_train_as_one_and_tell_when_the_other_dies(run, space, tmp_path):
+def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_other_dies(run, space, tmp_path):
     """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too."""
     make_network(space, learned_bases=True).save_pretrained(tmp_path / "start")
     config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch=1)
@@ -259,9 +269,9 @@ def test_two_processes_train_as_one_and_tell_when_the_other_dies(run, space, tmp
     pair = launch([tmp_path, tmp_path / "shared", given])
     start = HyperNetwork.from_pretrained(tmp_path / "start")
     with pytest.raises(KeyboardInterrupt):
-        run("alone", replace(config, batch=2), start, progress=stop_at(4))
+        run("alone", replace(config, accumulation=2), start, progress=stop_at(4))
     told = [process.communicate(timeout=300) for process in pair]
-    assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "shared")) < 1e-5
+    assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "shared")) == 0
     for one, other in zip(log(tmp_path / "alone"), log(tmp_path / "shared"), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     assert [process.returncode for process in pair] == [9, 0], told
