@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from converters.safe_read import PICKLE_SUFFIXES
 from hypernet.base_files import check_channels, check_checkpoint, check_folder, mend_text_encoder
 from hypernet.devices import choose_device, choose_dtype
+from hypernet.errors import first_sentence
 from hypernet.recipe import DEFAULT_BASE
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
     try:
         pipeline = _load_pretrained(str(folder), dtype, variant=variant)
     except (OSError, ValueError, RuntimeError) as error:  # configs that do not fit the weights, or each other
-        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
     mend_text_encoder(folder / "text_encoder", variant, pipeline.text_encoder)
     return pipeline
 
@@ -160,14 +161,14 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "StableDiffusionPipeline"
         return _load_pretrained(source, dtype)
     except (HFValidationError, OSError) as error:
         is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
-        reason = f" ({_first_sentence(error)})" if is_telling else ""
+        reason = f" ({first_sentence(error)})" if is_telling else ""
         raise FileNotFoundError(
             f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
             f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
             f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package{reason}"
         ) from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
+        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
@@ -181,10 +182,10 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> "StableDiffusionPipelin
         raise FileNotFoundError(
             f"{path} holds weights only, and the tokenizer and configuration that go with it (3 MB) could not be had "
             f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
-            f"({_first_sentence(error)})"
+            f"({first_sentence(error)})"
         ) from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {_first_sentence(error)}") from error
+        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
 
 
 def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> None:
@@ -208,8 +209,3 @@ def _check_architecture(source: str, pipeline: "StableDiffusionPipeline") -> Non
 def _family(pipeline: "StableDiffusionPipeline") -> str:
     """SD2.x took OpenCLIP's text encoder of width 1024; everything else of this shape is SD1.x to its readers."""
     return "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
-
-
-def _first_sentence(error: BaseException) -> str:
-    """What another library says, without its advice and its links."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")

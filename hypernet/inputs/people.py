@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hypernet.errors import first_line
 from hypernet.inputs.faces import find_faces
 from hypernet.inputs.photos import decode_image, prepare_photo, read_image
 
@@ -192,14 +193,10 @@ def _readable(source: str) -> Iterator[None]:
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{source} is not a folder or file here, and could not be had from the Hugging Face hub as a data set "
-            f"({_first_line(error)}); check its name, and that you are online and may read it"
+            f"({first_line(error)}); check its name, and that you are online and may read it"
         ) from error
     except (failures.DatasetsError, tarfile.TarError, ValueError) as error:  # Arrow's errors are ValueErrors
-        raise ValueError(f"{source} is damaged or no data set ({_first_line(error.__cause__ or error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} is damaged or no data set ({first_line(error.__cause__ or error)})") from error
 
 
 def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPerson | None, list[Skipped]]:

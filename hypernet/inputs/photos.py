@@ -19,6 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from hypernet.errors import first_line
 from hypernet.inputs.faces import Face, find_faces
 
 SMALLEST_SIDE_PX = 32
@@ -167,7 +168,7 @@ def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that can be read; use a JPEG, PNG or WebP") from error
     except _DAMAGED as error:
-        raise ValueError(f"{name} is damaged ({_first_line(error)}); copy the photo again or save it anew") from error
+        raise ValueError(f"{name} is damaged ({first_line(error)}); copy the photo again or save it anew") from error
     raise ValueError(too_large)
 
 
@@ -178,11 +179,6 @@ def _upright(image: Image.Image) -> Image.Image:
     except _DAMAGED:
         return image
     return image if turn is None else image.transpose(turn)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import cached_file, logging
 
 from converters.safe_read import read_json_object
+from hypernet.errors import first_line
 
 # Parts that make one vector of a picture, or replace masked patches; the patches' own vectors do not pass through them.
 _UNUSED = re.compile(r"(^|\.)(pooler|head|post_layernorm|mask_token)(\.|$)")
@@ -42,7 +43,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     except OSError as error:
         raise FileNotFoundError(
             f"the encoder {str(source)!r} is not a folder with config.json and model.safetensors here and could not be "
-            f"had from the Hugging Face hub; check the name and the connection ({str(error).strip().splitlines()[0]})"
+            f"had from the Hugging Face hub; check the name and the connection ({first_line(error)})"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not is_unused(name))
     if missing:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from converters.safe_read import read_header, read_json_object
+from hypernet.errors import first_line
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from lidb_peft import LiDBSpace, check_record
@@ -228,7 +229,7 @@ class HyperNetwork(PreTrainedModel):
                     source, use_safetensors=True, output_loading_info=True, **_float32(), **options
                 )
         except RuntimeError as error:
-            raise ValueError(f"{source} holds other weights than its config.json says: {_first_line(error)}") from error
+            raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(
                 f"{source} holds other weights than its config.json says: missing {sorted(info['missing_keys'])}, "
@@ -292,7 +293,7 @@ def _told_if_missing(source: str | Path) -> Iterator[None]:
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"the hypernetwork {str(source)!r} is not a whole folder here and could not be had from the Hugging "
-            f"Face hub; check the path ({_first_line(error)})"
+            f"Face hub; check the path ({first_line(error)})"
         ) from error
 
 
@@ -302,7 +303,3 @@ def _float32() -> dict[str, torch.dtype]:
     from packaging.version import Version
 
     return {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": torch.float32}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
