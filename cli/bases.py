@@ -1,4 +1,4 @@
-"""What ``--base`` and ``--hypernet`` name.
+"""Options that commands share, and what ``--base`` and ``--hypernet`` name.
 
 `testbed` is the bundled miniature with its own recipe, and the hypernetwork of it; `load_base` and `HyperNetwork` take
 anything else.
@@ -39,6 +39,14 @@ hypernet_option = click.option(
     help="Start at what this hypernetwork predicts from the photos: a Hugging Face id, a folder that hdb train wrote, "
     "or testbed, the bundled one; none does without.",
 )
+
+token_option = click.option(
+    "--token", default=PersonalizeConfig.token, show_default=True, help="The rare word that means the person."
+)
+prompt_option = click.option(
+    "--prompt", default=PersonalizeConfig.prompt, show_default=True, help="What the photos show; [V] is the token."
+)
+no_crop_option = click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
 
 
 def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):

@@ -11,13 +11,14 @@ from cli.bases import (
     device_option,
     hypernet_source,
     join_and_open,
+    no_crop_option,
     precision_option,
+    prompt_option,
     recipe_option,
     seed_option,
+    token_option,
 )
-from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
-
-_RECIPE = PersonalizeConfig()
+from hypernet.recipe import PreoptimizeConfig
 
 
 class _CountOrAuto(click.IntRange):
@@ -39,10 +40,10 @@ class _CountOrAuto(click.IntRange):
               help="People fitted at once; auto is as many as the memory allows.")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Take less memory for each of them, and longer.")
 @click.option("--init-from", metavar="ID|DIR|testbed", help="Start each fit at the prediction of this hypernetwork.")
-@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that means the person.")
-@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
+@token_option
+@prompt_option
 @click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
-@click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
+@no_crop_option
 @seed_option
 @device_option
 @precision_option

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, device_option, join_and_open, precision_option, seed_option
-from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, PersonalizeConfig, TrainConfig
-
-_RECIPE = PersonalizeConfig()
+from cli.bases import (
+    base_option,
+    device_option,
+    join_and_open,
+    no_crop_option,
+    precision_option,
+    prompt_option,
+    seed_option,
+    token_option,
+)
+from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, TrainConfig
 
 
 def _option(flag: str, kind: click.ParamType | type, text: str):
@@ -61,9 +68,9 @@ def _switch(flag: str, text: str):
 @_option("--workers", click.IntRange(0), "Processes that decode photos.")
 @click.option("--tracker", "trackers", multiple=True, metavar="NAME",
               help="Any that accelerate knows, such as tensorboard; may be repeated.")  # fmt: skip
-@click.option("--token", default=_RECIPE.token, show_default=True, help="The rare word that means the person.")
-@click.option("--prompt", default=_RECIPE.prompt, show_default=True, help="What the photos show; [V] is the token.")
-@click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
+@token_option
+@prompt_option
+@no_crop_option
 @seed_option
 @device_option
 @precision_option
