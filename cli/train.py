@@ -34,7 +34,7 @@ def _switch(flag: str, text: str):
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
               help="What hdb preoptimize wrote, to compare predictions with.")  # fmt: skip
-@_switch("--resume", "Go on from the last checkpoint in --out, with the same options.")
+@_switch("--resume", "Go on from the last checkpoint in --out, with the same options and images.")
 @click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Vision transformer: an id or a folder.")
 @_switch("--train-encoder", "Train the encoder too.")
 @_switch("--learned-bases", "Learn the bases too, shared by everybody.")
