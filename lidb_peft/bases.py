@@ -7,7 +7,7 @@ QR rounded to float32, because a float32 QR differs between BLAS builds. Nothing
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -161,6 +161,17 @@ def store_basis(key: BasisKey, basis: Tensor) -> BasisKey:
     kind = "stored:" + hashlib.sha256(basis.numpy().tobytes()).hexdigest()[:32]
     _stored[kind] = basis
     return key._replace(kind=kind)
+
+
+def given_bases(keys: Iterable[BasisKey]) -> dict[BasisKey, Tensor]:
+    """Return those of the bases that were given from outside and cannot be rebuilt."""
+    return {key: _stored[key.kind] for key in keys if key.kind in _stored}
+
+
+def remember_bases(given: Mapping[BasisKey, Tensor]) -> None:
+    """Keep bases that `given_bases` returned, perhaps in another process."""
+    for key, basis in given.items():
+        _stored.setdefault(key.kind, basis)
 
 
 @lru_cache(maxsize=1024)

@@ -335,7 +335,7 @@ def test_it_converts_to_lora_and_carries_one(mlp, x):
 
 
 def test_other_layers_are_refused_in_words():
-    with pytest.raises(TypeError, match=r"only `torch\.nn\.Linear` is supported"):
+    with pytest.raises(TypeError, match=r"only `torch\.nn\.Linear` \(optionally quantized\)"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 1)), LiDBConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         get_peft_model(nn.Sequential(nn.Linear(3, 3)), LiDBConfig())
