@@ -112,6 +112,22 @@ class LiDBModel(BaseTuner):
             for name in names:
                 whole.modules_to_save[adapter_name].load_state_dict(whole.modules_to_save[name].state_dict())
 
+    def use_bases(self, bases: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+        """Put bases from outside, such as learned ones, in the place of an adapter's; checkpoints then store them.
+
+        Args:
+            bases: by label ("down:320:100", "up:320:50"): ``(dim, width)`` on the down side, ``(width, dim)`` on the up
+                side; one for every width and side that the adapter uses. They need not be orthonormal.
+
+        Raises:
+            ValueError: a basis is missing, of another shape, or not finite.
+        """
+        keys = _keys_in_use(self.model, adapter_name)
+        missing = sorted(key.label for key in keys if key.label not in bases)
+        if missing:
+            raise ValueError(f"there is no basis for {missing}; pass one for every width and side of the adapter")
+        _replace_bases(self.model, adapter_name, {key: store_basis(key, bases[key.label]) for key in keys})
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand ``adapter_names``, one per sample, from the model's forward to every layer of it."""
@@ -243,6 +259,10 @@ def _use_recorded_bases(model: nn.Module, adapter_name: str, records: dict[str, 
         else:
             fingerprint = bytes(int(value) & 255 for value in record[:8].tolist()).hex()
             check_basis(key, fingerprint, record[8:], "the LiDB checkpoint")
+    _replace_bases(model, adapter_name, replaced)
+
+
+def _replace_bases(model: nn.Module, adapter_name: str, replaced: Mapping[BasisKey, BasisKey]) -> None:
     for module in model.modules():
         if isinstance(module, LiDBLayer) and adapter_name in module.lidb_keys:
             down, up = module.lidb_keys[adapter_name]

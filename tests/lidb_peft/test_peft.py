@@ -317,11 +317,6 @@ def test_copies_and_pickles_work(mlp, x):
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
 
 
-def test_it_compiles(mlp, x):
-    model = shake(get_peft_model(mlp, small()))
-    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), atol=1e-6)
-
-
 @pytest.mark.filterwarnings("ignore:.*second time", "ignore:Already found a `peft_config`")
 def test_it_converts_to_lora_and_carries_one(mlp, x):
     model = shake(get_peft_model(mlp, small(r=2))).eval()
