@@ -29,7 +29,7 @@ class LiDBConfig(PeftConfig):
         scale_pattern: likewise for ``scale``; what ``alpha_pattern`` is to LoRA.
         lidb_dropout: share of a layer's input that its update does not see while training.
         seed: chooses the bases and the starting vector.
-        basis: kind of basis; "orthogonal" is the only one so far.
+        basis: kind of basis that the seed gives: "orthogonal", the paper's. `LiDBModel.use_bases` brings others.
         target_modules: names (suffixes), or one regular expression for the whole name. None: all attention projections
             of a diffusers UNet and of a CLIP text encoder.
         exclude_modules: names, or a regular expression, of modules to leave alone.
