@@ -25,12 +25,19 @@ import pytest
 import torch
 import transformers
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lidb_peft import LiDBConfig
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("test_custom_models.py", "test_config.py", "test_decoder_models.py")
+MODULES = (
+    "test_custom_models.py",
+    "test_config.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_seq_classifier.py",
+)
 # These want an adapter or a data set from the hub: every method fails them without a network.
 NEED_THE_HUB = (
     "test_from_pretrained",
@@ -77,30 +84,28 @@ CASES: dict[tuple[str, ...], list[Any]] = {
     ("config0",): [LiDBConfig(**_LIN0)],
     ("config_cls",): [LiDBConfig],
     ("config_class", "mandatory_kwargs"): [(LiDBConfig, {})],
-    ("config_cls", "config_kwargs"): [
-        (LiDBConfig, {"task_type": "CAUSAL_LM"}),
-        (LiDBConfig, {"task_type": "CAUSAL_LM", "r": 4, "down_dim": 12, "up_dim": 8, "seed": 3}),
-    ],
+    # each with the task that the list is about
+    ("config_cls", "config_kwargs"): [(LiDBConfig, {}), (LiDBConfig, {"r": 4, "down_dim": 12, "up_dim": 8, "seed": 3})],
 }
-# The language models that PEFT's tests take from the hub are replaced by random ones of these architectures and sizes.
-LANGUAGE_MODELS = {
-    "OPT": {
-        "hidden_size": 16,
-        "ffn_dim": 32,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 16,
+# The models that PEFT's tests take from the hub are replaced by random ones, of these architectures and sizes.
+_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4}
+_GPT = {"n_embd": 32, "n_layer": 5, "n_head": 4}
+_BART = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
+         {"layers": 5, "attention_heads": 4, "ffn_dim": 32}.items()}  # fmt: skip
+MODELS: dict[type, dict[str, dict[str, int]]] = {
+    AutoModelForCausalLM: {
+        "OPT": _SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "GPT2": _GPT,
+        "GPTJ": _GPT | {"rotary_dim": 4},
+        "Llama": _SIZES,
+        "Qwen2": _SIZES | {"num_key_value_heads": 2},
     },
-    "GPT2": {"n_embd": 32, "n_layer": 5, "n_head": 4},
-    "GPTJ": {"n_embd": 32, "n_layer": 5, "n_head": 4, "rotary_dim": 4},
-    "Llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "Qwen2": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    AutoModelForSeq2SeqLM: {
+        "T5": {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 5, "num_heads": 4, "decoder_start_token_id": 0},
+        "Bart": _BART | {"d_model": 16},
     },
+    AutoModel: {"Bert": _SIZES, "Roberta": _SIZES, "Deberta": _SIZES, "DebertaV2": _SIZES},
+    AutoModelForSequenceClassification: {"Bert": _SIZES, "Roberta": _SIZES, "Llama": _SIZES},
 }
 
 
@@ -113,21 +118,22 @@ def _methods(values: Sequence[Any]) -> set[type]:
 
 
 @lru_cache
-def _language_models() -> list[str]:
-    """Make the language models; return their folders, whose names PEFT's tests read as they read the hub's."""
+def _model_folders(auto_class: type) -> list[str]:
+    """Make the models of a class; return their folders, whose names PEFT's tests read as they read the hub's."""
     folder = Path(tempfile.mkdtemp(prefix="peft-suite-"))
     atexit.register(shutil.rmtree, folder)
-    for name, sizes in LANGUAGE_MODELS.items():
+    for name, sizes in MODELS[auto_class].items():
         config = getattr(transformers, f"{name}Config")(vocab_size=1000, bos_token_id=0, eos_token_id=2, **sizes)
+        config.pad_token_id = 1
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
         model.save_pretrained(folder / f"tiny-random-{type(model).__name__}")
     return [str(path) for path in sorted(folder.iterdir())]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Put LiDB's cases in the place of several methods' before pytest reads them."""
+    """Put LiDB's cases in the place of several methods', and ours of the hub's models, before pytest reads them."""
     marks = metafunc.definition.own_markers
     for index, mark in enumerate(marks):
         if mark.name != "parametrize":
@@ -135,9 +141,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names, values = mark.args
         names = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)
         if names == ("model_id",):
-            marks[index] = pytest.mark.parametrize("model_id", _language_models()).mark
+            cases = _model_folders(metafunc.cls.transformers_class)
         elif names in CASES and len(_methods(list(values))) > 1:
-            marks[index] = pytest.mark.parametrize(", ".join(names), CASES[names], **mark.kwargs).mark
+            cases = CASES[names]
+        else:
+            continue
+        if names == ("config_cls", "config_kwargs"):
+            task = {"task_type": values[0][1]["task_type"]}
+            cases = [(config_cls, kwargs | task) for config_cls, kwargs in cases]
+        marks[index] = pytest.mark.parametrize(", ".join(names), cases, **mark.kwargs).mark
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
