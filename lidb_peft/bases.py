@@ -1,13 +1,16 @@
 """Frozen LiDB bases, rebuilt from a seed to the same bits on every machine.
 
 HyperDreamBooth (arXiv:2307.06949), section 4.1: random matrices with orthonormal rows or columns. The integers come
-from SHAKE-256, because torch's generators differ between devices and versions, and the orthonormalisation is a float64
-QR rounded to float32, because a float32 QR differs between BLAS builds. Nothing here touches a random generator.
+from SHAKE-256, because torch's generators differ between devices and versions, and are orthonormalised by operations
+that IEEE 754 rounds in one way only, in a fixed order, because LAPACK's results differ between builds, processors and
+numbers of threads. Nothing here touches a random generator.
+
+Besides these, bases can be given from outside, such as those that a hypernetwork has learned (`store_basis`).
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ from torch import Tensor
 
 BASIS_VERSION = 1
 BASIS_KINDS = ("orthogonal",)
-# A last bit may differ between BLAS builds; a basis of another stream differs in the first digit.
+# Older files hold LAPACK's bases, which may differ in a last bit; one of another stream differs in the first digit.
 PROBE_TOLERANCE = 1e-6
 _NUM_PROBES = 8
 
@@ -107,9 +110,28 @@ def _build_basis(key: BasisKey) -> Tensor:
     if not 0 < key.dim <= key.width:
         raise ValueError(f"a basis of {key.dim} vectors does not fit a width of {key.width}; choose 1 to {key.width}")
     integers = _basis_integers(key).astype(np.float64).reshape(key.width, key.dim)
-    q, r = np.linalg.qr(integers / 2.0**31)
-    q = q * np.where(np.diag(r) < 0, -1.0, 1.0)  # QR is unique once diag(R) > 0
-    return torch.from_numpy(np.ascontiguousarray(q.T if key.side == "down" else q, dtype=np.float32))
+    rows = _orthonormal_rows(integers.T / 2.0**31).astype(np.float32)
+    return torch.from_numpy(rows if key.side == "down" else np.ascontiguousarray(rows.T))
+
+
+def _orthonormal_rows(rows: np.ndarray) -> np.ndarray:
+    """Return float64 ``(dim, width)`` with the rows' span, by Gram-Schmidt (modified: float32 needs no second pass)."""
+    rows = np.ascontiguousarray(rows)
+    for index, row in enumerate(rows):
+        row /= np.sqrt(_ordered_sum(row * row))
+        rest = rows[index + 1 :]
+        rest -= _ordered_sum(rest * row)[:, None] * row
+    return rows
+
+
+def _ordered_sum(terms: np.ndarray) -> np.ndarray:
+    """Sum over the last axis by adding halves; numpy's own sum and dot choose the order by processor."""
+    while (count := terms.shape[-1]) > 1:
+        halves = terms[..., : count // 2] + terms[..., count // 2 : count - count % 2]
+        if count % 2:
+            halves[..., 0] += terms[..., -1]
+        terms = halves
+    return terms[..., 0]
 
 
 def basis_probes(basis: Tensor) -> Tensor:
@@ -161,6 +183,17 @@ def store_basis(key: BasisKey, basis: Tensor) -> BasisKey:
     kind = "stored:" + hashlib.sha256(basis.numpy().tobytes()).hexdigest()[:32]
     _stored[kind] = basis
     return key._replace(kind=kind)
+
+
+def given_bases(keys: Iterable[BasisKey]) -> dict[BasisKey, Tensor]:
+    """Return those of the bases that were given from outside and cannot be rebuilt."""
+    return {key: _stored[key.kind] for key in keys if key.kind in _stored}
+
+
+def remember_bases(given: Mapping[BasisKey, Tensor]) -> None:
+    """Keep bases that `given_bases` returned, perhaps in another process."""
+    for key, basis in given.items():
+        _stored.setdefault(key.kind, basis)
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from .bases import BASIS_KINDS, BasisKey, basis_keys
 
@@ -24,8 +25,11 @@ class LiDBConfig(PeftConfig):
         down_dim: size of the basis on the input side, the paper's a; clipped to a narrower layer's width.
         up_dim: size of the basis on the output side, the paper's b; clipped likewise.
         scale: multiplies the update.
+        rank_pattern: rank of some layers, in place of ``r``: layer name (a suffix, or a regular expression) -> rank.
+        scale_pattern: likewise for ``scale``; what ``alpha_pattern`` is to LoRA.
+        lidb_dropout: share of a layer's input that its update does not see while training.
         seed: chooses the bases and the starting vector.
-        basis: kind of basis; "orthogonal" is the only one so far.
+        basis: kind of basis that the seed gives: "orthogonal", the paper's. `LiDBModel.use_bases` brings others.
         target_modules: names (suffixes), or one regular expression for the whole name. None: all attention projections
             of a diffusers UNet and of a CLIP text encoder.
         exclude_modules: names, or a regular expression, of modules to leave alone.
@@ -43,6 +47,9 @@ class LiDBConfig(PeftConfig):
     down_dim: int = field(default=100, metadata={"help": "Size of the input side's basis, the paper's a."})
     up_dim: int = field(default=50, metadata={"help": "Size of the output side's basis, the paper's b."})
     scale: float = field(default=1.0, metadata={"help": "Multiplies the update."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Layer name -> its own rank."})
+    scale_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Layer name -> its own scale."})
+    lidb_dropout: float = field(default=0.0, metadata={"help": "Dropout of the input of the update."})
     seed: int = field(default=0, metadata={"help": "Chooses the bases and the starting vector."})
     basis: str = field(default="orthogonal", metadata={"help": "Kind of basis."})
     target_modules: list[str] | str | None = field(
@@ -63,17 +70,21 @@ class LiDBConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        for name in ("r", "down_dim", "up_dim"):
-            value = getattr(self, name)
+        self.rank_pattern, self.scale_pattern = self.rank_pattern or {}, self.scale_pattern or {}
+        ranks = {"r": self.r} | {f"rank_pattern of {name!r}": rank for name, rank in self.rank_pattern.items()}
+        for name, value in (ranks | {"down_dim": self.down_dim, "up_dim": self.up_dim}).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; choose an integer of 1 or more")
-        if self.r > min(self.down_dim, self.up_dim):
+        if max(ranks.values()) > min(self.down_dim, self.up_dim):
             raise ValueError(
-                f"rank is {self.r} but the bases have {self.down_dim} and {self.up_dim} vectors; "
+                f"rank is {max(ranks.values())} but the bases have {self.down_dim} and {self.up_dim} vectors; "
                 f"choose r <= {min(self.down_dim, self.up_dim)}"
             )
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ValueError(f"scale is {self.scale!r}; choose a finite number")
+        for name, value in ({"scale": self.scale} | self.scale_pattern).items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; choose a finite number")
+        if not isinstance(self.lidb_dropout, (int, float)) or not 0 <= self.lidb_dropout < 1:
+            raise ValueError(f"lidb_dropout is {self.lidb_dropout!r}; choose a number from 0 to below 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed is {self.seed!r}; choose an integer")
         if self.basis not in BASIS_KINDS:
@@ -86,6 +97,11 @@ class LiDBConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def rank_and_scale(self, name: str) -> tuple[int, float]:
+        """Return the rank and the scale of the layer called ``name``."""
+        rank_key, scale_key = (get_pattern_key(pattern, name) for pattern in (self.rank_pattern, self.scale_pattern))
+        return self.rank_pattern.get(rank_key, self.r), self.scale_pattern.get(scale_key, self.scale)
 
     def basis_keys(self, in_features: int, out_features: int) -> tuple[BasisKey, BasisKey]:
         """Return the keys of the down and the up basis of a layer of that shape."""

@@ -1,15 +1,26 @@
 """The PEFT layer: a linear layer with LiDB adapters beside it."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .bases import BasisKey, get_basis, starting_down
+from .bases import BasisKey, get_basis, given_bases, remember_bases, starting_down
 from .config import LiDBConfig
 from .product import add_low_rank, lidb_to_lora
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Tell whether LiDB fits a base layer: linear, GPT-2's transposed kind, or a quantised one that PEFT knows."""
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(layer)
+    return backend is not None and backend.layer_type == "linear"
 
 
 class LiDBLayer(BaseTunerLayer):
@@ -20,12 +31,13 @@ class LiDBLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("lidb_down", "lidb_up")
-    other_param_names = ("lidb_r", "lidb_scale", "lidb_scaling", "lidb_keys", "lidb_aux")
+    other_param_names = ("lidb_dropout", "lidb_r", "lidb_scale", "lidb_scaling", "lidb_keys", "lidb_aux")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
         self.lidb_down = nn.ParameterDict({})
         self.lidb_up = nn.ParameterDict({})
+        self.lidb_dropout = nn.ModuleDict({})
         self.lidb_r: dict[str, int] = {}
         self.lidb_scale: dict[str, float] = {}
         self.lidb_scaling: dict[str, float] = {}
@@ -33,17 +45,22 @@ class LiDBLayer(BaseTunerLayer):
         self.lidb_aux: dict[str, tuple[Tensor, Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters = []
+        self._unmerged_weight: Tensor | None = None
         base = self.get_base_layer()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.fan_in_fan_out = isinstance(base, Conv1D)  # its weight is (in, out)
+        self.in_features, self.out_features = _get_in_out_features(base)
 
-    def update_layer(self, adapter_name: str, config: LiDBConfig) -> None:
+    def update_layer(self, adapter_name: str, config: LiDBConfig, layer_name: str) -> None:
         """Add an adapter, at the shared starting vector unless ``config.init_weights`` is False."""
+        rank, scale = config.rank_and_scale(layer_name)
         keys = config.basis_keys(self.in_features, self.out_features)
-        self.lidb_r[adapter_name] = config.r
-        self.lidb_scale[adapter_name] = self.lidb_scaling[adapter_name] = config.scale
+        self.lidb_r[adapter_name] = rank
+        self.lidb_scale[adapter_name] = self.lidb_scaling[adapter_name] = scale
         self.lidb_keys[adapter_name] = keys
-        self.lidb_down[adapter_name] = nn.Parameter(torch.zeros(config.r, keys[0].dim))
-        self.lidb_up[adapter_name] = nn.Parameter(torch.zeros(keys[1].dim, config.r))
+        self.lidb_dropout[adapter_name] = nn.Dropout(config.lidb_dropout) if config.lidb_dropout else nn.Identity()
+        self.lidb_down[adapter_name] = nn.Parameter(torch.zeros(rank, keys[0].dim))
+        self.lidb_up[adapter_name] = nn.Parameter(torch.zeros(keys[1].dim, rank))
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -59,21 +76,35 @@ class LiDBLayer(BaseTunerLayer):
             nn.init.normal_(down, std=down.shape[1] ** -0.5)
             nn.init.normal_(up, std=up.shape[0] ** -0.5)
 
+    @torch.no_grad()
+    def set_to_sum(self, adapter_name: str, parts: Mapping[str, float]) -> None:
+        """Make an adapter the weighted sum of others, ``parts``: name -> weight; its rank is the sum of theirs."""
+        parts = {name: weight for name, weight in parts.items() if name in self.lidb_down}
+        down = torch.cat([self.lidb_down[name] for name in parts])
+        up = torch.cat([self.lidb_up[name] * (weight * self.lidb_scaling[name]) for name, weight in parts.items()], 1)
+        self.lidb_down[adapter_name].copy_(down)
+        self.lidb_up[adapter_name].copy_(up)
+        self.use_bases(adapter_name, self.lidb_keys[next(iter(parts))])
+
     def use_bases(self, adapter_name: str, keys: tuple[BasisKey, BasisKey]) -> None:
         """Use other bases of the same shape, such as those stored in a checkpoint."""
         self.lidb_keys[adapter_name] = keys
         self.lidb_aux.pop(adapter_name, None)
+        self._bases(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, this keeps the adapter in float32 beside a half-precision base, as it is cast where it is used.
-        device = self.get_base_layer().weight.device if device is None else device
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
         for parameters in (self.lidb_down, self.lidb_up):
             if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
                 parameters[adapter_name] = parameters[adapter_name].to(device)
-        self._bases(adapter_name)  # looked up before torch.compile can see it
+        self._bases(adapter_name)
 
     def _bases(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return ``down_aux`` and ``up_aux`` on the device of the adapter's weights."""
+        """Return ``down_aux`` and ``up_aux`` on the device of the adapter's weights.
+
+        Whatever moves the weights calls this too, so that ``torch.compile`` never sees the look-up.
+        """
         device = self.lidb_down[adapter_name].device
         aux = self.lidb_aux.get(adapter_name)
         if aux is None or aux[0].device != device:
@@ -88,9 +119,10 @@ class LiDBLayer(BaseTunerLayer):
         return lidb_to_lora(down.float(), up.float(), *aux, scale=self.lidb_scaling[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return the update ``(out_features, in_features)``, in the adapter's dtype."""
+        """Return the update, shaped as the base weight is (``(out_features, in_features)``), in the adapter's dtype."""
         lora_A, lora_B = self.get_lora_factors(adapter_name)
-        return (lora_B @ lora_A).to(self.lidb_down[adapter_name].dtype)
+        delta = (lora_B @ lora_A).to(self.lidb_down[adapter_name].dtype)
+        return delta.T if self.fan_in_fan_out else delta
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the strength of an adapter relative to its config's scale."""
@@ -114,42 +146,48 @@ class LiDBLayer(BaseTunerLayer):
 
 
 class LiDBLinear(nn.Module, LiDBLayer):
-    """``nn.Linear`` with LiDB adapters: ``base(x) + x lora_A^T lora_B^T`` for every active one."""
+    """A linear layer with LiDB adapters: ``base(x) + dropout(x) lora_A^T lora_B^T`` for every active one."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LiDBConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LiDBConfig, layer_name: str, **quantization: Any
+    ) -> None:
         super().__init__()
-        LiDBLayer.__init__(self, base_layer)
+        LiDBLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, layer_name)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight, in float32, rounded once to its dtype.
+
+        The weight as it was is kept until `unmerge`, because subtracting would not bring back what was rounded away.
 
         Raises:
             ValueError: with ``safe_merge``, the merged weight is not finite; the base weight is left as it was.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lidb_down:
-                merged = self._shifted_weight(name, 1.0)
-                if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                self.get_base_layer().weight.data = merged
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lidb_down]
+        if not names:
+            return
+        weight = self.get_base_weight()
+        total = weight.float()
+        for name in names:
+            lora_A, lora_B = self.get_lora_factors(name)
+            total = total + ((lora_B @ lora_A).T if self.fan_in_fan_out else lora_B @ lora_A)
+            if safe_merge and not torch.isfinite(total.to(weight.dtype)).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if not self.merged:
+            self._unmerged_weight = weight
+        self.set_base_weight(total.to(weight.dtype))
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again."""
+        """Put the base weight back as it was before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.lidb_down:
-                self.get_base_layer().weight.data = self._shifted_weight(name, -1.0)
-
-    @torch.no_grad()
-    def _shifted_weight(self, adapter_name: str, sign: float) -> Tensor:
-        weight = self.get_base_layer().weight.data
-        lora_A, lora_B = self.get_lora_factors(adapter_name)
-        return torch.addmm(weight.float(), lora_B, lora_A, alpha=sign).to(weight.dtype)
+            return
+        self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
@@ -161,7 +199,7 @@ class LiDBLinear(nn.Module, LiDBLayer):
             return result
         for name in self.active_adapters:
             if name in self.lidb_down:
-                result = add_low_rank(result, x, *self.get_lora_factors(name))
+                result = add_low_rank(result, self.lidb_dropout[name](x), *self.get_lora_factors(name))
         return result
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -188,6 +226,26 @@ class LiDBLinear(nn.Module, LiDBLayer):
             for i, (name, part) in enumerate(zip(adapter_names, result.unbind(0), strict=True))
         ]
         return torch.stack(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LiDBLinear":
+        super()._apply(fn, recurse)
+        for name in self.lidb_down:
+            self._bases(name)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the bases, so that copies share them; those that cannot be rebuilt travel by themselves.
+        keys = [key for pair in self.lidb_keys.values() for key in pair]
+        return self.__dict__ | {"lidb_aux": {}, "given_bases": given_bases(keys)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        remember_bases(state.pop("given_bases"))
+        super().__setstate__(state)
+        for name in self.lidb_down:
+            self._bases(name)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "lidb." + super().__repr__()

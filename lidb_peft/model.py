@@ -5,19 +5,26 @@ integers and a few of its values. They are checked at load, so that a basis whic
 an error and never a silent garbage adapter. With ``save_projection`` the bases themselves are stored instead.
 """
 
-from collections.abc import Iterator
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_quantization_kwargs,
+)
 from torch import Tensor, nn
 
 from .bases import BasisKey, basis_fingerprint, basis_probes, check_basis, get_basis, store_basis
 from .config import LiDBConfig
-from .layer import LiDBLayer, LiDBLinear
+from .layer import LiDBLayer, LiDBLinear, is_linear
 from .naming import clean_module_name, default_target_modules
 
 _WEIGHTS = ("lidb_down", "lidb_up")
@@ -32,10 +39,11 @@ class LiDBModel(BaseTuner):
 
     prefix = "lidb_"
     tuner_layer_cls = LiDBLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: LiDBConfig, model_config: dict) -> LiDBConfig:
-        # Decided by the modules, not by model_config, because a diffusers UNet has no model_type.
+        if model_config.get("model_type") in self.target_module_mapping:
+            return super()._prepare_adapter_config(peft_config, model_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
         return peft_config
@@ -51,12 +59,15 @@ class LiDBModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         if isinstance(target, LiDBLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, current_key)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"Target module {target} is not supported. Currently, only `torch.nn.Linear` is supported.")
-        new_module = LiDBLinear(target, adapter_name, peft_config)
+        if not is_linear(base_layer):
+            raise TypeError(
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) "
+                "and `transformers.pytorch_utils.Conv1D` are supported."
+            )
+        new_module = LiDBLinear(target, adapter_name, peft_config, current_key, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, new_module, target)
@@ -68,6 +79,54 @@ class LiDBModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, LiDBLayer):
                 BaseTunerLayer._move_adapter_to_device_of_base_layer(module, adapter_name)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add the weighted sum of adapters as a new, inactive one; exact, because the bases are shared and ranks add.
+
+        A whole module that one of them trains (``modules_to_save``) is copied as it is.
+
+        Raises:
+            ValueError: a name is unknown or taken, there are not as many weights as names, the adapters have different
+                bases or train the same whole module, or the ranks add to more than a basis has vectors.
+        """
+        if not adapters or not set(adapters) <= set(self.peft_config) or adapter_name in self.peft_config:
+            raise ValueError(
+                f"the sum of {list(adapters)} cannot be added as {adapter_name!r}: the model has the adapters "
+                f"{sorted(self.peft_config)}; name some of them, and a new one"
+            )
+        parts = dict(zip(adapters, weights, strict=True))
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LiDBLayer) and not parts.keys().isdisjoint(module.lidb_down)
+        }
+        wholes = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        wholes = [(whole, [name for name in parts if name in whole.modules_to_save]) for whole in wholes]
+        if any(len(names) > 1 for _, names in wholes):
+            raise ValueError(f"{list(adapters)} train the same whole module, which has no sum; add one of them at most")
+        self.peft_config[adapter_name] = _config_of_sum([self.peft_config[name] for name in parts], layers, parts)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            layer.set_to_sum(adapter_name, parts)
+        for whole, names in wholes:
+            for name in names:
+                whole.modules_to_save[adapter_name].load_state_dict(whole.modules_to_save[name].state_dict())
+
+    def use_bases(self, bases: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+        """Put bases from outside, such as learned ones, in the place of an adapter's; checkpoints then store them.
+
+        Args:
+            bases: by label ("down:320:100", "up:320:50"): ``(dim, width)`` on the down side, ``(width, dim)`` on the up
+                side; one for every width and side that the adapter uses. They need not be orthonormal.
+
+        Raises:
+            ValueError: a basis is missing, of another shape, or not finite.
+        """
+        keys = _keys_in_use(self.model, adapter_name)
+        missing = sorted(key.label for key in keys if key.label not in bases)
+        if missing:
+            raise ValueError(f"there is no basis for {missing}; pass one for every width and side of the adapter")
+        _replace_bases(self.model, adapter_name, {key: store_basis(key, bases[key.label]) for key in keys})
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -145,6 +204,30 @@ class LiDBModel(BaseTuner):
         return weights | others
 
 
+def _config_of_sum(
+    configs: Sequence[LiDBConfig], layers: Mapping[str, LiDBLayer], parts: Mapping[str, float]
+) -> LiDBConfig:
+    """Return the config of the sum of adapters: on every layer that has one of them, with the sum of their ranks."""
+    for name, layer in layers.items():
+        if len({layer.lidb_keys[part] for part in parts if part in layer.lidb_keys}) > 1:
+            raise ValueError(f"{list(parts)} have different bases on {name}; add adapters of one seed and dimensions")
+    ranks = {name: sum(layer.lidb_r.get(part, 0) for part in parts) for name, layer in layers.items()}
+    rank = max(ranks.values())
+    whole_modules = {module for config in configs for module in config.modules_to_save or ()}
+    return dataclasses.replace(
+        configs[0],
+        r=rank,
+        scale=1.0,
+        rank_pattern={f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank},
+        scale_pattern={},
+        target_modules="|".join(re.escape(name) for name in ranks),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=sorted(whole_modules) or None,
+    )
+
+
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     return args, kwargs | {"adapter_names": adapter_names}
 
@@ -176,6 +259,10 @@ def _use_recorded_bases(model: nn.Module, adapter_name: str, records: dict[str, 
         else:
             fingerprint = bytes(int(value) & 255 for value in record[:8].tolist()).hex()
             check_basis(key, fingerprint, record[8:], "the LiDB checkpoint")
+    _replace_bases(model, adapter_name, replaced)
+
+
+def _replace_bases(model: nn.Module, adapter_name: str, replaced: Mapping[BasisKey, BasisKey]) -> None:
     for module in model.modules():
         if isinstance(module, LiDBLayer) and adapter_name in module.lidb_keys:
             down, up = module.lidb_keys[adapter_name]

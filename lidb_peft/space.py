@@ -78,8 +78,13 @@ class LiDBSpace:
         """Find the layers of ``models``: component ("unet", "text_encoder", "text_encoder_2") -> model.
 
         Raises:
-            ValueError: there is no model, or one without a layer to adapt.
+            ValueError: there is no model, or one without a layer to adapt, or the config has patterns of rank or scale.
         """
+        if config.rank_pattern or config.scale_pattern:
+            raise ValueError(
+                "theta has one rank and scale for all layers, but the config has a rank_pattern or scale_pattern; "
+                "leave them out, or fit the adapter through PEFT"
+            )
         if not models:
             raise ValueError("LiDBSpace needs at least one model; pass {'unet': unet, 'text_encoder': text_encoder}")
         self.models = dict(models)

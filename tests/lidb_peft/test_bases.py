@@ -1,4 +1,6 @@
 import hashlib
+from decimal import Context, Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -26,17 +28,21 @@ def test_bases_are_orthonormal(side):
     assert (gram - torch.eye(100)).abs().max() < 1e-6
 
 
-def test_a_basis_is_the_orthonormalised_hash_stream():
-    """Gram-Schmidt on integers read by hand, an algorithm that owes nothing to LAPACK's."""
-    stream = hashlib.shake_256(b"lidb:1:5:up:40:12").digest(40 * 12 * 4)
+@pytest.mark.parametrize(("width", "dim"), [(40, 12), (7, 7), (13, 1), (1, 1)])
+def test_a_basis_is_the_orthonormalised_hash_stream_to_the_last_bit(width, dim):
+    """Against Gram-Schmidt on integers read by hand, in exact arithmetic: no machine can come to other bits."""
+    stream = hashlib.shake_256(f"lidb:1:5:up:{width}:{dim}".encode()).digest(width * dim * 4)
     integers = [int.from_bytes(stream[i : i + 4], "little", signed=True) for i in range(0, len(stream), 4)]
-    columns = np.array(integers, dtype=np.longdouble).reshape(40, 12)
-    for i in range(12):
-        for j in range(i):
-            columns[:, i] -= columns[:, j] * (columns[:, j] @ columns[:, i])
-        columns[:, i] /= np.sqrt(columns[:, i] @ columns[:, i])
-    basis = get_basis(BasisKey("up", 40, 12, 5), CPU)
-    assert np.abs(basis.numpy() - columns).max() < 1e-7
+    columns = [[Fraction(value) for value in integers[j::dim]] for j in range(dim)]
+    for j in range(dim):
+        for other in columns[:j]:
+            share = sum(a * b for a, b in zip(columns[j], other, strict=True)) / sum(a * a for a in other)
+            columns[j] = [a - share * b for a, b in zip(columns[j], other, strict=True)]
+    with localcontext(Context(prec=60)):
+        exact = [[Decimal(a.numerator) / Decimal(a.denominator) for a in column] for column in columns]
+        norms = [sum(a * a for a in column).sqrt() for column in exact]
+        expected = np.array([[float(a / norm) for a in column] for column, norm in zip(exact, norms, strict=True)])
+    assert np.array_equal(get_basis(BasisKey("up", width, dim, 5), CPU).numpy(), expected.T.astype(np.float32))
 
 
 def test_seed_side_width_and_dim_give_other_bases():

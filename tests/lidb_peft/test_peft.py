@@ -317,11 +317,6 @@ def test_copies_and_pickles_work(mlp, x):
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
 
 
-def test_it_compiles(mlp, x):
-    model = shake(get_peft_model(mlp, small()))
-    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), atol=1e-6)
-
-
 @pytest.mark.filterwarnings("ignore:.*second time", "ignore:Already found a `peft_config`")
 def test_it_converts_to_lora_and_carries_one(mlp, x):
     model = shake(get_peft_model(mlp, small(r=2))).eval()
@@ -335,7 +330,7 @@ def test_it_converts_to_lora_and_carries_one(mlp, x):
 
 
 def test_other_layers_are_refused_in_words():
-    with pytest.raises(TypeError, match=r"only `torch\.nn\.Linear` is supported"):
+    with pytest.raises(TypeError, match=r"only `torch\.nn\.Linear` \(optionally quantized\)"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 1)), LiDBConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         get_peft_model(nn.Sequential(nn.Linear(3, 3)), LiDBConfig())
