@@ -161,7 +161,10 @@ class LiDBNetwork(nn.Module):
         self.base_fingerprint = base_fingerprint(models)  # now, because sd-scripts may cast the weights to fp8 later
         self.rows = nn.ParameterList(row.clone() for row in self.space.theta_0)
         self.applied: list[int] = []
-        logger.info(f"LiDB on {self.space.num_layers} layers: {int(self.space.mask.sum())} numbers, {config}")
+        logger.info(
+            f"LiDB on {self.space.num_layers} layers, {int(self.space.mask.sum())} numbers: rank {config.r}, "
+            f"down_dim {config.down_dim}, up_dim {config.up_dim}, scale {config.scale}, seed {config.seed}"
+        )
 
     @property
     def theta(self) -> Tensor:
