@@ -300,7 +300,7 @@ class LiDBNetwork(nn.Module):
         return int((limited < norms).sum()), limited.mean().item(), limited.max().item()
 
     def is_mergeable(self) -> bool:
-        """Say yes."""
+        """Return True: `merge_to` serves."""
         return True
 
     @torch.no_grad()
@@ -322,7 +322,7 @@ class LiDBNetwork(nn.Module):
             layer.weight.copy_(torch.addmm(layer.weight.float(), lora_B, lora_A, alpha=self.multiplier))
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write a standard LoRA of the layers applied to, and with ``save_theta`` theta, ``NAME.theta.safetensors``.
+        """Write a standard LoRA of the layers applied to, and with ``save_theta`` theta as ``NAME-theta.safetensors``.
 
         sd-scripts' metadata stays, with the rank and alpha that the file has, and the record of what theta belongs to.
 
@@ -341,23 +341,21 @@ class LiDBNetwork(nn.Module):
         own = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
         write_tensors(file, tensors, metadata | own | to_metadata(record))
         if self.save_theta:
-            path = Path(file).with_suffix(".theta.safetensors")
+            path = Path(file).with_stem(f"{Path(file).stem}-theta")
             save_theta(path, theta, self.space, base_name, self.base_fingerprint, dtype)
 
 
 def _with_diffusers_names(unet: nn.Module) -> nn.Module:
     """Return a model that holds the layers of sd-scripts' SDXL UNet, which have sgm's names, under diffusers'."""
     renamed = nn.Module()
-    for path, module in unet.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in unet.named_parameters()):
         *parents, last = from_kohya_name("lora_unet_" + path.replace(".", "_")).split(".")[1:]
         parent = renamed
         for name in parents:
             if not hasattr(parent, name):
                 parent.add_module(name, nn.Module())
             parent = getattr(parent, name)
-        parent.add_module(last, module)
+        parent.add_module(last, unet.get_submodule(path))
     return renamed
 
 
@@ -405,15 +403,16 @@ def _block_weights(
         return {}
     weights = {}
     for side, text in given.items():
-        values = _weights_of(f"{side}_lr_weight", text or "", _NUM_BLOCKS[family][side == "mid"])
-        weights[side] = [value if value > block_lr_zero_threshold else 0.0 for value in values]
+        count = _NUM_BLOCKS[family][side == "mid"]
+        weights[side] = [1.0] * count
+        if text:
+            values = _weights_of(f"{side}_lr_weight", text, count)
+            weights[side] = [value if value > block_lr_zero_threshold else 0.0 for value in values]
     return weights
 
 
 def _weights_of(name: str, text: str, count: int) -> list[float]:
-    """Return ``count`` numbers of a list "1,0.5,..." or of a preset "sine" or "sine+0.1"; all 1 where there is none."""
-    if not text:
-        return [1.0] * count
+    """Return the ``count`` numbers of a list "1,0.5,..." or of a preset, "sine" or "sine+0.1"."""
     preset, _, base = text.partition("+")
     try:
         if preset in _PRESETS and name != "mid_lr_weight":
@@ -422,10 +421,8 @@ def _weights_of(name: str, text: str, count: int) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != count:
-        raise ValueError(
-            f"{name} is {text!r}; give {count} numbers with commas between"
-            + (f", or one of {', '.join(_PRESETS)}" if name != "mid_lr_weight" else "")
-        )
+        presets = "" if name == "mid_lr_weight" else f", or one of {', '.join(_PRESETS)}"
+        raise ValueError(f"{name} is {text!r}; it takes a list of {count}, with commas between{presets}")
     return weights
 
 

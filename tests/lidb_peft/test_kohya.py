@@ -287,7 +287,7 @@ def test_theta_is_the_same_as_on_the_diffusers_models(base, tmp_path, recwarn):
     unet = base.unet.run[0] if base.is_sdxl else base.unet
     models = {"unet": unet, **dict(zip(("text_encoder", "text_encoder_2"), base.encoders, strict=False))}
     space = LiDBSpace(models, LiDBConfig(down_dim=12, up_dim=10))
-    file = load_theta(tmp_path / "me.theta.safetensors", space)
+    file = load_theta(tmp_path / "me-theta.safetensors", space)
     assert not recwarn.list
     assert torch.equal(file.theta, network.theta)
     assert (file.base_fingerprint, file.base_model_name) == (base_fingerprint(models), "tiny.safetensors")
@@ -309,7 +309,7 @@ def saved(new_base, tmp_path):
     network, _ = train(base, network_args=[*NETWORK_ARGS, "save_theta=True"])
     lora = tmp_path / "me.safetensors"
     network.save_weights(str(lora), torch.float32, METADATA)
-    return base, {"lora": str(lora), "theta": str(tmp_path / "me.theta.safetensors")}
+    return base, {"lora": str(lora), "theta": str(tmp_path / "me-theta.safetensors")}
 
 
 @pytest.mark.parametrize("kind", ["lora", "theta"])
@@ -526,9 +526,12 @@ WRONG = [
     ({"network_args": ["conv_dim=4"]}, "network_args has conv_dim; here it takes down_dim, up_dim, seed, save_theta"),
     ({"network_args": ["down_dim=many"]}, "network_args has down_dim=many; give a whole number"),
     ({"network_args": ["save_theta=1"]}, "network_args has save_theta=1; give True or False"),
-    ({"network_args": ["down_lr_weight=1,2"]}, "down_lr_weight is '1,2'; give 12 numbers with commas between, or one"),
-    ({"network_args": ["mid_lr_weight=sine"]}, "mid_lr_weight is 'sine'; give 1 numbers with commas between$"),
-    ({"network_args": ["up_lr_weight=sine+much"]}, "up_lr_weight is 'sine\\+much'; give 12 numbers"),
+    (
+        {"network_args": ["down_lr_weight=1,2"]},
+        "down_lr_weight is '1,2'; it takes a list of 12, with commas between, or one",
+    ),
+    ({"network_args": ["mid_lr_weight=sine"]}, "mid_lr_weight is 'sine'; it takes a list of 1, with commas between$"),
+    ({"network_args": ["up_lr_weight=sine+much"]}, "up_lr_weight is 'sine\\+much'; it takes a list of 12"),
     ({"network_dim": 0}, "r is 0; choose an integer of 1 or more"),
     ({"network_dropout": 0.1}, "network_dropout is 0.1, and LiDB has no dropout"),
     ({"save_model_as": "ckpt"}, "save_model_as is ckpt; LoRA files are written as safetensors only"),
