@@ -44,7 +44,7 @@ _NUM_BLOCKS = {"sd1": (12, 1), "sdxl": (9, 3)}
 # Block weights by name, as functions of the block's place, 0 (first) to 1 (last).
 _PRESETS: dict[str, Callable[[float], float]] = {
     "sine": lambda place: math.sin(math.pi / 2 * place),
-    "cosine": lambda place: math.cos(math.pi / 2 * place),
+    "cosine": lambda place: math.sin(math.pi / 2 * (1 - place)),
     "linear": lambda place: place,
     "reverse_linear": lambda place: 1 - place,
     "zeros": lambda place: 0.0,

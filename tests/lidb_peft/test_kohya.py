@@ -464,9 +464,10 @@ def test_block_weights_by_name_and_threshold(new_base):
     rates = {name: rate for name, rate in found.items() if "up_blocks" in name}
     angles = torch.tensor([3.0, 4.0]) / 11 * torch.pi / 2
     assert sorted(set(rates.values())) == pytest.approx(sorted((angles.cos() + 0.25).tolist()))
-    found = weights_by_layer(new_base(), up_lr_weight="reverse_linear", block_lr_zero_threshold="0.7")
-    assert {rate for name, rate in found.items() if ".up_blocks.1.attentions.0." in name} == {1 - 3 / 11}
-    assert {rate for name, rate in found.items() if ".up_blocks.1.attentions.1." in name} == {None}
+    found = weights_by_layer(new_base(), up_lr_weight="reverse_linear+0.5", block_lr_zero_threshold="1.2")
+    sides = {name.split(".attentions.")[0] + name.split(".attentions.")[1][0]: rate for name, rate in found.items()}
+    expected = {"unet.down_blocks.00": 1.0, "unet.mid_block0": 1.0, "unet.up_blocks.10": 1.5 - 3 / 11}
+    assert sides == {**expected, "unet.up_blocks.11": None}  # 1.5 - 4 / 11 is below the threshold
 
 
 def test_checkpointed_blocks_give_the_same_gradients(base):
