@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib
+import math
 
 import pytest
 import safetensors.torch
@@ -272,13 +273,12 @@ def test_sd_scripts_metadata_stays_and_the_hash_is_that_of_the_tensors(new_base,
 
 @pytest.mark.parametrize("trained", ["unet", "text_encoder"])
 def test_only_what_is_trained_is_in_the_file(base, trained, tmp_path):
-    other = "text_encoder" if trained == "unet" else "unet"
     network, _ = train(base, **{f"network_train_{trained}_only": True})
     path = tmp_path / "part.safetensors"
     network.save_weights(str(path), None, None)
     expected = {name for name in base.modules() if name.startswith("lora_unet_") == (trained == "unet")}
     assert set(file_updates(path)) == expected
-    assert all(update.norm() == 0 for name, update in base.updates().items() if name not in expected), other
+    assert all(update.norm() == 0 for name, update in base.updates().items() if name not in expected)
 
 
 def test_theta_is_the_same_as_on_the_diffusers_models(base, tmp_path, recwarn):
@@ -420,54 +420,71 @@ def test_two_rates_for_one_text_encoder_are_refused(new_base):
         prepare(new_base(), parse(text_encoder_lr=[0.1, 0.2]))
 
 
-def weights_by_layer(base, **network_args):
-    """kohya name -> rate of every UNet layer, at a learning rate of 1; None where it is frozen."""
+def assert_block_rates(base, expected, **network_args):
+    """``expected``: what kohya's names begin with -> the learning rate there, at 1 without block weights."""
     args = [*NETWORK_ARGS, *(f"{name}={value}" for name, value in network_args.items())]
-    network, groups = prepare(base, parse(network_args=args, unet_lr=1.0))
+    network, groups = prepare(base, parse(network_args=args, unet_lr=1.0, network_train_unet_only=True))
     rates = {id(row): group["lr"] for group in groups for row in group["params"]}
-    names = [name for name in network.space.layer_names if name.startswith("unet.")]
-    return {name: rates.get(id(row)) for name, row in zip(names, network.rows, strict=False)}
-
-
-def test_block_weights_are_kohyas(new_base):
-    """kohya numbers the input and output blocks of the original UNet; SD1's first attention is in input block 1."""
-    numbers = ",".join(str(i / 10) for i in range(12))
-    found = weights_by_layer(new_base(), down_lr_weight=numbers, mid_lr_weight="7", up_lr_weight=numbers)
-    at = {(name.split(".")[1], *name.split(".")[2:5:2]): rate for name, rate in found.items()}
-    assert at == {
-        ("down_blocks", "0", "0"): pytest.approx(0.1),
-        ("mid_block", "attentions", "transformer_blocks"): 7.0,
-        ("up_blocks", "1", "0"): pytest.approx(0.3),
-        ("up_blocks", "1", "1"): pytest.approx(0.4),
-    }
-
-
-def test_block_weights_of_sdxl_are_those_of_its_own_blocks(new_base):
-    base = new_base("sdxl")
-    numbers = [0.1 * (1 + i) for i in range(9)]
-    text = ",".join(str(number) for number in numbers)
-    network, groups = prepare(
-        base,
-        parse(network_args=[*NETWORK_ARGS, f"down_lr_weight={text}", "mid_lr_weight=1,2,3", f"up_lr_weight={text}"]),
-    )
-    rates = {id(row): group["lr"] for group in groups for row in group["params"]}
-    names = {layer: name for name, layer in base.modules().items()}
+    names = {layer: name for name, layer in base.modules().items() if name.startswith("lora_unet_")}
+    found = {}
     for layer, row in zip(network.space.layers, network.rows, strict=True):
-        side, number = (names[layer].split("_")[2], names[layer].split("_")[4])
-        if names[layer].startswith("lora_unet_"):
-            expected = 2.0 if side == "middle" else numbers[int(number)]
-            assert rates[id(row)] == pytest.approx(0.02 * expected)
+        if layer in names:
+            block = next(start for start in expected if names[layer].startswith(start))
+            assert found.setdefault(block, rates.get(id(row))) == rates.get(id(row))
+    assert found == pytest.approx(expected)
 
 
-def test_block_weights_by_name_and_threshold(new_base):
-    found = weights_by_layer(new_base(), up_lr_weight="cosine+.25")
-    rates = {name: rate for name, rate in found.items() if "up_blocks" in name}
-    angles = torch.tensor([3.0, 4.0]) / 11 * torch.pi / 2
-    assert sorted(set(rates.values())) == pytest.approx(sorted((angles.cos() + 0.25).tolist()))
-    found = weights_by_layer(new_base(), up_lr_weight="reverse_linear+0.5", block_lr_zero_threshold="1.2")
-    sides = {name.split(".attentions.")[0] + name.split(".attentions.")[1][0]: rate for name, rate in found.items()}
-    expected = {"unet.down_blocks.00": 1.0, "unet.mid_block0": 1.0, "unet.up_blocks.10": 1.5 - 3 / 11}
-    assert sides == {**expected, "unet.up_blocks.11": None}  # 1.5 - 4 / 11 is below the threshold
+def test_block_weights_are_those_of_kohyas_numbers(new_base):
+    """The first attention of SD1 follows conv_in, and going up three blocks have none."""
+    numbers = [i / 10 for i in range(12)]
+    text = ",".join(map(str, numbers))
+    expected = {
+        "lora_unet_down_blocks_0_attentions_0_": numbers[1],
+        "lora_unet_mid_block_": 7.0,
+        "lora_unet_up_blocks_1_attentions_0_": numbers[3],
+        "lora_unet_up_blocks_1_attentions_1_": numbers[4],
+    }
+    assert_block_rates(new_base(), expected, down_lr_weight=text, mid_lr_weight="7", up_lr_weight=text)
+
+
+def test_block_weights_of_sdxl_are_those_of_its_own_numbers(new_base):
+    numbers = [0.1 * (1 + i) for i in range(9)]
+    text = ",".join(map(str, numbers))
+    expected = {
+        **{f"lora_unet_input_blocks_{i}_": numbers[i] for i in (4, 5, 7, 8)},
+        "lora_unet_middle_block_1_": 2.0,
+        **{f"lora_unet_output_blocks_{i}_": numbers[i] for i in range(6)},
+    }
+    assert_block_rates(new_base("sdxl"), expected, down_lr_weight=text, mid_lr_weight="1,2,3", up_lr_weight=text)
+
+
+PRESETS = {  # the weights of blocks 3 and 4 of 12
+    "sine": (math.sin(math.pi / 2 * 3 / 11), math.sin(math.pi / 2 * 4 / 11)),
+    "cosine+.25": (math.cos(math.pi / 2 * 3 / 11) + 0.25, math.cos(math.pi / 2 * 4 / 11) + 0.25),
+    "linear": (3 / 11, 4 / 11),
+    "reverse_linear": (8 / 11, 7 / 11),
+    "zeros+2": (2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_block_weights_by_name(new_base, preset):
+    third, fourth = PRESETS[preset]
+    expected = {
+        "lora_unet_up_blocks_1_attentions_0_": third,
+        "lora_unet_up_blocks_1_attentions_1_": fourth,
+        "lora_unet_": 1.0,
+    }
+    assert_block_rates(new_base(), expected, up_lr_weight=preset)
+
+
+def test_block_weights_at_or_below_the_threshold_freeze_a_block(new_base):
+    expected = {
+        "lora_unet_up_blocks_1_attentions_0_": 1.5 - 3 / 11,
+        "lora_unet_up_blocks_1_attentions_1_": None,  # 1.5 - 4 / 11
+        "lora_unet_": 1.0,  # not given, so not compared
+    }
+    assert_block_rates(new_base(), expected, up_lr_weight="reverse_linear+0.5", block_lr_zero_threshold="1.2")
 
 
 def test_checkpointed_blocks_give_the_same_gradients(base):
