@@ -63,14 +63,20 @@ def save_kohya(
         ValueError: no layers, NaN or infinity, shapes that do not fit, a layer that the family does not have, a value
             beyond ``dtype``, or a file name without ``.safetensors``.
     """
+    tensors, rank = lora_tensors(factors, metadata.family, dtype)
+    write_tensors(path, tensors, build_metadata(metadata, Path(path).stem, rank))
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write what `lora_tensors` gave with ``metadata``, to which kohya's hashes are added.
+
+    Raises:
+        ValueError: a file name without ``.safetensors``.
+    """
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} does not end in .safetensors; name the LoRA file so, or readers will not find it")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
-    tensors, rank = _to_tensors(factors, metadata.family, dtype)
-    entries = add_hashes(tensors, build_metadata(metadata, path.stem, rank))
-    blob = to_bytes(tensors, entries)
+    blob = to_bytes(tensors, add_hashes(tensors, metadata))
     with atomic_path(path) as temporary:
         temporary.write_bytes(blob)
 
@@ -114,7 +120,14 @@ def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
     return {layer: _fold_alpha(f"{path}: {module}", modules[module]) for layer, module in names.items()}, metadata
 
 
-def _to_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors of a kohya file that holds ``factors``, and its rank, which is its alpha too.
+
+    Raises:
+        ValueError: as :func:`save_kohya`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
     if not factors:
         raise ValueError("there are no LoRA layers to write; pass the factors of at least one layer")
     checked = {layer: _check_factors(layer, *pair) for layer, pair in factors.items()}

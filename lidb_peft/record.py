@@ -20,6 +20,7 @@ from .space import LiDBSpace, distinct_basis_keys
 _SETTINGS = {"r": int, "down_dim": int, "up_dim": int, "scale": float, "seed": int, "basis": str}
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _OTHERS = ("basis_version", "base_model_name", "base_fingerprint", "layers_hash", "num_layers", "bases")
+_PREFIX = "lidb."
 _CPU = torch.device("cpu")
 
 
@@ -41,6 +42,16 @@ def space_record(space: LiDBSpace, base_model_name: str = "", base_fingerprint: 
         **({"targets": json.dumps(chosen, default=sorted)} if chosen else {}),
         **{name: str(getattr(space.config, name)) for name in _SETTINGS},
     }
+
+
+def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
+    """Return a record under the names that its fields have among a safetensors file's other metadata."""
+    return {_PREFIX + name: value for name, value in record.items()}
+
+
+def from_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the record in a file's metadata; {} where there is none."""
+    return {name.removeprefix(_PREFIX): value for name, value in metadata.items() if name.startswith(_PREFIX)}
 
 
 def missing_fields(record: Mapping[str, str]) -> list[str]:

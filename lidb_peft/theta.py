@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .config import LiDBConfig
 from .files import atomic_path, to_bytes
-from .record import check_record, missing_fields, read_number, record_config, space_record
+from .record import check_record, from_metadata, missing_fields, read_number, record_config, space_record, to_metadata
 from .space import LiDBSpace
 
 FORMAT_VERSION = "1"
-_PREFIX = "lidb."
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ def save_theta(
         raise ValueError(f"theta has shape {tuple(theta.shape)}; save one identity, (L, row_size), at a time")
     if not torch.isfinite(stored).all():
         raise ValueError(f"theta holds values that are not finite in {dtype}; the fit has diverged")
-    metadata = {"format": FORMAT_VERSION, **space_record(space, base_model_name, base_fingerprint)}
+    record = {"format": FORMAT_VERSION, **space_record(space, base_model_name, base_fingerprint)}
     # To bytes first: save_file would report a full disk as a SafetensorError.
-    blob = to_bytes({"theta": stored}, {_PREFIX + key: value for key, value in metadata.items()})
+    blob = to_bytes({"theta": stored}, to_metadata(record))
     with atomic_path(path) as temporary:
         temporary.write_bytes(blob)
 
@@ -99,7 +98,7 @@ def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            found = {k.removeprefix(_PREFIX): v for k, v in (file.metadata() or {}).items() if k.startswith(_PREFIX)}
+            found = from_metadata(file.metadata() or {})
             stored = file.get_tensor("theta") if "theta" in names else None
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); get it again") from error
