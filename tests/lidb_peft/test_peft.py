@@ -334,6 +334,15 @@ def test_it_converts_to_lora_and_carries_one(mlp, x):
     assert torch.allclose(delta, mlp.first.base_layer.get_delta_weight("default"), atol=1e-5)
 
 
+def test_it_answers_what_diffusers_asks_of_a_layer(mlp):
+    from diffusers.utils import get_adapter_name
+
+    model = get_peft_model(mlp, small())
+    model.add_adapter("other", small(r=2))
+    assert get_adapter_name(model) == "default_2"
+    assert "default" not in mlp.first.lora_A  # so set_lora_device passes it by
+
+
 def test_other_layers_are_refused_in_words():
     with pytest.raises(TypeError, match=r"only `torch\.nn\.Linear` is supported"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 1)), LiDBConfig(target_modules=["0"]))
