@@ -7,6 +7,7 @@ from .config import LiDBConfig
 from .distance import squared_distance
 from .layer import LiDBLayer, LiDBLinear
 from .model import LiDBModel
+from .pipelines import load_adapter, save_adapter
 from .record import base_fingerprint, check_record, record_config, space_record
 from .registration import register
 from .relax import LoraFactors, combine, peft_factors, relax
@@ -26,10 +27,12 @@ __all__ = [
     "base_fingerprint",
     "check_record",
     "combine",
+    "load_adapter",
     "load_theta",
     "peft_factors",
     "record_config",
     "relax",
+    "save_adapter",
     "save_theta",
     "space_record",
     "squared_distance",

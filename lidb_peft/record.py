@@ -151,6 +151,20 @@ def base_fingerprint(models: dict[str, nn.Module]) -> str:
     return json.dumps(probes)
 
 
+def fingerprint_components(fingerprint: str) -> tuple[str, ...]:
+    """Return the components in a result of ``base_fingerprint``, in their order; none for "".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not fingerprint:
+        return ()
+    try:
+        return tuple(json.loads(fingerprint).keys())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"the base fingerprint {fingerprint[:40]!r} names no components; it is damaged") from error
+
+
 def _fingerprint(space: LiDBSpace) -> str:
     return base_fingerprint(space.models)
 
