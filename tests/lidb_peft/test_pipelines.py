@@ -187,7 +187,6 @@ def test_a_lora_and_a_lidb_adapter_add_up(new_pipeline, theta_file, tmp_path):
     load_adapter(late, path, "me")
     late.unet.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)  # diffusers counts to find a name
     name = next(name for name in late.unet.peft_config if name != "me")
-    late.set_lora_device([name], "cpu")
     late.set_adapters(["me", name], [0.5, 1.0])
     assert same(draw(late), draw(expected))
 
