@@ -176,11 +176,14 @@ def test_disabling_gives_the_base_and_enabling_the_adapter(new_pipeline, folder)
 def test_a_lora_and_a_lidb_adapter_add_up(new_pipeline, theta_file, tmp_path):
     path, theta = theta_file()
     pipeline, expected = new_pipeline(), add_dense(new_pipeline(), theta, 0.5)
+    without = draw(expected)
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_v"])
     for lora in (pipeline, expected):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            lora.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+            lora.unet.add_adapter(config, "style")
     load_adapter(pipeline, path, "me", weight=0.5)
+    assert not same(draw(expected), without)
     assert same(draw(pipeline), draw(expected))
     expected.unet.save_lora_adapter(tmp_path, "style")
     late = new_pipeline()
