@@ -192,6 +192,12 @@ def test_a_lora_and_a_lidb_adapter_add_up(new_pipeline, theta_file, tmp_path):
     name = next(name for name in late.unet.peft_config if name != "me")
     late.set_adapters(["me", name], [0.5, 1.0])
     assert same(draw(late), draw(expected))
+    late.fuse_lora(components=["unet", "text_encoder"])
+    assert same(draw(late), draw(expected))
+    late.unfuse_lora(components=["unet", "text_encoder"])
+    assert same(draw(late), draw(expected))
+    late.unload_lora_weights()
+    assert same(draw(late), draw(new_pipeline()))
 
 
 def test_what_save_lora_adapter_writes_loads(new_pipeline, theta_file, tmp_path):
@@ -207,6 +213,52 @@ def test_what_save_lora_adapter_writes_loads(new_pipeline, theta_file, tmp_path)
     else:  # diffusers before 0.34
         with pytest.raises(ValueError, match=r"has no adapter_config.json; save the adapter again"):
             load_adapter(other, tmp_path / "me", "me")
+
+
+def test_adapters_stay_float32_beside_a_half_precision_pipeline(new_pipeline, folder):
+    pipeline, exact = new_pipeline().to(torch.bfloat16), new_pipeline()
+    for each in (pipeline, exact):
+        load_adapter(each, folder, "me")
+    ours, theirs = (LiDBSpace(models_of(each), CONFIG).theta_from_adapters("me") for each in (pipeline, exact))
+    assert torch.equal(ours, theirs)
+    assert {p.dtype for name, p in pipeline.unet.named_parameters() if "lidb_" in name} == {torch.float32}
+    assert draw(pipeline).dtype == torch.bfloat16
+
+
+def test_diffusers_own_loaders_refuse_it(new_pipeline, folder, tmp_path):
+    pipeline = new_pipeline()
+    load_adapter(pipeline, folder, "me")
+    pipeline.unet.save_lora_adapter(tmp_path, "me")
+    other = new_pipeline()
+    before = draw(other)
+    with pytest.raises((TypeError, IndexError)):
+        other.unet.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        other.load_lora_weights(folder / "unet", weight_name=WEIGHTS)
+    assert torch.equal(draw(other), before)
+    assert other.get_list_adapters() == {}
+
+
+def test_any_component_with_adapters_is_saved_and_loaded(tmp_path):
+    from diffusers import DiffusionPipeline, SD3Transformer2DModel
+
+    class Pipeline(DiffusionPipeline):
+        def __init__(self, transformer):
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SD3Transformer2DModel(
+            sample_size=8, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+            joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4,
+        )  # fmt: skip
+    model.add_adapter(LiDBConfig(down_dim=4, up_dim=2, target_modules=["ff.net.2"], init_weights=False), "me")
+    expected = model.transformer_blocks[0].ff.net[2].get_delta_weight("me")
+    save_adapter(Pipeline(model), tmp_path / "me", "me")
+    model.delete_adapters("me")
+    load_adapter(Pipeline(model), tmp_path / "me", "you", weight=0.5)
+    assert torch.equal(model.transformer_blocks[0].ff.net[2].get_delta_weight("you"), 0.5 * expected)
 
 
 def test_a_loaded_adapter_may_be_trained_on(new_pipeline, folder):
