@@ -192,12 +192,27 @@ def test_a_lora_and_a_lidb_adapter_add_up(new_pipeline, theta_file, tmp_path):
     name = next(name for name in late.unet.peft_config if name != "me")
     late.set_adapters(["me", name], [0.5, 1.0])
     assert same(draw(late), draw(expected))
-    late.fuse_lora(components=["unet", "text_encoder"])
-    assert same(draw(late), draw(expected))
-    late.unfuse_lora(components=["unet", "text_encoder"])
-    assert same(draw(late), draw(expected))
-    late.unload_lora_weights()
-    assert same(draw(late), draw(new_pipeline()))
+
+
+def test_a_lora_and_a_lidb_adapter_fuse_and_unfuse_on_one_layer(new_pipeline, theta_file):
+    path, _ = theta_file(components=["unet"])
+    for lora_first in (False, True):
+        pipeline, plain = new_pipeline(), new_pipeline()
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_v"])
+        if lora_first:
+            pipeline.unet.add_adapter(config, "style")
+        load_adapter(pipeline, path, "me")
+        if not lora_first:
+            pipeline.unet.add_adapter(config, "style")
+        pipeline.set_adapters(["me", "style"], [0.5, 0.5])
+        expected = draw(pipeline)
+        pipeline.unet.fuse_lora()
+        assert same(draw(pipeline), expected)
+        pipeline.unet.unfuse_lora()
+        assert same(draw(pipeline), expected)
+        pipeline.unload_lora_weights()
+        for name, value in pipeline.unet.state_dict().items():
+            assert torch.allclose(value, plain.unet.state_dict()[name], atol=1e-6), name
 
 
 def test_what_save_lora_adapter_writes_loads(new_pipeline, theta_file, tmp_path):
