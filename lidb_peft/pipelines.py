@@ -29,6 +29,7 @@ from .theta import load_theta
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+# In the order in which spaces list them.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # What diffusers' save_lora_adapter writes, and where in its metadata the config is.
 _DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -64,8 +65,10 @@ def load_adapter(
                 set_peft_model_state_dict(models[name], tensors, adapter_name)
         return
     file = load_theta(path)
-    present = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
-    models = _components(pipeline, fingerprint_components(file.base_fingerprint) or present, path)
+    names = fingerprint_components(file.base_fingerprint, str(path))
+    if not names:  # the base was on the meta device; another list of layers is refused below
+        names = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
+    models = _components(pipeline, names, path)
     space = LiDBSpace(models, file.config)
     theta = load_theta(path, space).theta
     with _added(models, dict.fromkeys(models, file.config), adapter_name, weight):

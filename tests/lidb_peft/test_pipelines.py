@@ -50,12 +50,12 @@ def add_dense(pipeline, theta, weight=1.0, only=""):
 
 @pytest.fixture
 def theta_file(new_pipeline, tmp_path):
-    """A function: (sdxl, seed) -> the path of a theta file for that pipeline, and the theta."""
+    """A function: (sdxl, seed, components) -> the path of a theta file for that pipeline, and the theta."""
 
-    def make(sdxl=False, seed=0, components=()):
+    def make(sdxl=False, seed=0, components=(), **options):
         space = LiDBSpace(models_of(new_pipeline(sdxl), *components), CONFIG)
         theta, path = random_theta(space, seed), tmp_path / f"{seed}.theta.safetensors"
-        save_theta(path, theta, space, dtype=torch.float32)
+        save_theta(path, theta, space, dtype=torch.float32, **options)
         return path, theta
 
     return make
@@ -294,6 +294,14 @@ def test_the_other_naming_of_clips_modules_loads_too(new_pipeline, folder):
     save_file(tensors, file)
     load_adapter(plain, folder)
     assert torch.equal(draw(pipeline), draw(plain))
+
+
+def test_a_theta_without_fingerprint_is_taken_for_one_of_all_components(new_pipeline, theta_file):
+    pipeline = new_pipeline()
+    load_adapter(pipeline, theta_file(base_fingerprint="")[0], "me")
+    assert pipeline.get_list_adapters() == {"unet": ["me"], "text_encoder": ["me"]}
+    refused(new_pipeline(), theta_file(components=["unet"], base_fingerprint="")[0], "another list of 32 layers")
+    refused(new_pipeline(), theta_file(base_fingerprint="?")[0], "has a base fingerprint that names no components")
 
 
 def test_a_theta_of_another_checkpoint_is_a_warning(new_pipeline, theta_file):
