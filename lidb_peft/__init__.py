@@ -7,6 +7,7 @@ from .config import LiDBConfig
 from .distance import squared_distance
 from .layer import LiDBLayer, LiDBLinear
 from .model import LiDBModel
+from .pipelines import load_adapter, save_adapter
 from .projection import project_lora
 from .record import base_fingerprint, check_record, record_config, space_record
 from .registration import register
@@ -27,11 +28,13 @@ __all__ = [
     "base_fingerprint",
     "check_record",
     "combine",
+    "load_adapter",
     "load_theta",
     "peft_factors",
     "project_lora",
     "record_config",
     "relax",
+    "save_adapter",
     "save_theta",
     "space_record",
     "squared_distance",

@@ -112,6 +112,16 @@ class LiDBLayer(BaseTunerLayer):
             aux = self.lidb_aux[adapter_name] = get_basis(down_key, device), get_basis(up_key, device)
         return aux
 
+    @property
+    def r(self) -> dict[str, int]:
+        """Rank by adapter; diffusers counts a layer's adapters by this name to find one for the next."""
+        return self.lidb_r
+
+    @property
+    def lora_A(self) -> dict[str, nn.Module]:  # noqa: N802 - the name that is asked for
+        """Nothing: diffusers' ``set_lora_device`` asks it of every layer, and LiDB stays where its layer is."""
+        return {}
+
     def get_lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return float32 ``lora_A`` ``(r, in_features)`` and ``lora_B`` ``(out_features, r)``, the scale folded in."""
         down, up = self.lidb_down[adapter_name], self.lidb_up[adapter_name]

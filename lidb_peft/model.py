@@ -176,7 +176,6 @@ class LiDBModel(BaseTuner):
         Raises:
             ValueError: an adapter key is missing or unexpected, or the file's bases are not the ones built here.
         """
-        records = {name: value for name, value in state_dict.items() if name.startswith(_RECORD)}
         wanted = {
             _canonical(f"{name}.{attribute}"): f"{name}.{attribute}.{adapter_name}"
             for name, module in model.named_modules()
@@ -184,24 +183,27 @@ class LiDBModel(BaseTuner):
             for attribute in _WEIGHTS
             if adapter_name in getattr(module, attribute)
         }
-        weights: dict[str, Tensor] = {}
-        others: dict[str, Tensor] = {}
+        known = {
+            _canonical(name): name for name in model.state_dict()
+        } | wanted  # biases and whole modules are saved too
+        loaded: dict[str, Tensor] = {}
+        records: dict[str, Tensor] = {}
         unexpected = []
         for name, value in state_dict.items():
-            if name.rpartition(".")[2] in _WEIGHTS:
-                if _canonical(name) in wanted:
-                    weights[wanted[_canonical(name)]] = value
-                else:
-                    unexpected.append(name)
-            elif name not in records:
-                others[name] = value
-        missing = sorted(set(wanted.values()) - set(weights))
+            canonical = _canonical(name)
+            if canonical.startswith(_RECORD):
+                records[canonical] = value
+            elif canonical in known:
+                loaded[known[canonical]] = value
+            else:
+                unexpected.append(name)
+        missing = sorted(set(wanted.values()) - set(loaded))
         if missing or unexpected:
             raise ValueError(
                 f"the LiDB checkpoint does not fit this model: missing keys {missing}, unexpected keys {unexpected}"
             )
         _use_recorded_bases(model, adapter_name, records)
-        return weights | others
+        return loaded
 
 
 def _config_of_sum(

@@ -162,6 +162,20 @@ def base_fingerprint(models: dict[str, nn.Module]) -> str:
     return json.dumps(probes)
 
 
+def fingerprint_components(fingerprint: str, source: str) -> tuple[str, ...]:
+    """Return the components that a result of ``base_fingerprint`` is of, in their order; none for "".
+
+    Raises:
+        ValueError: it is something else; the message begins with ``source``.
+    """
+    if not fingerprint:
+        return ()
+    try:
+        return tuple(json.loads(fingerprint).keys())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{source} has a base fingerprint that names no components; it is damaged") from error
+
+
 def _fingerprint(space: LiDBSpace) -> str:
     return base_fingerprint(space.models)
 

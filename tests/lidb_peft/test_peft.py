@@ -101,16 +101,25 @@ def test_low_cpu_mem_usage_loads_the_same(mlp, x, tmp_path):
 
 
 def test_the_other_naming_of_clips_modules_loads_too(new_text_encoder, tmp_path):
+    """Weights and biases, under PEFT's names and with the prefix that transformers 4.x gives to every key."""
     ids = torch.arange(16).view(2, 8)
-    model = shake(get_peft_model(new_text_encoder(), LiDBConfig(down_dim=8, up_dim=4)))
+    config = LiDBConfig(down_dim=8, up_dim=4, bias="all")
+    model = shake(get_peft_model(new_text_encoder(), config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lidb_" not in name:
+                parameter.add_(0.5)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     prefix = "base_model.model."
-    has_level = any(key.startswith(f"{prefix}text_model.") for key in load_file(file))
+    tensors = load_file(file)
+    has_level = any(key.startswith(f"{prefix}text_model.") for key in tensors)
     old, new = (f"{prefix}text_model.", prefix) if has_level else (prefix, f"{prefix}text_model.")
-    save_file({key.replace(old, new, 1): value for key, value in load_file(file).items()}, file)
-    loaded = PeftModel.from_pretrained(new_text_encoder(), tmp_path)
-    assert torch.equal(loaded(ids)[0], model(ids)[0])
+    renamed = {key.replace(old, new, 1): value for key, value in tensors.items()}
+    for state in (renamed, {prefix + key.removeprefix(prefix): value for key, value in renamed.items()}):
+        save_file(state, file)
+        loaded = PeftModel.from_pretrained(new_text_encoder(), tmp_path)
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
 
 
 def test_forward_equals_the_dense_product(mlp, x):
@@ -286,6 +295,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_never_a_fresh_adapter(ml
         _tampered(mlp, tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=r"unexpected keys \['base_model.model.third.lidb_up'\]"):
         _tampered(mlp, tmp_path, lambda tensors: tensors.update({name.replace("first", "third"): tensors[name] * 1}))
+    with pytest.raises(ValueError, match=r"unexpected keys \['base_model.model.third.bias'\]"):
+        _tampered(mlp, tmp_path, lambda tensors: tensors.update({"base_model.model.third.bias": torch.zeros(6)}))
     with pytest.raises(ValueError, match="was made with another down:12:8 basis"):
         _tampered(mlp, tmp_path, lambda tensors: tensors[record][0].add_(1))
     with pytest.raises(ValueError, match="records other values of the down:12:8 basis"):
@@ -327,6 +338,15 @@ def test_it_converts_to_lora_and_carries_one(mlp, x):
     delta = state["base_model.model.first.lora_B.weight"] @ state["base_model.model.first.lora_A.weight"]
     assert config.r == 2
     assert torch.allclose(delta, mlp.first.base_layer.get_delta_weight("default"), atol=1e-5)
+
+
+def test_it_answers_what_diffusers_asks_of_a_layer(mlp):
+    from diffusers.utils import get_adapter_name
+
+    model = get_peft_model(mlp, small())
+    model.add_adapter("other", small(r=2))
+    assert get_adapter_name(model) == "default_2"
+    assert "default" not in mlp.first.lora_A  # so set_lora_device passes it by
 
 
 def test_other_layers_are_refused_in_words():

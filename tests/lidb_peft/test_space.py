@@ -78,6 +78,26 @@ def test_stable_diffusion_15_has_the_papers_layers():
     block = "unet.mid_block.attentions.0.transformer_blocks.0"
     assert {f"{block}.attn2.to_k", f"{block}.attn1.to_out.0"} < set(space.layer_names)
     assert space.shapes[space.layer_names.index(f"{block}.attn2.to_k")] == (768, 1280)
+    counts = [get_peft_model(model, LiDBConfig()).get_nb_trainable_parameters()[0] for model in (unet, encoder)]
+    assert counts == [128 * 150, 48 * 150]
+
+
+def test_stable_diffusion_2_has_its_220_layers():
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+        encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=1024, num_attention_heads=16, num_hidden_layers=23, intermediate_size=4096)
+        )
+    space = LiDBSpace({"unet": unet, "text_encoder": encoder}, LiDBConfig())
+    assert space.num_layers == 128 + 4 * 23
+    assert space.mask.sum() == 33_000
+    last = space.layer_names.index("text_encoder.text_model.encoder.layers.22.self_attn.v_proj")
+    assert space.shapes[last] == (1024, 1024)
 
 
 def test_sdxl_has_its_736_layers():
@@ -99,7 +119,8 @@ def test_sdxl_has_its_736_layers():
             CLIPTextConfig(hidden_size=1280, num_attention_heads=20, num_hidden_layers=32)
         )
     space = LiDBSpace({"unet": unet, "text_encoder": first, "text_encoder_2": second}, LiDBConfig())
-    assert space.num_layers == 560 + 48 + 128
+    assert space.num_layers == 560 + 48 + 128 == 736
+    assert space.mask.sum() == 110_400
     assert "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj" in space.layer_names
 
 
