@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from .adapter_layout import Layout
 from .key_maps import is_sgm_name
+from .safe_read import printable
 
 # Width of the prompt embeddings that cross-attention reads -> family, as A1111 names it.
 CROSS_WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 _CROSS_KEY = re.compile(r"attn2[._](processor[._])?to_k(_lora)?$")
+_MAX_NAME_CHARS = 120
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -147,7 +149,7 @@ def _count(items: Sequence[str], noun: str) -> str:
 
 def _examples(names: Sequence[str]) -> str:
     """The first names, and how many more."""
-    shown = ", ".join(name if len(name) <= 120 else name[:117] + "..." for name in names[:2])
+    shown = ", ".join(printable(name, _MAX_NAME_CHARS) for name in names[:2])
     return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter_checks import ModuleFacts, base_from_metadata, base_from_shapes, find_warnings
 from .adapter_layout import AdapterModule, Layout, read_layout
 from .metadata import read_sidecar
-from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, read_header, read_json_object
+from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, printable, read_header, read_json_object
 
 THETA_PREFIX = "lidb."
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -25,6 +25,7 @@ _CHECKPOINT_STARTS = (
     "down_blocks.0.resnets.0.norm1.weight",
 )
 _NUM_TAGS = 5
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _gather_facts(file: Path, header: Header, layout: Layout, configs: dict[str,
     alpha_names = {name for module in layout.modules.values() for name in module.parts.get("alpha", ())}
     for name, tensor in iter_tensors(file):
         if name in alpha_names:
-            alphas[name] = tensor.double().flatten()[0].item() if tensor.numel() else math.nan
+            alphas[name] = tensor.flatten()[0].double().item() if tensor.numel() else math.nan
         elif not _is_finite(tensor):
             non_finite.add(name)
         elif not tensor.any():
@@ -265,7 +266,7 @@ def _what_instead(header: Header) -> str:
         return "a whole model, not an adapter"
     if {"emb_params"} & set(names) or {"clip_l", "clip_g"} & set(names):
         return "a textual inversion embedding, not a LoRA"
-    return f"no adapter that is known here: it holds {', '.join(name[:60] for name in names[:3]) or 'no tensors'}"
+    return f"no adapter that is known here: it holds {', '.join(printable(name) for name in names[:3]) or 'no tensors'}"
 
 
 def _dtypes(header: Header) -> tuple[str, ...]:
@@ -280,6 +281,5 @@ def _num_parameters(header: Header) -> int:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    if tensor.element_size() == 1:  # torch.isfinite knows no float8
-        tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    pieces = tensor.flatten().split(_PIECE)  # torch.isfinite makes copies, and knows no float8
+    return all(bool(torch.isfinite(piece.float() if piece.element_size() == 1 else piece).all()) for piece in pieces)

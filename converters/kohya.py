@@ -18,7 +18,7 @@ from lidb_peft.relax import LoraFactors
 
 from .key_maps import from_kohya_name, to_kohya_name
 from .metadata import KohyaMetadata, add_hashes, build_metadata, write_preview, write_sidecar
-from .safe_read import read_tensors
+from .safe_read import printable, read_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
         more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
         raise ValueError(
             f"{path} holds {len(unknown)} keys that are no plain LoRA of Stable Diffusion 1, 2 or XL:"
-            f" {', '.join(sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
+            f" {', '.join(printable(key) for key in sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
         )
     if not names:
         raise ValueError(f"{path} holds no LoRA layers")
