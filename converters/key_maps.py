@@ -1,9 +1,12 @@
-"""Names of LoRA layers: ours (classic, dotted) <-> kohya's, both directions from the same tables.
+"""Names of LoRA layers: ours (classic, dotted) <-> kohya's and diffusers', both directions from the same tables.
 
 A layer name is a component and a diffusers module path, ``unet.down_blocks.0...attn1.to_q``. kohya writes
 ``prefix_`` and the path with every dot an underscore, so reading one back needs the words that hold an underscore
-themselves; SDXL's UNet moreover goes by the sgm names (``input_blocks_4_1_...``).
+themselves; SDXL's UNet moreover goes by the sgm names (``input_blocks_4_1_...``). diffusers' and PEFT's names are paths
+like ours, except that diffusers before 0.20 named an attention's projections its own way.
 """
+
+from lidb_peft.naming import clean_module_name, layer_name
 
 # Component -> kohya prefix. SD1/SD2 files with lora_te1_ lose their text encoder in kohya without a word.
 _PREFIXES = {
@@ -13,7 +16,8 @@ _PREFIXES = {
 }
 FAMILIES = tuple(_PREFIXES)
 # Both lora_te_ and lora_te1_ are read as text_encoder.
-_COMPONENTS = {prefix: component for prefixes in _PREFIXES.values() for component, prefix in prefixes.items()}
+_BY_PREFIX = {prefix: component for prefixes in _PREFIXES.values() for component, prefix in prefixes.items()}
+COMPONENTS = tuple(_PREFIXES["sdxl"])
 
 # Every word of a module path; numbers are words too.
 _UNET_WORDS = """
@@ -80,6 +84,15 @@ def _sdxl_table() -> tuple[tuple[str, str], ...]:
 SDXL_UNET = _sdxl_table()
 
 
+# (ours, theirs) at the end of a path: the projections of diffusers' LoRA attention processors.
+OLD_ATTENTION = (
+    *((f".{ours}", f".processor.{theirs}") for ours, theirs in
+      (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out.0", "to_out"))),
+    *((f".self_attn.{ours}", f".self_attn.{theirs}") for ours, theirs in
+      (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out"))),
+)  # fmt: skip
+
+
 def to_kohya_name(layer: str, family: str) -> str:
     """Return kohya's name of one of our layers, without ``.lora_down.weight``; ``family`` is one of ``FAMILIES``.
 
@@ -110,13 +123,38 @@ def from_kohya_name(name: str) -> str:
     Raises:
         ValueError: the name is none of a Stable Diffusion 1, 2 or XL LoRA.
     """
-    prefix = next((prefix for prefix in _COMPONENTS if name.startswith(prefix)), None)
+    prefix = next((prefix for prefix in _BY_PREFIX if name.startswith(prefix)), None)
     path = None if prefix is None else _split_words(name.removeprefix(prefix))
     if path is None:
         raise ValueError(f"{name} is no layer of a Stable Diffusion 1, 2 or XL model")
     if path.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")):
         path = _replace_prefix(path, SDXL_UNET, source=1)
-    return f"{_COMPONENTS[prefix]}.{path}"
+    return f"{_BY_PREFIX[prefix]}.{path}"
+
+
+def to_old_diffusers_name(layer: str) -> str:
+    """Return the name before ``_lora.down.weight`` that diffusers < 0.20 gave one of our layers.
+
+    Raises:
+        ValueError: the layer is none of an attention's projections, which is all that those files hold.
+    """
+    for ours, theirs in OLD_ATTENTION:
+        if layer.endswith(ours):
+            return layer.removesuffix(ours) + theirs
+    raise ValueError(f"layer {layer} is no attention projection, which is all that diffusers' old LoRA files hold")
+
+
+def from_path_name(name: str, component: str) -> str:
+    """Return our layer name of a dotted one: diffusers', new or old, or PEFT's; ``component`` is whose model it is in.
+
+    Raises:
+        ValueError: the path is none of a Stable Diffusion 1, 2 or XL model.
+    """
+    path = clean_module_name(name).removeprefix(f"{component}.")
+    path = next((path.removesuffix(theirs) + ours for ours, theirs in OLD_ATTENTION if path.endswith(theirs)), path)
+    if not path or not all(word in _WORDS or word.isdecimal() for word in path.split(".")):
+        raise ValueError(f"{name} is no layer of a Stable Diffusion 1, 2 or XL model")
+    return layer_name(component, path)
 
 
 def is_sgm_name(name: str) -> bool:
