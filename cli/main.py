@@ -13,7 +13,7 @@ COMMANDS = {
     "preoptimize": "cli.preoptimize",
     "train": "cli.train",
     "inspect": "cli.inspect",
-    "export": "cli.export",
+    "convert": "cli.convert",
     "doctor": "cli.doctor",
 }
 

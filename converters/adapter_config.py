@@ -45,6 +45,8 @@ def check_config(config: Mapping[str, object], source: str) -> None:
     Raises:
         ValueError: such a field is set; the message begins with ``source``.
     """
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{source} is {config['peft_type']}, not LoRA; it cannot be converted without loss")
     defaults = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
     odd = [name for name in config if name not in _UNDERSTOOD and config[name] and config[name] != defaults.get(name)]
     if config.get("init_lora_weights", True) in _HARMLESS_STARTS and "init_lora_weights" in odd:

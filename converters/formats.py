@@ -1,169 +1,203 @@
-"""Reading any LoRA, of any author, into a `Lora`; which format it is in is told by its content."""
+"""The formats that adapters come in, told by their content, and converting one into another.
 
+What two formats can both hold stays as it is, bit for bit. What the target cannot hold is folded into what it can,
+which the notes say, or refused.
+"""
+
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
 
-from .adapter_checks import base_from_metadata
-from .adapter_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
-from .adapter_layout import AdapterModule, read_layout
-from .key_maps import COMPONENTS, FAMILIES, from_kohya_name, from_path_name, is_sgm_name
-from .lora import Lora, LoraLayer
-from .safe_read import PICKLE_SUFFIXES, read_json_object, read_tensors
+from lidb_peft.files import atomic_path, write_safetensors
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-# Width of the prompt embeddings that cross-attention reads.
-_CROSS_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-# A LoRA of another model family has thousands of keys, all of them unknown.
-_MAX_KEYS_SHOWN = 20
-# What a format needs for itself, or computes anew.
-_OWN_METADATA = frozenset({"format", METADATA_KEY, "sshs_model_hash", "sshs_legacy_hash"})
+from .adapter_layout import SPELLINGS, read_layout
+from .diffusers_file import diffusers_tensors, old_diffusers_tensors
+from .key_maps import FAMILIES
+from .kohya import kohya_tensors, write_tensors
+from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
+from .lora import DTYPES, Lora, to_dtype, widen, with_one_alpha
+from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
+from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
+from .reading import find_sources, read_lora
+from .safe_read import read_header
+
+# Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
+LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}
+FORMATS = {
+    "kohya": "one file, for Automatic1111, Forge, ComfyUI, kohya sd-scripts and diffusers",
+    "diffusers": "one file with diffusers' names since 0.20",
+    "diffusers-old": "one file with diffusers' names before 0.20",
+    "peft": "a folder for each model, with PEFT's config",
+    **LIDB_FORMATS,
+}
+_FOLDER_FORMATS = frozenset({"peft", "lidb"})
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file of tensors, PEFT's config beside it if there is one, and the component its folder is named for."""
+class Conversion:
+    """A conversion that is ready: ``source`` is in the format ``found``; ``write`` writes it and returns the files."""
 
-    file: Path
-    config: Mapping[str, object] | None = None
-    component: str = ""
+    found: str
+    notes: tuple[str, ...]
+    write: Callable[[], list[Path]]
 
 
-def read_lora(path: str | os.PathLike) -> Lora:
-    """Read a LoRA of any author: kohya's file, diffusers' (old and new names), or a folder that PEFT saved.
-
-    A PEFT adapter of several models is a folder of such folders, named ``unet``, ``text_encoder``, ``text_encoder_2``.
+def detect_format(path: str | os.PathLike) -> str:
+    """Return which of ``FORMATS`` an adapter is in.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a damaged file, or one that holds anything that a `Lora` cannot; what it is, is named.
+        FileNotFoundError: there is nothing.
+        ValueError: it is a damaged file, or no adapter of a known format.
     """
-    layers: dict[str, LoraLayer] = {}
-    metadata: dict[str, str] = {}
-    is_xl = False
-    for source in find_sources(Path(path)):
-        tensors, entries = read_tensors(source.file)
-        modules = _read_modules(source.file, list(tensors))
-        configs = {"": source.config} if source.config else metadata_configs(entries, str(source.file))
-        for component, config in configs.items():
-            check_config(config, f"{source.file} {component}".rstrip())
-        for module in modules:
-            name = _layer_name(source, module)
-            if name in layers:
-                raise ValueError(f"{path} holds layer {name} twice, the second time as {module.name}; remove one")
-            layers[name] = _read_layer(source.file, name, module, tensors, configs)
-        metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
-        is_xl |= any(module.name.startswith("lora_te1_") or is_sgm_name(module.name) for module in modules)
-    return Lora(layers, "sdxl" if is_xl else find_family(layers, metadata), metadata)
-
-
-def find_sources(path: Path) -> list[Source]:
-    """Return the files of the adapter at ``path``.
-
-    Raises:
-        ValueError: a folder without any; FileNotFoundError where there is nothing at all.
-    """
-    if not path.is_dir():
-        config = path.with_name(PEFT_CONFIG)
-        return [_peft_source(path.parent)] if path.name == PEFT_WEIGHTS and config.is_file() else [Source(path)]
-    if (path / PEFT_CONFIG).is_file():
-        return [_peft_source(path)]
-    folders = [path / component for component in COMPONENTS if (path / component / PEFT_CONFIG).is_file()]
-    if folders:
-        return [_peft_source(folder) for folder in folders]
-    if (path / DIFFUSERS_WEIGHTS).is_file():
-        return [Source(path / DIFFUSERS_WEIGHTS)]
-    pickled = [entry.name for entry in sorted(path.iterdir()) if entry.suffix in PICKLE_SUFFIXES]
-    hint = f"; {pickled[0]} is pickled and not read" if pickled else ""
-    raise ValueError(f"{path} is a folder without {PEFT_CONFIG} or {DIFFUSERS_WEIGHTS}{hint}; name a LoRA file")
-
-
-def _peft_source(folder: Path) -> Source:
-    config = read_json_object(folder / PEFT_CONFIG, "save the adapter again")
-    return Source(folder / PEFT_WEIGHTS, config, folder.name if folder.name in COMPONENTS else "")
-
-
-def find_family(layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) -> str:
-    """Return ``sd1``, ``sd2`` or ``sdxl`` by the layers' widths, or else by what the file says; "" if neither tells."""
-    width = next((layer.down.shape[1] for name, layer in layers.items() if name.endswith("attn2.to_k")), None)
-    if width in _CROSS_WIDTHS:
-        return _CROSS_WIDTHS[width]
-    if any(name.startswith("text_encoder_2.") for name in layers):
-        return "sdxl"
-    named = (base_from_metadata(dict(metadata)) or "").lower()
-    if named in FAMILIES:
-        return named
-    widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith("q_proj")}
-    return _CROSS_WIDTHS.get(widths.pop(), "") if len(widths) == 1 else ""
-
-
-def _read_modules(file: Path, names: list[str]) -> list[AdapterModule]:
-    """Sort tensor names into modules of plain LoRA or DoRA; anything else is refused by name."""
+    source = find_sources(Path(path))[0]
+    names = list(read_header(source.file).tensors)
+    if names == ["theta"]:
+        return "theta"
+    if source.config is not None:
+        return "lidb" if source.config.get("peft_type") == "LIDB" else "peft"
     layout = read_layout(names)
-    if layout.algorithm not in ("", "LoRA", "DoRA"):
-        raise ValueError(f"{file} is {layout.algorithm}, not LoRA; it cannot be converted without loss")
-    known, unknown = [], [*layout.unknown, *(name for name in names if "lora_embedding_" in name)]
-    for module in layout.modules.values():
-        is_lora = not {"mid", "full"} & module.parts.keys() and all(len(found) == 1 for found in module.parts.values())
-        if is_lora and _is_known(module):
-            known.append(module)
-        else:
-            unknown += [name for found in module.parts.values() for name in found]
-    if unknown:
-        more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
-        raise ValueError(
-            f"{file} holds {len(unknown)} keys that are no LoRA of Stable Diffusion 1, 2 or XL:"
-            f" {', '.join(sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
-        )
-    if not known:
-        raise ValueError(f"{file} holds no LoRA layers")
-    return known
+    if not layout.modules:
+        raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
+    if layout.style == "PEFT":
+        raise ValueError(f"{source.file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
+    old = SPELLINGS["diffusers-old"]["down"]
+    return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
 
 
-def _is_known(module: AdapterModule) -> bool:
-    try:
-        _layer_name(Source(Path()), module)
-    except ValueError:
-        return False
-    return True
+def is_folder_format(name: str) -> bool:
+    """Whether a format is a folder and not a file."""
+    return name in _FOLDER_FORMATS
 
 
-def _layer_name(source: Source, module: AdapterModule) -> str:
-    if "." in module.name:
-        return from_path_name(module.name, source.component or module.component)
-    return from_kohya_name(module.name)
+def prepare_conversion(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    dtype: torch.dtype | None = None,
+    family: str = "",
+    trigger: str = "",
+    models: Mapping[str, nn.Module] | None = None,
+) -> Conversion:
+    """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
+
+    Args:
+        to: one of ``FORMATS``.
+        dtype: of the tensors; None keeps theirs.
+        family: ``sd1``, ``sd2`` or ``sdxl``, where the adapter does not tell.
+        trigger: activation text, e.g. ``a sks face``.
+        models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
+
+    Raises:
+        OSError: ``source`` is not there.
+        ValueError: it cannot be read, or ``to`` cannot hold it.
+    """
+    source, target = Path(source), Path(target)
+    _check_choices(source, target, to, dtype, family)
+    found = detect_format(source)
+    if to in LIDB_FORMATS:
+        if found not in LIDB_FORMATS:
+            raise ValueError(f"{source} is a LoRA; LiDB weights can only come near to one, by projection, and lose")
+        weights = _read_lidb(found, source, models)
+        return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
+    lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
+    lora = replace(lora, family=family or lora.family, metadata=lora.metadata | trigger_entries(trigger))
+    lora, notes = _fit_to(lora, to, dtype)
+    return Conversion(found, tuple(notes), _writer(target, lora, to, trigger))
 
 
-def _read_layer(
-    file: Path, name: str, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping]
-) -> LoraLayer:
-    where = f"{file}: {module.name}"
-    parts = {role: tensors[found[0]] for role, found in module.parts.items()}
-    missing = [role for role in ("down", "up") if role not in parts]
-    if missing:
-        raise ValueError(f"{where} has no {' and no '.join(missing)}; the file is incomplete")
-    rank = parts["down"].shape[0] if parts["down"].dim() else 0
-    component, _, path = name.partition(".")
-    config = configs.get(component, configs.get(""))
-    if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise ValueError(f"{where} has an alpha of shape {tuple(parts['alpha'].shape)}; it must be one number")
-        alpha = parts["alpha"].double().item()
-    else:
-        alpha = layer_alpha(config, path, rank, str(file)) if config else float(rank)
-    try:
-        magnitude = _magnitude(module.parts["dora"][0], parts["dora"], len(parts["up"])) if "dora" in parts else None
-        return LoraLayer(parts["down"], parts["up"], alpha, magnitude)
-    except ValueError as error:
-        raise ValueError(f"{where} has {error}") from error
+def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | None, family: str) -> None:
+    if to not in FORMATS:
+        raise ValueError(f"the format is {to!r}; choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
+    if family and family not in FAMILIES:
+        raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    if to not in _FOLDER_FORMATS and target.suffix.lower() != ".safetensors":
+        raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} would be both what is read and what is written; choose another output")
 
 
-def _magnitude(name: str, magnitude: Tensor, num_outputs: int) -> Tensor:
-    """DoRA's magnitudes as ``(out,)``; PEFT keeps a convolution's as ``(1, out, 1, 1)``, kohya's tools all on axis 0."""
-    if name.endswith(".dora_scale") and magnitude.shape[:1] != (num_outputs,):
-        raise ValueError(f"DoRA magnitudes of shape {tuple(magnitude.shape)}; only those of the outputs can be carried")
-    return magnitude.flatten()
+def _read_lidb(found: str, source: Path, models: Mapping[str, nn.Module] | None) -> LiDBWeights:
+    return (read_theta if found == "theta" else read_lidb_folder)(source, models)
+
+
+def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[str]]:
+    """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
+    notes: list[str] = []
+    if dtype is not None:  # folding then rounds as little as it can
+        lora = widen(lora, dtype)
+    if to == "kohya":
+        lora, notes = with_one_alpha(lora, _stated_scale(lora))
+    elif to != "peft":
+        lora, notes = with_one_alpha(lora, 1.0)
+    if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
+        notes.append("it is DoRA, whose dora_scale kohya's own networks.lora does not read; A1111 and ComfyUI do")
+    return lora if dtype is None else to_dtype(lora, dtype), notes
+
+
+def _stated_scale(lora: Lora) -> float | None:
+    """The scale that a kohya file had before another format made it 1, so that its numbers come back as they were."""
+    alpha, dim = lora.metadata.get("ss_network_alpha", ""), lora.metadata.get("ss_network_dim", "")
+    if not (_NUMBER.fullmatch(alpha) and _NUMBER.fullmatch(dim)) or not float(alpha) or not float(dim):
+        return None
+    scale = float(alpha) / float(dim)
+    is_power_of_two = 2.0 ** round(torch.tensor(scale).log2().item()) == scale
+    return scale if is_power_of_two and all(layer.scale == 1 for layer in lora.layers.values()) else None
+
+
+def _writer(target: Path, lora: Lora, to: str, trigger: str) -> Callable[[], list[Path]]:
+    if to == "peft":
+        folders = peft_folders(lora)
+        return lambda: _write_folders(target, folders, lora.metadata)
+    if to == "kohya":
+        if not lora.family:
+            raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
+        base = lora.metadata.get("ss_sd_model_name", "")
+        about = KohyaMetadata(family=lora.family, trigger=trigger, base_model_name=base)
+        return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about)
+    tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
+    return lambda: _write_file(target, tensors, lora.metadata)
+
+
+def _write_kohya(target: Path, tensors: dict[str, Tensor], lora: Lora, about: KohyaMetadata) -> list[Path]:
+    first = next(iter(lora.layers.values()))
+    sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
+    write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
+    sidecar = write_sidecar(target, about) if about.trigger else None
+    return [target] if sidecar is None else [target, sidecar]
+
+
+def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:
+    write_safetensors(target, tensors, {"format": "pt"} | metadata)
+    return [target]
+
+
+def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype | None) -> list[Path]:
+    if to == "lidb":
+        return _write_folders(target, weights.peft_folders(), {})
+    weights.save_theta(target, dtype)
+    return [target]
+
+
+def _write_folders(
+    target: Path, folders: Mapping[str, tuple[PeftConfig, dict[str, Tensor]]], metadata: dict[str, str]
+) -> list[Path]:
+    """Write ``target/component`` for each; the config comes last, so that a folder with a config is whole."""
+    written = []
+    for component, (config, tensors) in folders.items():
+        folder = target / component
+        folder.mkdir(parents=True, exist_ok=True)
+        written += _write_file(folder / PEFT_WEIGHTS, tensors, metadata)
+        with atomic_path(folder / PEFT_CONFIG) as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+        written.append(folder / PEFT_CONFIG)
+    return written

@@ -5,7 +5,7 @@ is a number of the layer here.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LoraLayer:
             raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are empty")
         if self.magnitude is not None and self.magnitude.shape != up.shape[:1]:
             raise ValueError(
-                f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, which are not one for each of {len(up)} outputs"
+                f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, not one for each of its {len(up)} outputs"
             )
         if self.alpha == 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha {self.alpha}, which readers take differently; set it to the rank")
@@ -101,3 +101,122 @@ class Lora:
             name: (layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale)
             for name, layer in self.layers.items()
         }
+
+
+def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[str]]:
+    """Give all layers one rank and one alpha, which diffusers needs, and leave every update as it is.
+
+    Narrower layers are padded with zeros; what their scale differs by goes into ``up``. That is exact if it is a power
+    of two and the dtype can hold the product, and else rounded.
+
+    Args:
+        scale: of all layers; None takes that of the first of the widest layers.
+
+    Returns:
+        the LoRA, and a sentence on each thing that was done to it.
+
+    Raises:
+        ValueError: a product is beyond the dtype.
+    """
+    rank = max(layer.rank for layer in lora.layers.values())
+    widest = next(layer for layer in lora.layers.values() if layer.rank == rank)
+    alpha = widest.alpha if scale is None else scale * rank
+    layers, errors = {}, {}
+    for name, layer in lora.layers.items():
+        # Products before the division: 1 / 49 * 49 is not 1.
+        ratio = (layer.alpha * rank) / (layer.rank * alpha)
+        down, up = _pad(layer.down, 0, rank), _pad(layer.up, 1, rank)
+        if ratio != 1:
+            down, up, errors[name] = _fold(name, down, up, ratio)
+        layers[name] = LoraLayer(down, up, alpha, layer.magnitude)
+    num_padded = sum(layer.rank < rank for layer in lora.layers.values())
+    notes = [f"padded {num_padded} layers with zeros to rank {rank}, which is exact"] if num_padded else []
+    exact = [name for name, error in errors.items() if error == 0]
+    if exact:
+        notes.append(f"folded the alphas of {len(exact)} layers into lora_up by powers of two, which is exact")
+    if len(errors) > len(exact):
+        notes.append(
+            f"folded the alphas of {len(errors) - len(exact)} layers into lora_up, rounded by at most"
+            f" {max(errors.values()):.1e} of the largest entry; float32 rounds least"
+        )
+    return replace(lora, layers=layers), notes
+
+
+def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
+    """Return ``lora`` in ``dtype``; where that holds fewer bits, the norms of down and up are balanced first.
+
+    Raises:
+        ValueError: a value is beyond ``dtype``.
+    """
+    layers = {}
+    for name, layer in lora.layers.items():
+        down, up = layer.down, layer.up
+        if not all(torch.promote_types(tensor.dtype, dtype) == dtype for tensor in (down, up)):
+            down, up = balance(down.float(), up.float())
+        tensors = [None if tensor is None else round_to(name, tensor, dtype) for tensor in (down, up, layer.magnitude)]
+        layers[name] = LoraLayer(tensors[0], tensors[1], layer.alpha, tensors[2])
+    return replace(lora, layers=layers)
+
+
+def widen(lora: Lora, dtype: torch.dtype) -> Lora:
+    """Return ``lora`` in dtypes that hold both what it has and what ``dtype`` can; exact."""
+
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+    layers = {
+        name: LoraLayer(widened(layer.down), widened(layer.up), layer.alpha, widened(layer.magnitude))
+        for name, layer in lora.layers.items()
+    }
+    return replace(lora, layers=layers)
+
+
+def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring each row of ``down`` (r, in) and column of ``up`` (out, r) to the same size; ``up @ down`` stays the same.
+
+    Only powers of two are moved from one to the other, so float32 loses nothing; the largest entries of the two then
+    differ by less than a factor of 4, far inside float16's range for any LoRA that does something.
+    """
+    down_max = down.abs().flatten(1).amax(1).tolist()
+    up_max = up.abs().transpose(0, 1).flatten(1).amax(1).tolist()
+    steps = [
+        min(max((math.frexp(above)[1] - math.frexp(below)[1]) // 2, -126), 126) if above and below else 0
+        for below, above in zip(down_max, up_max, strict=True)
+    ]
+    # torch.ldexp computes a power in floating point; math.ldexp is exact.
+    scale = torch.tensor([math.ldexp(1.0, step) for step in steps], dtype=torch.float32)
+    kernel = (1,) * (down.dim() - 2)
+    return down * scale.view(-1, 1, *kernel), up / scale.view(1, -1, *kernel)
+
+
+def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of layer ``name`` in ``dtype``.
+
+    Raises:
+        ValueError: a value is beyond ``dtype``.
+    """
+    rounded = tensor.to(dtype).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"layer {name} reaches {tensor.abs().max().item():.3g}, beyond {torch.finfo(dtype).max:.3g}, the largest"
+            f" {str(dtype).removeprefix('torch.')}; write it as float32 or bfloat16"
+        )
+    return rounded
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
+
+
+def _fold(name: str, down: Tensor, up: Tensor, ratio: float) -> tuple[Tensor, Tensor, float]:
+    """Multiply the update by ``ratio``; the third is the largest error, by the largest entry of ``up``, 0 if exact."""
+    if abs(math.frexp(ratio)[0]) == 0.5:  # a power of two; small halves have subnormals, in which bits are lost
+        for tensor, result in ((up, lambda scaled: (down, scaled)), (down, lambda scaled: (scaled, up))):
+            if torch.equal(tensor * ratio / ratio, tensor):
+                return *result(tensor * ratio), 0.0
+    exact = up.double() * ratio
+    folded = round_to(name, exact, up.dtype)
+    error = (folded.double() - exact).abs().max() / exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return down, folded, error.item()

@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.key_maps import to_kohya_name
-from converters.kohya import balance, load_kohya, save_kohya
+from converters.kohya import load_kohya, save_kohya
+from converters.lora import balance
 from converters.metadata import KohyaMetadata
 
 SD1 = KohyaMetadata()
