@@ -155,7 +155,7 @@ def test_norms_and_errors_are_those_of_the_dense_updates():
         (lambda: merge([(lora(linear=layer(2)), math.nan)]), "weight nan"),
         (lambda: merge([(lora(linear=layer(2)), 1.0), (lora("sdxl", linear=layer(2)), 1.0)]), "for sd1 and sdxl"),
         (lambda: merge([(lora(linear=layer(2)), 1.0), (lora(linear=layer(2, (9, 9))), 1.0)]), r"\(9, 9\), \(24, 40\)"),
-        (lambda: merge([(lora(linear=LoraLayer(*layer(2).tensors(), 1.0, torch.ones(24))), 1.0)]), "is DoRA"),
+        (lambda: merge([(lora(linear=LoraLayer(*layer(2).tensors(), 1.0, torch.ones(24))), 0.5)]), "is DoRA"),
         (lambda: resize(lora(linear=layer(2))), "either a rank or a share"),
         (lambda: resize(lora(linear=layer(2)), rank=1, energy=0.5), "either a rank or a share"),
         (lambda: resize(lora(linear=layer(2)), rank=0), "rank is 0"),
