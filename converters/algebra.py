@@ -5,7 +5,7 @@ singular values, which is small however wide the layer. All of it in float64, on
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -15,13 +15,17 @@ from torch import Tensor
 from .lora import Lora, LoraLayer, to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
+# What is no longer true of a LoRA that was computed from others; readers take its name from the file then.
+_STALE_METADATA = frozenset(
+    {"ss_output_name", "modelspec.title", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
+)
 
 
 def merge(parts: Parts, dtype: torch.dtype | None = None) -> Lora:
     """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, by concatenating their factors; no SVD.
 
     A layer's rank is the sum of its ranks, and only rounding to ``dtype`` (None: the widest of theirs) is lost. One
-    part is scaled. A layer that some parts lack is that of the others; metadata are those of the first.
+    part is scaled. A layer that some parts lack is that of the others. Of the metadata stays what all parts agree on.
 
     Raises:
         ValueError: no parts, other families or shapes, DoRA, a weight that is not finite, a sum beyond ``dtype``.
@@ -37,7 +41,8 @@ def merge(parts: Parts, dtype: torch.dtype | None = None) -> Lora:
         own = [(lora.layers[name], weight) for lora, weight in parts if name in lora.layers]
         first = own[0][0]
         layers[name] = to_layer(name, *_concatenate(name, own), first.down.shape[1:], dtype, first.magnitude)
-    return Lora(layers, families[0] if families else "", parts[0][0].metadata)
+    common = set.intersection(*(set(lora.metadata.items()) for lora, _ in parts))
+    return Lora(layers, families[0] if families else "", _fresh_metadata(dict(sorted(common))))
 
 
 def resize(
@@ -72,7 +77,7 @@ def resize(
         down, up = right[:rank] * root[:, None], left[:, :rank] * root
         layers[name] = to_layer(name, down, up, layer.down.shape[1:], dtype, layer.magnitude)
         errors[name] = _share(singular[rank:].norm().item(), singular.norm().item())
-    return replace(lora, layers=layers), errors
+    return replace(lora, layers=layers, metadata=_fresh_metadata(lora.metadata)), errors
 
 
 def find_rank(lora: Lora, energy: float) -> int:
@@ -154,6 +159,10 @@ def _concatenate(name: str, parts: Sequence[tuple[LoraLayer, float]]) -> tuple[T
     if len(shapes) > 1:
         raise ValueError(f"the updates of {name} have shapes {sorted(shapes)}; take LoRAs of one base model")
     return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def _fresh_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in _STALE_METADATA}
 
 
 def _in_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:

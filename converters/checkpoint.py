@@ -99,6 +99,8 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> 
         ValueError: a layer that the model lacks or has in another shape, a sum beyond its dtype, or as `find_weights`.
     """
     model, out = Path(model), Path(out)
+    if model.resolve() == out.resolve():
+        raise ValueError(f"{out} would be both what is read and what is written; choose another output")
     weights = find_weights(model)
     missing = sorted(set(lora.layers) - set(weights))
     if missing:

@@ -7,7 +7,7 @@ which the notes say, or refused.
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,6 +109,29 @@ def prepare_conversion(
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
     lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
     lora = replace(lora, family=family or lora.family, metadata=lora.metadata | trigger_entries(trigger))
+    return _prepare(lora, found, target, to, dtype, trigger)
+
+
+def prepare_writing(
+    lora: Lora, sources: Sequence[str | os.PathLike], target: str | os.PathLike, to: str = ""
+) -> Conversion:
+    """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
+
+    Args:
+        to: one of ``FORMATS``; that of the first source if empty.
+
+    Raises:
+        ValueError: the format cannot hold it, or ``target`` is one of the sources.
+    """
+    target, to = Path(target), to or detect_format(sources[0])
+    for source in sources:
+        _check_choices(Path(source), target, to, None, "")
+    return _prepare(lora, to, target, to, None, lora.metadata.get("modelspec.trigger_phrase", ""))
+
+
+def _prepare(
+    lora: Lora, found: str, target: Path, to: str, dtype: torch.dtype | None, trigger: str
+) -> Conversion:
     lora, notes = _fit_to(lora, to, dtype)
     return Conversion(found, tuple(notes), _writer(target, lora, to, trigger))
 

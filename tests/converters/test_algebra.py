@@ -22,7 +22,7 @@ def layer(rank, shape=(24, 40), alpha=None, dtype=torch.float32, kernel=(), seed
 
 def lora(family="sd1", **layers):
     names = {"linear": LINEAR, "wide": WIDE, "conv": CONV}
-    return Lora({names[name]: value for name, value in layers.items()}, family, {"ss_output_name": "a"})
+    return Lora({names[name]: value for name, value in layers.items()}, family, {"ss_output_name": "a", "ss_v2": "False", "ss_seed": str(len(layers))})
 
 
 def dense(layer):
@@ -52,7 +52,7 @@ def test_a_resized_layer_is_the_nearest_of_its_rank(options):
     assert (found.rank, found.alpha) == (3, 3.0)
     assert found.down.shape[1:] == source.layers[LINEAR].down.shape[1:]
     assert found.up.shape[2:] == source.layers[LINEAR].up.shape[2:]
-    assert (resized.family, resized.metadata) == (source.family, source.metadata)
+    assert (resized.family, resized.metadata) == ("sd1", {"ss_v2": "False", "ss_seed": "1"})
 
 
 def test_half_precision_goes_in_and_comes_out_and_only_its_rounding_is_lost():
@@ -115,7 +115,8 @@ def test_resizing_dora_keeps_its_magnitudes():
 
 def test_a_merge_is_the_weighted_sum_of_the_updates():
     first = lora(linear=layer(3, alpha=1), conv=layer(2, kernel=(3, 3)))
-    second = lora(linear=layer(5, seed=1), wide=layer(4, shape=(10, 10)), family="")
+    second = lora("", linear=layer(5, seed=1), wide=layer(4, shape=(10, 10)))
+    second.metadata["ss_seed"] = "7"
     merged = merge([(first, 0.7), (second, -1.5)])
     expected = 0.7 * dense(first.layers[LINEAR]) - 1.5 * dense(second.layers[LINEAR])
     found = merged.layers[LINEAR]
@@ -123,7 +124,7 @@ def test_a_merge_is_the_weighted_sum_of_the_updates():
     assert (found.rank, found.alpha) == (8, 8.0)
     assert close(dense(merged.layers[CONV]), 0.7 * dense(first.layers[CONV]))
     assert close(dense(merged.layers[WIDE]), -1.5 * dense(second.layers[WIDE]))
-    assert (merged.family, merged.metadata) == ("sd1", first.metadata)
+    assert (merged.family, merged.metadata) == ("sd1", {"ss_v2": "False"})
 
 
 def test_a_linear_layer_and_a_1x1_convolution_are_added():
