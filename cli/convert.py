@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.main import as_sentence
+
 if TYPE_CHECKING:
     from converters.batch import Outcome
 
@@ -45,32 +47,34 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
     from converters.batch import convert_batch, plan_batch
 
     jobs = plan_batch(sources, out, to)
-    models = None
+    models, v_prediction = None, False
     if base is not None:
         from cli.bases import open_base
 
         opened = open_base(base, device="cpu", precision="fp32").model
         models, family = opened.adapted, family or opened.family
-    options = {"dtype": dtype and getattr(torch, DTYPES[dtype]), "family": family or "", "trigger": trigger}
-    failures = []
+        v_prediction = opened.prediction_type == "v_prediction"
+    options = {"dtype": dtype and getattr(torch, DTYPES[dtype]), "family": family or "", "trigger": trigger,
+               "v_prediction": v_prediction, "models": models}  # fmt: skip
+    outcomes = []
     with progress_bars() as report:
-        for done, outcome in enumerate(convert_batch(jobs, to, overwrite, dry_run, models=models, **options), 1):
-            report("convert", done, len(jobs))
-            for line in as_text(outcome, to):
-                click.echo(line)
-            failures += [outcome] if outcome.error else []
-    if failures:
-        count = f"{len(failures)} of {len(jobs)} were not converted: " if len(jobs) > 1 else ""
-        raise click.ClickException(count + failures[0].error)
+        for outcome in convert_batch(jobs, to, overwrite, dry_run, **options):
+            outcomes.append(outcome)
+            report("convert", len(outcomes), len(jobs))
+    for outcome in outcomes:
+        click.echo(as_text(outcome, to))
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    if errors:
+        raise errors[0] if len(jobs) == 1 else ValueError(f"{len(errors)} of {len(jobs)} were not converted; see above")
 
 
-def as_text(outcome: "Outcome", to: str) -> list[str]:
-    """An outcome for people; a failure alone is told by the exit."""
+def as_text(outcome: "Outcome", to: str) -> str:
+    """An outcome for people: a line for each file, and below it what the conversion took."""
     if outcome.error:
-        return [f"failed {outcome.source}: {outcome.error}"]
+        return f"failed {outcome.source}: {as_sentence(outcome.error)}"
     if outcome.kept:
-        return [f"kept {outcome.target}, which was there; --overwrite replaces it"]
-    notes = [f"  {note}" for note in outcome.notes]
-    if not outcome.written:
-        return [f"would write {outcome.target} ({to}) from {outcome.source} ({outcome.found})", *notes]
-    return [*(f"wrote {file}" for file in outcome.written), *notes]
+        return f"kept {outcome.target}, which was there; --overwrite replaces it"
+    planned = [f"would write {outcome.target} ({to}) from {outcome.source} ({outcome.found})"]
+    return "\n".join([f"wrote {file}" for file in outcome.written] or planned) + "".join(
+        f"\n  {note}" for note in outcome.notes
+    )

@@ -18,7 +18,7 @@ class Outcome:
         notes: what the target's format took, see `Conversion`.
         written: files; none in a dry run, or where ``kept`` or ``error``.
         kept: an earlier output was there.
-        error: why it could not be converted; "" if it could.
+        error: why it could not be converted; None if it could.
     """
 
     source: Path
@@ -27,7 +27,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     written: tuple[Path, ...] = ()
     kept: bool = False
-    error: str = ""
+    error: Exception | None = None
 
 
 def plan_batch(sources: Sequence[Path], out: Path, to: str) -> list[tuple[Path, Path]]:
@@ -76,7 +76,7 @@ def convert_batch(
                 target.parent.mkdir(parents=True, exist_ok=True)
             written = () if dry_run else tuple(conversion.write())
         except (ValueError, OSError) as error:
-            yield Outcome(source, target, error=str(error))
+            yield Outcome(source, target, error=error)
         else:
             yield Outcome(source, target, conversion.found, conversion.notes, written)
 

@@ -84,6 +84,7 @@ def prepare_conversion(
     dtype: torch.dtype | None = None,
     family: str = "",
     trigger: str = "",
+    v_prediction: bool = False,
     models: Mapping[str, nn.Module] | None = None,
 ) -> Conversion:
     """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
@@ -93,6 +94,7 @@ def prepare_conversion(
         dtype: of the tensors; None keeps theirs.
         family: ``sd1``, ``sd2`` or ``sdxl``, where the adapter does not tell.
         trigger: activation text, e.g. ``a sks face``.
+        v_prediction: the base model predicts v, where the adapter does not tell.
         models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
 
     Raises:
@@ -133,7 +135,13 @@ def _prepare(
     lora: Lora, found: str, target: Path, to: str, dtype: torch.dtype | None, trigger: str
 ) -> Conversion:
     lora, notes = _fit_to(lora, to, dtype)
-    return Conversion(found, tuple(notes), _writer(target, lora, to, trigger))
+    about = KohyaMetadata(
+        family=lora.family or KohyaMetadata.family,
+        v_prediction=v_prediction,
+        trigger=trigger,
+        base_model_name=lora.metadata.get("ss_sd_model_name", ""),
+    )
+    return Conversion(found, tuple(notes), _writer(target, lora, to, about))
 
 
 def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | None, family: str) -> None:
@@ -177,15 +185,13 @@ def _stated_scale(lora: Lora) -> float | None:
     return scale if is_power_of_two and all(layer.scale == 1 for layer in lora.layers.values()) else None
 
 
-def _writer(target: Path, lora: Lora, to: str, trigger: str) -> Callable[[], list[Path]]:
+def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata) -> Callable[[], list[Path]]:
     if to == "peft":
         folders = peft_folders(lora)
         return lambda: _write_folders(target, folders, lora.metadata)
     if to == "kohya":
         if not lora.family:
             raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
-        base = lora.metadata.get("ss_sd_model_name", "")
-        about = KohyaMetadata(family=lora.family, trigger=trigger, base_model_name=base)
         return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about)
     tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
     return lambda: _write_file(target, tensors, lora.metadata)
