@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.main import as_sentence
+from cli.results import DTYPES, dtype_option
 
 if TYPE_CHECKING:
     from converters.batch import Outcome
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 # As in converters.formats, which takes seconds to import.
 FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 FAMILIES = ("sd1", "sd2", "sdxl")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @click.command(name="convert")
@@ -22,7 +22,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 @click.option("--to", type=click.Choice(FORMATS), default="kohya", show_default=True,
               help="kohya: a file for A1111, Forge, ComfyUI, kohya and diffusers. diffusers: its own file; -old: names "
               "before 0.20. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's folder.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="as it is", help="Of the tensors.")
+@dtype_option
 @click.option("--family", type=click.Choice(FAMILIES), help="The base model's, where a LoRA does not tell.")
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",

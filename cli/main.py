@@ -14,6 +14,9 @@ COMMANDS = {
     "train": "cli.train",
     "inspect": "cli.inspect",
     "convert": "cli.convert",
+    "resize": "cli.resize",
+    "merge": "cli.merge",
+    "extract": "cli.extract",
     "doctor": "cli.doctor",
 }
 

@@ -11,9 +11,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 rank_option = click.option("--rank", type=click.IntRange(1), help="The new rank.")
-dtype_option = click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), show_default="as it is", help="Of the tensors."
-)
+dtype_option = click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="as it is", help="Of the tensors.")
 
 
 def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "") -> None:

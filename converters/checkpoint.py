@@ -257,6 +257,7 @@ def _leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
 
 
 def _family(weights: Mapping[str, Weight]) -> str:
+    """By the prompts that the UNet reads; a model of another width, such as a miniature, is SD1.x to its readers."""
     weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
     width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
-    return CROSS_WIDTHS.get(width, "").lower()
+    return CROSS_WIDTHS.get(width, "SD1").lower()

@@ -111,7 +111,7 @@ def prepare_conversion(
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
     lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
     lora = replace(lora, family=family or lora.family, metadata=lora.metadata | trigger_entries(trigger))
-    return _prepare(lora, found, target, to, dtype, trigger)
+    return _prepare(lora, found, target, to, dtype, trigger, v_prediction)
 
 
 def prepare_writing(
@@ -132,7 +132,13 @@ def prepare_writing(
 
 
 def _prepare(
-    lora: Lora, found: str, target: Path, to: str, dtype: torch.dtype | None, trigger: str
+    lora: Lora,
+    found: str,
+    target: Path,
+    to: str,
+    dtype: torch.dtype | None,
+    trigger: str,
+    v_prediction: bool = False,
 ) -> Conversion:
     lora, notes = _fit_to(lora, to, dtype)
     about = KohyaMetadata(

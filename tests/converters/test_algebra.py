@@ -22,7 +22,11 @@ def layer(rank, shape=(24, 40), alpha=None, dtype=torch.float32, kernel=(), seed
 
 def lora(family="sd1", **layers):
     names = {"linear": LINEAR, "wide": WIDE, "conv": CONV}
-    return Lora({names[name]: value for name, value in layers.items()}, family, {"ss_output_name": "a", "ss_v2": "False", "ss_seed": str(len(layers))})
+    return Lora(
+        {names[name]: value for name, value in layers.items()},
+        family,
+        {"ss_output_name": "a", "ss_v2": "False", "ss_seed": str(len(layers))},
+    )
 
 
 def dense(layer):
