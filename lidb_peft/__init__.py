@@ -7,6 +7,7 @@ from .config import LiDBConfig
 from .distance import squared_distance
 from .layer import LiDBLayer, LiDBLinear
 from .model import LiDBModel
+from .projection import project_lora
 from .record import base_fingerprint, check_record, record_config, space_record
 from .registration import register
 from .relax import LoraFactors, combine, peft_factors, relax
@@ -28,6 +29,7 @@ __all__ = [
     "combine",
     "load_theta",
     "peft_factors",
+    "project_lora",
     "record_config",
     "relax",
     "save_theta",
