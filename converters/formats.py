@@ -177,7 +177,10 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[
     elif to != "peft":
         lora, notes = with_one_alpha(lora, 1.0)
     if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
-        notes.append("it is DoRA, whose dora_scale kohya's own networks.lora does not read; A1111 and ComfyUI do")
+        notes.append(
+            "it is DoRA, which A1111, Forge and ComfyUI read; kohya's networks.lora and diffusers would drop dora_scale,"
+            " for diffusers convert to diffusers"
+        )
     return lora if dtype is None else to_dtype(lora, dtype), notes
 
 
