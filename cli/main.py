@@ -17,6 +17,7 @@ COMMANDS = {
     "resize": "cli.resize",
     "merge": "cli.merge",
     "extract": "cli.extract",
+    "project": "cli.project",
     "doctor": "cli.doctor",
 }
 

@@ -38,13 +38,13 @@ class ModuleFacts:
 
 def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
     """Return the Frobenius norm of the updates of each text encoder and each block of a UNet; to see where it acts."""
-    squares: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for module in modules:
         if module.norm is not None:
             found = _BLOCK.search(module.name)
             block = f"{module.component} {found[0].replace('.', '_')}" if found else module.component
-            squares[block] = squares.get(block, 0.0) + module.norm**2
-    return {block: math.sqrt(square) for block, square in squares.items()}
+            norms[block] = math.hypot(norms.get(block, 0.0), module.norm)
+    return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
 
 
 def base_from_shapes(modules: Sequence[ModuleFacts]) -> str | None:

@@ -89,6 +89,16 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
     return weights
 
 
+def find_family(weights: Mapping[str, Weight]) -> str:
+    """Return ``sd1``, ``sd2`` or ``sdxl`` by the prompts that a model's UNet reads.
+
+    A model of another width, such as a miniature, is SD1.x to its readers.
+    """
+    weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
+    width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
+    return CROSS_WIDTHS.get(width, "SD1").lower()
+
+
 def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:
     """Write ``model`` with a LoRA, DoRA too, added to its weights, each in its own dtype and one in memory at a time.
 
@@ -165,7 +175,7 @@ def extract(
             left_out.append(name)
     if not layers:
         raise ValueError(f"{tuned} and {base} do not differ in any attention or text encoder layer; nothing to extract")
-    return Extracted(Lora(layers, _family(base_weights)), errors, tuple(left_out))
+    return Extracted(Lora(layers, find_family(base_weights)), errors, tuple(left_out))
 
 
 def differences(
@@ -254,10 +264,3 @@ def _leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
     left = vectors if is_wide else torch.linalg.qr(matrix @ vectors).Q
     return left, (energies[rank:].sum() / energies.sum()).sqrt().item()
-
-
-def _family(weights: Mapping[str, Weight]) -> str:
-    """By the prompts that the UNet reads; a model of another width, such as a miniature, is SD1.x to its readers."""
-    weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
-    width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
-    return CROSS_WIDTHS.get(width, "SD1").lower()

@@ -106,7 +106,9 @@ def prepare_conversion(
     found = detect_format(source)
     if to in LIDB_FORMATS:
         if found not in LIDB_FORMATS:
-            raise ValueError(f"{source} is a LoRA; LiDB weights can only come near to one, by projection, and lose")
+            raise ValueError(
+                f"{source} is a LoRA; LiDB weights only come near to one, by projection, and lose: hdb project"
+            )
         weights = _read_lidb(found, source, models)
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
     lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)

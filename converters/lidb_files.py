@@ -91,10 +91,10 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
     """
     file = load_theta(path)
     family, shapes = ("", _shapes_of(models, file.config)) if models else _shapes_by_hash(path, file)
-    checked = LiDBSpace(models or _skeletons(shapes, "meta"), file.config)
+    checked = LiDBSpace(models or skeleton_models(shapes, "meta"), file.config)
     theta = load_theta(path, checked).theta
     adapters = {}
-    for component, skeleton in _skeletons(shapes, "cpu").items():
+    for component, skeleton in skeleton_models(shapes, "cpu").items():
         skeleton.name_or_path = file.base_model_name or None
         adapters[component] = get_peft_model(skeleton, file.config)
     LiDBSpace(adapters, file.config).load_into_adapters(theta)
@@ -119,7 +119,7 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
                   for name, shape in _shapes_of({component: models[component]}, config).items()}  # fmt: skip
     else:
         family, shapes = _shapes_by_bases(path, sources, configs)
-    skeletons = _skeletons({name: shapes[name] for _, names in sources.values() for name in names}, "cpu")
+    skeletons = skeleton_models({name: shapes[name] for _, names in sources.values() for name in names}, "cpu")
     adapters = {
         component: PeftModel.from_pretrained(skeletons[component], str(source.file.parent), torch_device="cpu")
         for component, (source, _) in sources.items()
@@ -205,7 +205,7 @@ def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
     return first
 
 
-def _skeletons(shapes: Shapes, device: str) -> dict[str, nn.Module]:
+def skeleton_models(shapes: Shapes, device: str) -> dict[str, nn.Module]:
     """Return component -> a model of these layers alone, whose weights take no memory."""
     models: dict[str, nn.Module] = {}
     for name, (in_features, out_features) in shapes.items():

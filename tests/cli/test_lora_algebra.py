@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters import read_lora
+from converters import describe, read_lora
 from converters.algebra import merge, relative_errors
 from testbed import miniature_path
 
@@ -49,6 +49,16 @@ def test_merge_into_a_folder_and_extract_it_again(hdb, made):
     stored = load_file(miniature_path() / "text_encoder/model.safetensors")
     assert next(iter(stored.values())).dtype == torch.float16  # so the sum was rounded
     assert errors[CLIP] < 0.1
+
+
+def test_project_finds_the_theta_of_a_lora_and_of_two_models(hdb, made):
+    hdb.run("convert", made / "theta.safetensors", "lora.safetensors", "--base", "testbed", "--dtype", "fp32")
+    output = hdb.run("project", "lora.safetensors", "again.safetensors", "--base", "testbed")
+    assert "176 layers miss 0.0% of their norm in the median, 0.0% at most" in output
+    assert describe("again.safetensors").kind == "LiDB theta"
+    hdb.run("merge", made / "me.safetensors=100", "--into", miniature_path(), "--out", "tuned")
+    output = hdb.run("project", "tuned", "tuned.safetensors", "--minus", miniature_path(), "--base", "testbed")
+    assert "wrote tuned.safetensors" in output
 
 
 @pytest.mark.parametrize(
