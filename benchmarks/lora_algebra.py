@@ -4,7 +4,8 @@ Files of all attention projections of Stable Diffusion 1.5 and XL, half precisio
 trained LoRAs do, resized to half their rank. kohya's resize_lora.py and svd_merge_lora.py form each layer's update and
 take its full SVD in float32; that algorithm is written again here. It would take an hour for XL, so it is timed on one
 layer of each shape, times their number. Every measurement is a process of its own: seconds of processor, which a busy
-machine does not change much, and peak memory above what it had after importing (Linux). Predicted: a hundred times as fast at low ranks, ten times at 128, and no less exact.
+machine changes little, and peak memory above what it had after importing (Linux). Predicted: a hundred times as fast at
+low ranks, ten times at 128, and no less exact.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -148,10 +149,14 @@ def memory_mb(entry: str) -> float:
 
 def missed(paths: list[Path], out: Path) -> float:
     """Return what the result misses of the true update, over its norm: the worst of one layer of each shape."""
-    found, truth = read_lora(out), merge(weighted(paths), torch.float32)
-    sample = {(len(layer.up), layer.down.shape[1]): name for name, layer in truth.layers.items()}.values()
-    pair = (Lora({name: lora.layers[name] for name in sample}) for lora in (found, truth))
-    return max(relative_errors(*pair).values())
+    parts = weighted(paths)
+    sample = {(len(layer.up), layer.down.shape[1]): name for name, layer in parts[0][0].layers.items()}.values()
+    truth = merge([(some(lora, sample), weight) for lora, weight in parts], torch.float32)
+    return max(relative_errors(some(read_lora(out), sample), truth).values())
+
+
+def some(lora: Lora, names: Iterable[str]) -> Lora:
+    return replace(lora, layers={name: lora.layers[name] for name in names})
 
 
 def main() -> None:
