@@ -149,8 +149,8 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[
         lora, notes = with_one_alpha(lora, 1.0)
     if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
         notes.append(
-            "it is DoRA, which A1111, Forge and ComfyUI read; kohya's networks.lora and diffusers would drop dora_scale,"
-            " for diffusers convert to diffusers"
+            "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
+            " diffusers reads DoRA from its own format"
         )
     return lora if dtype is None else to_dtype(lora, dtype), notes
 

@@ -133,7 +133,7 @@ def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[s
     notes = [f"padded {num_padded} layers with zeros to rank {rank}, which is exact"] if num_padded else []
     exact = [name for name, error in errors.items() if error == 0]
     if exact:
-        notes.append(f"folded the alphas of {len(exact)} layers into lora_up by powers of two, which is exact")
+        notes.append(f"folded the alphas of {len(exact)} layers into lora_up, which is exact")
     if len(errors) > len(exact):
         notes.append(
             f"folded the alphas of {len(errors) - len(exact)} layers into lora_up, rounded by at most"

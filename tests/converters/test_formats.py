@@ -399,7 +399,7 @@ def test_ranks_and_alphas_of_their_own_stay_in_peft_and_are_folded_elsewhere(tmp
     conversion = prepare_conversion(source, tmp_path / "out.safetensors", "kohya")
     assert [note.split(" which")[0].rstrip(",") for note in conversion.notes] == [
         "padded 1 layers with zeros to rank 4",
-        "folded the alphas of 2 layers into lora_up by powers of two",
+        "folded the alphas of 2 layers into lora_up",
     ]
     conversion.write()
     found = raw_deltas(tmp_path / "out.safetensors")
@@ -423,8 +423,8 @@ def test_ranks_and_alphas_of_their_own_stay_in_peft_and_are_folded_elsewhere(tmp
 def test_what_cannot_be_folded_exactly_is_rounded_and_said(tmp_path, raw_deltas):
     down, up = torch.randn(4, 8).half(), torch.randn(8, 4).half()
     modules = {
-        kohya_name(LINEAR): (down, up, 3.0, {}),
-        kohya_name(LINEAR[:-1] + "k"): (down.clone(), up.clone(), 4.0, {}),
+        kohya_name(LINEAR): (down, up, 1.0, {}),
+        kohya_name(LINEAR[:-1] + "k"): (down.clone(), up.clone(), 3.0, {}),
     }
     source = write_modules(tmp_path / "in.safetensors", **modules)
     for dtype, bound in ((None, 2**-11), (torch.float32, 2**-24)):
