@@ -61,13 +61,11 @@ def detect_format(path: str | os.PathLike) -> str:
     names = list(read_header(source.file).tensors)
     if names == ["theta"]:
         return "theta"
-    if source.config is not None:
-        return "lidb" if source.config.get("peft_type") == "LIDB" else "peft"
     layout = read_layout(names)
     if not layout.modules:
         raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
     if layout.style == "PEFT":
-        raise ValueError(f"{source.file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
+        return "lidb" if layout.algorithm == "LiDB" else "peft"
     old = SPELLINGS["diffusers-old"]["down"]
     return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
 

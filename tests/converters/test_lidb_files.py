@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from converters import prepare_conversion
 from converters.lidb_files import read_lidb_folder, read_theta
@@ -68,12 +69,18 @@ def test_a_single_folder_of_peft_is_an_adapter_too(tmp_path, real_models):
     assert len(read_lidb_folder(tmp_path / "mine").to_lora().layers) == 128
 
 
-def test_bases_of_its_own_cannot_go_into_a_theta_file(tmp_path, real_models):
-    models = {"text_encoder": real_models("sd1")["text_encoder"]}
-    write_theta(tmp_path / "theta.safetensors", models)
-    weights = read_theta(tmp_path / "theta.safetensors")
-    config = weights.models["text_encoder"].peft_config["default"]
-    config.seed = 1
+def test_bases_of_its_own_reach_the_lora_but_no_theta_file(tmp_path, real_models):
+    write_theta(tmp_path / "theta.safetensors", {"text_encoder": real_models("sd1")["text_encoder"]})
+    prepare_conversion(tmp_path / "theta.safetensors", tmp_path / "folder", "lidb").write()
+    plain = read_lidb_folder(tmp_path / "folder").to_lora()
+    file = tmp_path / "folder/text_encoder/adapter_model.safetensors"
+    state = load_file(file)
+    del state["lidb_basis.down:768:3.record"]
+    save_file(state | {"lidb_basis.down:768:3.values": torch.eye(768)[:3].contiguous()}, file)
+    weights = read_lidb_folder(tmp_path / "folder")
+    for name, layer in weights.to_lora().layers.items():
+        assert not layer.down[:, 3:].any()
+        assert torch.equal(layer.up, plain.layers[name].up)
     with pytest.raises(ValueError, match="rank, scale and bases"):
         weights.save_theta(tmp_path / "again.safetensors")
 
