@@ -61,13 +61,11 @@ def detect_format(path: str | os.PathLike) -> str:
     names = list(read_header(source.file).tensors)
     if names == ["theta"]:
         return "theta"
-    if source.config is not None:
-        return "lidb" if source.config.get("peft_type") == "LIDB" else "peft"
     layout = read_layout(names)
     if not layout.modules:
         raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
     if layout.style == "PEFT":
-        raise ValueError(f"{source.file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
+        return "lidb" if layout.algorithm == "LiDB" else "peft"
     old = SPELLINGS["diffusers-old"]["down"]
     return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
 
@@ -180,8 +178,8 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[
         lora, notes = with_one_alpha(lora, 1.0)
     if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
         notes.append(
-            "it is DoRA, which A1111, Forge and ComfyUI read; kohya's networks.lora and diffusers would drop dora_scale,"
-            " for diffusers convert to diffusers"
+            "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
+            " diffusers reads DoRA from its own format"
         )
     return lora if dtype is None else to_dtype(lora, dtype), notes
 

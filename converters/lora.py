@@ -106,44 +106,62 @@ class Lora:
 def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[str]]:
     """Give all layers one rank and one alpha, which diffusers needs, and leave every update as it is.
 
-    Narrower layers are padded with zeros; what their scale differs by goes into ``up``. That is exact if it is a power
-    of two and the dtype can hold the product, and else rounded.
+    Narrower layers are padded with zeros; what their scale differs by is multiplied into ``up``. Where halves cannot
+    hold that to the last bit, as among float16's subnormals, all becomes float32.
 
     Args:
         scale: of all layers; None takes that of the first of the widest layers.
 
     Returns:
         the LoRA, and a sentence on each thing that was done to it.
-
-    Raises:
-        ValueError: a product is beyond the dtype.
     """
     rank = max(layer.rank for layer in lora.layers.values())
     widest = next(layer for layer in lora.layers.values() if layer.rank == rank)
     alpha = widest.alpha if scale is None else scale * rank
-    layers, errors = {}, {}
+    # Products before the division: 1 / 49 * 49 is not 1.
+    ratios = {name: (layer.alpha * rank) / (layer.rank * alpha) for name, layer in lora.layers.items()}
+    folded = [name for name, ratio in ratios.items() if ratio != 1]
+    notes = []
+    if any(not _holds_product(lora.layers[name].up, ratios[name]) for name in folded):
+        notes = ["its numbers become float32, because halves cannot hold them with alpha folded in"]
+        lora = widen(lora, torch.float32)
+    layers, errors = {}, []
     for name, layer in lora.layers.items():
-        # Products before the division: 1 / 49 * 49 is not 1.
-        ratio = (layer.alpha * rank) / (layer.rank * alpha)
-        down, up = _pad(layer.down, 0, rank), _pad(layer.up, 1, rank)
-        if ratio != 1:
-            down, up, errors[name] = _fold(name, down, up, ratio)
-        layers[name] = LoraLayer(down, up, alpha, layer.magnitude)
+        up, error = _fold(name, layer.up, ratios[name])
+        layers[name] = replace(layer, down=_pad(layer.down, 0, rank), up=_pad(up, 1, rank), alpha=alpha)
+        errors.append(error)
     num_padded = sum(layer.rank < rank for layer in lora.layers.values())
-    notes = [f"padded {num_padded} layers with zeros to rank {rank}, which is exact"] if num_padded else []
-    exact = [name for name, error in errors.items() if error == 0]
-    if exact:
-        notes.append(f"folded the alphas of {len(exact)} layers into lora_up by powers of two, which is exact")
-    if len(errors) > len(exact):
-        notes.append(
-            f"folded the alphas of {len(errors) - len(exact)} layers into lora_up, rounded by at most"
-            f" {max(errors.values()):.1e} of the largest entry; float32 rounds least"
-        )
+    if num_padded:
+        notes.append(f"{num_padded} layers are padded with zeros to rank {rank}")
+    if folded:
+        exactness = f"rounded by up to {max(errors):.1e} of the largest number" if any(errors) else "which is exact"
+        notes.append(f"the alphas of {len(folded)} layers are folded into lora_up, {exactness}")
     return replace(lora, layers=layers), notes
 
 
+def _holds_product(tensor: Tensor, ratio: float) -> bool:
+    """Whether a half times ``ratio`` is a half, to the last bit; float32 is as good as it gets."""
+    return tensor.dtype == torch.float32 or torch.equal((tensor * ratio).double(), tensor.double() * ratio)
+
+
+def _fold(name: str, up: Tensor, ratio: float) -> tuple[Tensor, float]:
+    """Multiply ``up``; the second is the largest error, as a part of the largest entry."""
+    if ratio == 1:
+        return up, 0.0
+    exact = up.double() * ratio
+    rounded = round_to(name, exact, up.dtype)
+    largest = exact.abs().max()
+    return rounded, ((rounded.double() - exact).abs().max() / largest).item() if largest else 0.0
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
+
+
 def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
-    """Return ``lora`` in ``dtype``; where that holds fewer bits, the norms of down and up are balanced first.
+    """Return ``lora`` in ``dtype``; in layers that this rounds, the norms of down and up are balanced first.
 
     Raises:
         ValueError: a value is beyond ``dtype``.
@@ -151,7 +169,7 @@ def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
     layers = {}
     for name, layer in lora.layers.items():
         down, up = layer.down, layer.up
-        if not all(torch.promote_types(tensor.dtype, dtype) == dtype for tensor in (down, up)):
+        if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (down, up)):
             down, up = balance(down.float(), up.float())
         tensors = [None if tensor is None else round_to(name, tensor, dtype) for tensor in (down, up, layer.magnitude)]
         layers[name] = LoraLayer(tensors[0], tensors[1], layer.alpha, tensors[2])
@@ -202,21 +220,3 @@ def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f" {str(dtype).removeprefix('torch.')}; write it as float32 or bfloat16"
         )
     return rounded
-
-
-def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
-    missing = list(tensor.shape)
-    missing[dim] = size - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
-
-
-def _fold(name: str, down: Tensor, up: Tensor, ratio: float) -> tuple[Tensor, Tensor, float]:
-    """Multiply the update by ``ratio``; the third is the largest error, by the largest entry of ``up``, 0 if exact."""
-    if abs(math.frexp(ratio)[0]) == 0.5:  # a power of two; small halves have subnormals, in which bits are lost
-        for tensor, result in ((up, lambda scaled: (down, scaled)), (down, lambda scaled: (scaled, up))):
-            if torch.equal(tensor * ratio / ratio, tensor):
-                return *result(tensor * ratio), 0.0
-    exact = up.double() * ratio
-    folded = round_to(name, exact, up.dtype)
-    error = (folded.double() - exact).abs().max() / exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return down, folded, error.item()

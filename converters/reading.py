@@ -47,7 +47,7 @@ def read_lora(path: str | os.PathLike) -> Lora:
     is_xl = False
     for source in find_sources(Path(path)):
         tensors, entries = read_tensors(source.file)
-        modules = _read_modules(source.file, list(tensors))
+        modules = _read_modules(source, list(tensors))
         configs = {"": source.config} if source.config else metadata_configs(entries, str(source.file))
         for component, config in configs.items():
             check_config(config, f"{source.file} {component}".rstrip())
@@ -107,9 +107,11 @@ def find_family(layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) ->
     return _CROSS_WIDTHS.get(widths.pop(), "") if len(widths) == 1 else ""
 
 
-def _read_modules(file: Path, names: list[str]) -> list[AdapterModule]:
+def _read_modules(source: Source, names: list[str]) -> list[AdapterModule]:
     """Sort tensor names into modules of plain LoRA or DoRA; anything else is refused by name."""
-    layout = read_layout(names)
+    file, layout = source.file, read_layout(names)
+    if layout.style == "PEFT" and source.config is None:
+        raise ValueError(f"{file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
     if layout.algorithm not in ("", "LoRA", "DoRA"):
         raise ValueError(f"{file} is {layout.algorithm}, not LoRA; it cannot be converted without loss")
     known, unknown = [], [*layout.unknown, *(name for name in names if "lora_embedding_" in name)]
