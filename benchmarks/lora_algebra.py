@@ -99,11 +99,11 @@ def resize_ours(paths: list[Path], out: Path, rank: int) -> None:
 
 
 def merge_and_resize(paths: list[Path], out: Path, rank: int) -> None:
-    prepare_writing(resize(merge(weighted(paths)), rank)[0], paths, out).write()
+    prepare_writing(merge(weighted(paths), rank)[0], paths, out).write()
 
 
 def merge_exactly(paths: list[Path], out: Path, rank: int) -> None:
-    prepare_writing(merge(weighted(paths)), paths, out).write()
+    prepare_writing(merge(weighted(paths))[0], paths, out).write()
 
 
 def convert_ours(paths: list[Path], out: Path, rank: int) -> None:
@@ -151,7 +151,7 @@ def missed(paths: list[Path], out: Path) -> float:
     """Return what the result misses of the true update, over its norm: the worst of one layer of each shape."""
     parts = weighted(paths)
     sample = {(len(layer.up), layer.down.shape[1]): name for name, layer in parts[0][0].layers.items()}.values()
-    truth = merge([(some(lora, sample), weight) for lora, weight in parts], torch.float32)
+    truth = merge([(some(lora, sample), weight) for lora, weight in parts], dtype=torch.float32)[0]
     return max(relative_errors(some(read_lora(out), sample), truth).values())
 
 

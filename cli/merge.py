@@ -44,13 +44,13 @@ def command(loras, out, rank, into, dtype) -> None:
     import torch
 
     from converters import read_lora
-    from converters.algebra import merge, resize
+    from converters.algebra import merge
     from converters.checkpoint import merge_into
 
-    merged = merge([(read_lora(path), weight) for path, weight in loras], dtype and getattr(torch, DTYPES[dtype]))
+    parts = [(read_lora(path), weight) for path, weight in loras]
     if into is not None:
-        merge_into(into, merged, out)
+        merge_into(into, merge(parts, dtype=torch.float32)[0], out)
         click.echo(f"wrote {out}")
         return
-    merged, errors = (merged, {}) if rank is None else resize(merged, rank)
+    merged, errors = merge(parts, rank, dtype and getattr(torch, DTYPES[dtype]))
     write_result(merged, [path for path, _ in loras], out, errors)

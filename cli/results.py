@@ -23,7 +23,7 @@ def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str,
         click.echo(f"wrote {file}")
     for note in conversion.notes:
         click.echo(f"  {note}")
-    if errors:
+    if any(errors.values()):
         rank, worst = max(layer.rank for layer in lora.layers.values()), max(errors, key=errors.__getitem__)
         click.echo(f"rank {rank}: layers miss {median(errors.values()):.1%} of their norm in the median, "
                    f"{errors[worst]:.1%} at most ({worst})")  # fmt: skip

@@ -5,8 +5,7 @@ singular values, which is small however wide the layer. All of it in float64, on
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -15,69 +14,59 @@ from torch import Tensor
 from .lora import Lora, LoraLayer, to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
+LayerParts = Sequence[tuple[LoraLayer, float]]
 # What is no longer true of a LoRA that was computed from others; readers take its name from the file then.
 _STALE_METADATA = frozenset(
     {"ss_output_name", "modelspec.title", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
 )
 
 
-def merge(parts: Parts, dtype: torch.dtype | None = None) -> Lora:
-    """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, by concatenating their factors; no SVD.
+def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = None) -> tuple[Lora, dict[str, float]]:
+    """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, and each layer's error over its norm, 0 to 1.
 
-    A layer's rank is the sum of its ranks, and only rounding to ``dtype`` (None: the widest of theirs) is lost. One
-    part is scaled. A layer that some parts lack is that of the others. Of the metadata stays what all parts agree on.
+    Factors are concatenated: a layer's rank is the sum of its ranks, and there is no error, unless it is cut to the
+    nearest update of ``rank`` (Eckart-Young). A layer that one part alone has, of weight 1 and narrow enough, keeps its
+    bits. Of the metadata stays what all parts agree on.
+
+    Args:
+        rank: at most so much; one for all layers, because diffusers loses others.
+        dtype: of the result; None takes the widest of the parts. Rounding to it is not part of the error.
 
     Raises:
-        ValueError: no parts, other families or shapes, DoRA, a weight that is not finite, a sum beyond ``dtype``.
+        ValueError: no parts, other families or shapes, DoRA in a sum, a weight that is not finite, a rank below 1, a
+            value beyond ``dtype``.
     """
     if not parts:
         raise ValueError("there are no LoRAs to merge; pass at least one")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; choose 1 or more")
     families = sorted({lora.family for lora, _ in parts if lora.family})
     if len(families) > 1:
         raise ValueError(f"the LoRAs are for {' and '.join(families)}; merge those of one family of base models")
     dtype = dtype or _widest_dtype(lora for lora, _ in parts)
-    layers = {}
+    layers, errors = {}, {}
     for name in dict.fromkeys(name for lora, _ in parts for name in lora.layers):
         own = [(lora.layers[name], weight) for lora, weight in parts if name in lora.layers]
-        first = own[0][0]
-        layers[name] = to_layer(name, *_concatenate(name, own), first.down.shape[1:], dtype, first.magnitude)
+        layers[name], errors[name] = _merge_layer(name, own, rank, dtype)
     common = set.intersection(*(set(lora.metadata.items()) for lora, _ in parts))
-    return Lora(layers, families[0] if families else "", _fresh_metadata(dict(sorted(common))))
+    metadata = {key: value for key, value in sorted(common) if key not in _STALE_METADATA}
+    return Lora(layers, families[0] if families else "", metadata), errors
 
 
 def resize(
     lora: Lora, rank: int | None = None, energy: float | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Lora, dict[str, float]]:
-    """Return the nearest LoRA of a lower rank (Eckart-Young), and each layer's error over its norm, 0 to 1.
-
-    Layers of that rank or less keep their bits, and DoRA its magnitudes. It is one rank for all layers, because
-    diffusers loses others.
+    """Return the nearest LoRA of a lower rank, and each layer's error over its norm; see `merge`. DoRA stays DoRA.
 
     Args:
-        rank: the new rank.
         energy: in place of a rank: the lowest one at which every layer keeps this share of its squared norm.
-        dtype: of the result; None takes the file's. Rounding to it is not part of the error.
 
     Raises:
         ValueError: neither or both of rank and energy, one out of range, or a value beyond ``dtype``.
     """
     if (rank is None) == (energy is None):
         raise ValueError("pass either a rank or a share of energy to keep")
-    rank = find_rank(lora, energy) if rank is None else rank
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; choose 1 or more")
-    dtype = dtype or _widest_dtype([lora])
-    layers, errors = {}, {}
-    for name, layer in lora.layers.items():
-        if layer.rank <= rank:
-            layers[name], errors[name] = _in_dtype(name, layer, dtype), 0.0
-            continue
-        left, singular, right = factor_svd(*matrices(layer))
-        root = singular[:rank].sqrt()
-        down, up = right[:rank] * root[:, None], left[:, :rank] * root
-        layers[name] = to_layer(name, down, up, layer.down.shape[1:], dtype, layer.magnitude)
-        errors[name] = _share(singular[rank:].norm().item(), singular.norm().item())
-    return replace(lora, layers=layers, metadata=_fresh_metadata(lora.metadata)), errors
+    return merge([(lora, 1.0)], find_rank(lora, energy) if rank is None else rank, dtype)
 
 
 def find_rank(lora: Lora, energy: float) -> int:
@@ -149,7 +138,21 @@ def singular_values(down: Tensor, up: Tensor) -> Tensor:
     return torch.linalg.svdvals(up_r @ down_r.mT)
 
 
-def _concatenate(name: str, parts: Sequence[tuple[LoraLayer, float]]) -> tuple[Tensor, Tensor]:
+def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:
+    first, weight = parts[0]
+    if len(parts) == 1 and weight == 1 and (rank is None or first.rank <= rank):
+        return _in_dtype(name, first, dtype), 0.0
+    down, up = _concatenate(name, parts)
+    error = 0.0
+    if rank is not None and len(down) > rank:
+        left, singular, right = factor_svd(down, up)
+        root = singular[:rank].sqrt()
+        down, up = right[:rank] * root[:, None], left[:, :rank] * root
+        error = _share(singular[rank:].norm().item(), singular.norm().item())
+    return to_layer(name, down, up, first.down.shape[1:], dtype, first.magnitude), error
+
+
+def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:
     """Return ``down`` and ``up`` of the weighted sum of one layer's updates, float64."""
     downs, ups = [], []
     for layer, weight in parts:
@@ -164,10 +167,6 @@ def _concatenate(name: str, parts: Sequence[tuple[LoraLayer, float]]) -> tuple[T
     if len(shapes) > 1:
         raise ValueError(f"the updates of {name} have shapes {sorted(shapes)}; take LoRAs of one base model")
     return torch.cat(downs), torch.cat(ups, dim=1)
-
-
-def _fresh_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in _STALE_METADATA}
 
 
 def _in_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:

@@ -168,9 +168,9 @@ def extract(
     left_out = sorted(set(tuned_weights) ^ set(base_weights))
     for name, difference in differences(tuned_weights, base_weights, progress):
         if _is_extracted(name, difference):
-            left, errors[name] = _leading_columns(difference.double().flatten(1), rank)
-            down = left.mT @ difference.double().flatten(1)
-            layers[name] = to_layer(name, down, left, difference.shape[1:], dtype)
+            matrix = difference.double().flatten(1)
+            left, errors[name] = _leading_columns(matrix, rank)
+            layers[name] = to_layer(name, left.mT @ matrix, left, difference.shape[1:], dtype)
         else:
             left_out.append(name)
     if not layers:

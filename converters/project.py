@@ -73,8 +73,13 @@ def family_models(family: str, source: str) -> dict[str, nn.Module]:
     return skeleton_models(attention_shapes(family), "meta")
 
 
-def project(updates: Iterable[tuple[str, tuple[Tensor, Tensor]]], space: LiDBSpace) -> Projected:
+def project(
+    updates: Iterable[tuple[str, tuple[Tensor, Tensor]]], space: LiDBSpace, bases: Mapping[str, Tensor] | None = None
+) -> Projected:
     """Return the theta nearest to updates ``(layer, (lora_A (k, in), lora_B (out, k)))``, taken one at a time.
+
+    Args:
+        bases: learned ones by label; None takes the space's frozen ones.
 
     Raises:
         ValueError: none is on a layer of the space, or one has another shape or is not finite.
@@ -87,7 +92,7 @@ def project(updates: Iterable[tuple[str, tuple[Tensor, Tensor]]], space: LiDBSpa
         if name in rows:
             layout = Layout({name: space.shapes[rows[name]]})
             theta[rows[name]], errors[name] = (
-                found[0] for found in project_lora(layout, space.config, {name: factors})
+                found[0] for found in project_lora(layout, space.config, {name: factors}, bases)
             )
         else:
             left_out.append(name)

@@ -35,7 +35,7 @@ def test_merge_adds_up_by_weight(hdb, made):
     assert output == "wrote all.safetensors\nwrote all.json\n"
     merged = read_lora("all.safetensors")
     assert {layer.rank for layer in merged.layers.values()} == {27}
-    assert max(relative_errors(merged, merge([(read_lora(me), 1.75)], torch.float32)).values()) < 1e-5
+    assert max(relative_errors(merged, merge([(read_lora(me), 1.75)], dtype=torch.float32)[0]).values()) < 1e-5
     output = hdb.run("merge", f"{me}=2", me, "--out", "both.safetensors", "--rank", 9)
     assert "rank 9: layers miss 0.0%" in output
 

@@ -71,8 +71,8 @@ def test_half_precision_goes_in_and_comes_out_and_only_its_rounding_is_lost():
 
 def test_updates_far_from_one_keep_half_precisions_digits():
     source = lora(linear=layer(8))
-    small = merge([(source, 1e-6)], torch.float16)
-    assert max(relative_errors(small, merge([(source, 1e-6)])).values()) < 1e-3
+    small, _ = merge([(source, 1e-6)], dtype=torch.float16)
+    assert max(relative_errors(small, merge([(source, 1e-6)])[0]).values()) < 1e-3
 
 
 def test_a_layer_that_is_narrow_enough_keeps_its_bits():
@@ -98,7 +98,7 @@ def test_the_rank_for_an_energy_is_the_lowest_at_which_every_layer_keeps_it(ener
 
 
 def test_all_energy_is_the_true_rank():
-    doubled = merge([(lora(linear=layer(4)), 0.5), (lora(linear=layer(4)), 0.5)])
+    doubled, _ = merge([(lora(linear=layer(4)), 0.5), (lora(linear=layer(4)), 0.5)])
     assert doubled.layers[LINEAR].rank == 8
     assert find_rank(doubled, 1 - 1e-12) == 4
 
@@ -121,7 +121,7 @@ def test_a_merge_is_the_weighted_sum_of_the_updates():
     first = lora(linear=layer(3, alpha=1), conv=layer(2, kernel=(3, 3)))
     second = lora("", linear=layer(5, seed=1), wide=layer(4, shape=(10, 10)))
     second.metadata["ss_seed"] = "7"
-    merged = merge([(first, 0.7), (second, -1.5)])
+    merged, errors = merge([(first, 0.7), (second, -1.5)])
     expected = 0.7 * dense(first.layers[LINEAR]) - 1.5 * dense(second.layers[LINEAR])
     found = merged.layers[LINEAR]
     assert close(dense(found), expected)
@@ -129,18 +129,28 @@ def test_a_merge_is_the_weighted_sum_of_the_updates():
     assert close(dense(merged.layers[CONV]), 0.7 * dense(first.layers[CONV]))
     assert close(dense(merged.layers[WIDE]), -1.5 * dense(second.layers[WIDE]))
     assert (merged.family, merged.metadata) == ("sd1", {"ss_v2": "False"})
+    assert set(errors.values()) == {0.0}
+
+
+def test_a_sum_is_cut_to_the_nearest_of_its_rank():
+    first, second = lora(linear=layer(3)), lora(linear=layer(5, seed=1), wide=layer(2))
+    merged, errors = merge([(first, 0.7), (second, 1.0)], rank=4)
+    expected, error = best(0.7 * dense(first.layers[LINEAR]) + dense(second.layers[LINEAR]), 4)
+    assert close(dense(merged.layers[LINEAR]), expected)
+    assert errors == {LINEAR: pytest.approx(error, rel=1e-9), WIDE: 0.0}
+    assert torch.equal(merged.layers[WIDE].up, second.layers[WIDE].up)
 
 
 def test_a_linear_layer_and_a_1x1_convolution_are_added():
-    merged = merge([(lora(linear=layer(2, kernel=(1, 1))), 1.0), (lora(linear=layer(2, seed=1)), 1.0)])
+    merged, _ = merge([(lora(linear=layer(2, kernel=(1, 1))), 1.0), (lora(linear=layer(2, seed=1)), 1.0)])
     assert merged.layers[LINEAR].down.shape == (4, 40, 1, 1)
     assert close(dense(merged.layers[LINEAR]), dense(layer(2)) + dense(layer(2, seed=1)))
 
 
 def test_a_lora_minus_itself_is_nothing_and_merging_half_with_whole_widens():
     half, whole = lora(linear=layer(3, dtype=torch.float16)), lora(linear=layer(3))
-    assert merge([(half, 1.0), (whole, 1.0)]).layers[LINEAR].down.dtype == torch.float32
-    assert update_norms(merge([(whole, 1.0), (whole, -1.0)]))[LINEAR] < 1e-5
+    assert merge([(half, 1.0), (whole, 1.0)])[0].layers[LINEAR].down.dtype == torch.float32
+    assert update_norms(merge([(whole, 1.0), (whole, -1.0)])[0])[LINEAR] < 1e-5
 
 
 def test_norms_and_errors_are_those_of_the_dense_updates():

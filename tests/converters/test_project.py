@@ -56,6 +56,18 @@ def test_a_loras_theta_is_the_nearest_and_says_what_it_misses(space):
     assert torch.equal(found.theta[other], space.theta_0[other])
 
 
+def test_bases_that_hold_an_update_miss_none_of_it(space):
+    layer = random_lora(rank=1, scale=1.0).layers[Q]
+    down_key, up_key = space.basis_keys(space.layer_names.index(Q))
+    generator = torch.Generator().manual_seed(3)
+    bases = {
+        down_key.label: torch.cat([layer.down, torch.randn(5, 16, generator=generator)]),
+        up_key.label: torch.cat([layer.up, torch.randn(12, 3, generator=generator)], dim=1),
+    }
+    assert project(lora_updates(Lora({Q: layer})), space, bases).errors[Q] < 1e-6
+    assert project(lora_updates(Lora({Q: layer})), space).errors[Q] > 0.5
+
+
 def test_two_models_theta_is_that_of_their_difference(space, tmp_path):
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     base, update = torch.randn(12, 16), torch.randn(12, 16)
