@@ -37,21 +37,25 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
 
 def as_text(description: "FileDescription") -> str:
     """A description for people: a topic and a finding on each line, what is unknown left out."""
+    from converters.safe_read import printable
+
     rows = [
         ("file", f"{description.path} ({description.size_bytes / 1000:,.0f} KB)"),
         ("kind", description.kind),
+        ("made by", description.made_by),
         ("base", " ".join(filter(None, [description.base, _in_brackets(description.base_model_name)])) or "not said"),
         ("rank", _numbers(description.ranks)),
         ("alpha", _numbers(description.alphas)),
         ("layers", _layers(description.layers)),
         ("LiDB", _lidb(description.metadata)),
         ("numbers", f"{description.num_parameters:,} in {', '.join(description.dtypes)}"),
+        *((f"norm {block}", f"{norm:.4g}") for block, norm in description.norms.items()),
         ("title", description.title),
         ("trigger words", ", ".join(description.trigger_words)),
         *((f"hash {name}", value) for name, value in description.hashes.items()),
         *(("warning", warning) for warning in description.warnings),
     ]
-    return "\n".join(f"{topic:24}{_printable(finding)}" for topic, finding in rows if finding)
+    return "\n".join(f"{topic:24}{printable(finding, _MAX_CHARS)}" for topic, finding in rows if finding)
 
 
 def _in_brackets(text: str) -> str:
@@ -73,9 +77,3 @@ def _lidb(metadata: dict[str, str]) -> str:
     fields = {"down_dim": "down", "up_dim": "up", "seed": "seed", "scale": "scale", "basis": "basis"}
     found = {name: metadata.get(f"lidb.{key}") for key, name in fields.items()}
     return ", ".join(f"{name} {value}" for name, value in found.items() if value)
-
-
-def _printable(text: str) -> str:
-    """Metadata is anybody's: no control characters reach the terminal, and no novel either."""
-    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-    return text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + "..."

@@ -13,9 +13,20 @@ COMMANDS = {
     "preoptimize": "cli.preoptimize",
     "train": "cli.train",
     "inspect": "cli.inspect",
-    "export": "cli.export",
+    "convert": "cli.convert",
+    "resize": "cli.resize",
+    "merge": "cli.merge",
+    "extract": "cli.extract",
+    "project": "cli.project",
     "doctor": "cli.doctor",
 }
+
+
+def as_sentence(error: Exception) -> str:
+    """What an error tells people."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
 
 
 class LazyGroup(click.Group):
@@ -32,11 +43,8 @@ class LazyGroup(click.Group):
             return super().invoke(context)
         except BrokenPipeError:  # click ends quietly when the reader of a pipe has gone
             raise
-        except OSError as error:
-            message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
-            raise click.ClickException(message) from error
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
+        except (OSError, ValueError) as error:
+            raise click.ClickException(as_sentence(error)) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

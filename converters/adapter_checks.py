@@ -7,16 +7,22 @@ from dataclasses import dataclass
 
 from .adapter_layout import Layout
 from .key_maps import is_sgm_name
+from .safe_read import printable
 
 # Width of the prompt embeddings that cross-attention reads -> family, as A1111 names it.
 CROSS_WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 _CROSS_KEY = re.compile(r"attn2[._](processor[._])?to_k(_lora)?$")
+_MAX_NAME_CHARS = 120
+_BLOCK = re.compile(r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block")
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told."""
+    """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told.
+
+    ``norm`` is the Frobenius norm of a LoRA's update, None for other algorithms and broken layers.
+    """
 
     name: str
     component: str
@@ -27,6 +33,18 @@ class ModuleFacts:
     has_non_finite: bool
     is_zero: bool
     is_complete: bool
+    norm: float | None
+
+
+def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
+    """Return the Frobenius norm of the updates of each text encoder and each block of a UNet; to see where it acts."""
+    norms: dict[str, float] = {}
+    for module in modules:
+        if module.norm is not None:
+            found = _BLOCK.search(module.name)
+            block = f"{module.component} {found[0].replace('.', '_')}" if found else module.component
+            norms[block] = math.hypot(norms.get(block, 0.0), module.norm)
+    return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
 
 
 def base_from_shapes(modules: Sequence[ModuleFacts]) -> str | None:
@@ -59,6 +77,9 @@ def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: dict
     found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
     if layout.style == "kohya":
         found += _kohya_warnings(modules, metadata)
+    name = metadata.get("ss_output_name", "")
+    if set(name) & set("<>:/\\") or not name.isprintable():
+        found.append(f"ss_output_name is {printable(repr(name))}, which is no name for <lora:name:1>, nor for a file")
     shapes, named = base_from_shapes(modules), base_from_metadata(metadata)
     if shapes and named and shapes != named:
         found.append(f"its layers are {shapes}'s but its metadata says {named}: A1111 hides it from the right model")
@@ -147,7 +168,7 @@ def _count(items: Sequence[str], noun: str) -> str:
 
 def _examples(names: Sequence[str]) -> str:
     """The first names, and how many more."""
-    shown = ", ".join(name if len(name) <= 120 else name[:117] + "..." for name in names[:2])
+    shown = ", ".join(printable(name, _MAX_NAME_CHARS) for name in names[:2])
     return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
 
 

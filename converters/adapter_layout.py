@@ -6,23 +6,21 @@ Only names are looked at here; what the tensors hold is :mod:`converters.describ
 import re
 from dataclasses import dataclass, field
 
-# Tensor-name ending -> what it is; the longest ending that fits counts. "_lora" is diffusers before 0.20.
+# How each format ends the names of a layer's tensors; it is written so, and read so.
+SPELLINGS = {
+    "kohya": {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
+    "diffusers": {"down": ".lora_A.weight", "up": ".lora_B.weight", "dora": ".lora_magnitude_vector"},
+    "diffusers-old": {"down": "_lora.down.weight", "up": "_lora.up.weight"},
+}
+# Tensor-name ending -> what it is; the longest ending that fits counts.
 ENDINGS = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
+    **{ending: role for spelling in SPELLINGS.values() for role, ending in spelling.items()},
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".lora_embedding_A": "down",
     ".lora_embedding_B": "up",
-    ".alpha": "alpha",
-    ".dora_scale": "dora",
-    ".lora_magnitude_vector": "dora",
     ".lora_magnitude_vector.weight": "dora",
     ".lora_mid.weight": "mid",
     ".diff": "full",

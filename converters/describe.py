@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from .adapter_checks import ModuleFacts, base_from_metadata, base_from_shapes, find_warnings
+from .adapter_checks import ModuleFacts, base_from_metadata, base_from_shapes, block_norms, find_warnings
+from .adapter_config import METADATA_KEY
 from .adapter_layout import AdapterModule, Layout, read_layout
+from .algebra import update_norm
 from .metadata import read_sidecar
-from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, read_header, read_json_object
+from .safe_read import PICKLE_SUFFIXES, Header, iter_tensors, printable, read_header, read_json_object
 
 THETA_PREFIX = "lidb."
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -24,7 +27,10 @@ _CHECKPOINT_STARTS = (
     "conv_in.weight",
     "down_blocks.0.resnets.0.norm1.weight",
 )
+# Metadata that one program alone writes.
+_PROGRAMS = {"ss_sd_scripts_commit_hash": "kohya sd-scripts", "ot_revision": "OneTrainer", METADATA_KEY: "diffusers"}
 _NUM_TAGS = 5
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class FileDescription:
 
     Args:
         path: the file that was read (inside a folder, if one was given).
+        made_by: the program that wrote it, where it says so.
         kind: e.g. ``kohya LoRA``, ``diffusers LoRA``, ``PEFT LoRA``, ``kohya LoHa``, ``LiDB theta``.
         base: ``SD1``, ``SD2``, ``SDXL``, another model's own name, or None.
         base_model_name: the checkpoint it was made on, if it says so.
         ranks, alphas: every value that occurs, ascending; readers take a missing alpha as the rank.
         layers: component -> number of adapted layers.
+        norms: block of the UNet, or text encoder -> Frobenius norm of its updates; LoRA only.
         dtypes: dtypes of its tensors, e.g. ``float16``.
         num_parameters, size_bytes: numbers stored, bytes on disk.
         title, trigger_words: what it calls itself, what to write in a prompt.
@@ -47,12 +55,14 @@ class FileDescription:
     """
 
     path: str
+    made_by: str
     kind: str
     base: str | None
     base_model_name: str
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     layers: dict[str, int]
+    norms: dict[str, float]
     dtypes: tuple[str, ...]
     num_parameters: int
     size_bytes: int
@@ -97,12 +107,14 @@ def describe(path: str | os.PathLike) -> FileDescription:
     algorithm = layout.algorithm or peft_type
     return FileDescription(
         path=str(file),
+        made_by=_made_by(metadata),
         kind=f"{layout.style} {algorithm}",
         base=base_from_shapes(modules) or base_from_metadata(metadata),
         base_model_name=_base_model_name(metadata, configs),
         ranks=tuple(sorted({module.rank for module in modules if module.rank})),
         alphas=tuple(sorted({module.alpha for module in modules if module.alpha is not None})),
         layers=dict(Counter(module.component for module in modules)),
+        norms=block_norms(modules),
         dtypes=_dtypes(header),
         num_parameters=_num_parameters(header),
         size_bytes=file.stat().st_size,
@@ -149,7 +161,7 @@ def _gather_facts(file: Path, header: Header, layout: Layout, configs: dict[str,
     alpha_names = {name for module in layout.modules.values() for name in module.parts.get("alpha", ())}
     for name, tensor in iter_tensors(file):
         if name in alpha_names:
-            alphas[name] = tensor.double().flatten()[0].item() if tensor.numel() else math.nan
+            alphas[name] = tensor.flatten()[0].double().item() if tensor.numel() else math.nan
         elif not _is_finite(tensor):
             non_finite.add(name)
         elif not tensor.any():
@@ -159,6 +171,7 @@ def _gather_facts(file: Path, header: Header, layout: Layout, configs: dict[str,
         alpha_name = next(iter(module.parts.get("alpha", ())), None)
         down, up = (next(iter(module.parts.get(role, ())), None) for role in ("down", "up"))
         shape = header.tensors[down].shape if down else ()
+        alpha = alphas[alpha_name] if alpha_name else _configured(module, configs, "lora_alpha")
         names = [name for part in module.parts.values() for name in part]
         factors = [name for role in ("down", "up", "lidb") for name in module.parts.get(role, ())]
         facts.append(
@@ -167,14 +180,28 @@ def _gather_facts(file: Path, header: Header, layout: Layout, configs: dict[str,
                 component=module.component,
                 rank=shape[0] if shape else int(_configured(module, configs, "r") or 0),
                 in_features=shape[1] if len(shape) > 1 else 0,
-                alpha=alphas[alpha_name] if alpha_name else _configured(module, configs, "lora_alpha"),
+                alpha=alpha,
                 alpha_is_scalar=alpha_name is None or header.tensors[alpha_name].shape == (),
                 has_non_finite=not non_finite.isdisjoint(names),
                 is_zero=not zero.isdisjoint(factors),
                 is_complete=(down is None) == (up is None),
+                norm=_norm(file, header, down, up, alpha) if non_finite.isdisjoint(names) else None,
             )
         )
     return facts
+
+
+def _norm(file: Path, header: Header, down: str | None, up: str | None, alpha: float | None) -> float | None:
+    """The norm of ``alpha / rank * up @ down``; None if these two are no product."""
+    if down is None or up is None:
+        return None
+    down_shape, up_shape = header.tensors[down].shape, header.tensors[up].shape
+    if len(down_shape) < 2 or up_shape[1:] != (down_shape[0], *(1 for _ in down_shape[2:])) or not down_shape[0]:
+        return None
+    with safe_open(file, framework="pt") as stored:
+        norm = update_norm(*(stored.get_tensor(name).double().flatten(1) for name in (down, up)))
+    norm *= 1.0 if alpha is None else abs(alpha) / down_shape[0]
+    return norm if math.isfinite(norm) else None
 
 
 def _configured(module: AdapterModule, configs: dict[str, dict], name: str) -> float | None:
@@ -201,12 +228,14 @@ def _describe_theta(file: Path, header: Header) -> FileDescription:
     rank = metadata.get(THETA_PREFIX + "r", "")
     return FileDescription(
         path=str(file),
+        made_by="lidb-peft",
         kind="LiDB theta",
         base=base_from_metadata(metadata),
         base_model_name=metadata.get(THETA_PREFIX + "base_model_name", ""),
         ranks=(int(rank),) if rank.isdecimal() and len(rank) < 6 else (),
         alphas=(),
         layers={"all": info.shape[0]} if info.shape else {},
+        norms={},
         dtypes=_dtypes(header),
         num_parameters=_num_parameters(header),
         size_bytes=file.stat().st_size,
@@ -259,13 +288,18 @@ def _base_model_name(metadata: dict[str, str], configs: dict[str, dict]) -> str:
     return metadata.get("ss_sd_model_name", "") or next((name for name in named if name), "")
 
 
+def _made_by(metadata: dict[str, str]) -> str:
+    program = next((program for key, program in _PROGRAMS.items() if key in metadata), "")
+    return "LyCORIS" if metadata.get("ss_network_module", "").startswith("lycoris") else program
+
+
 def _what_instead(header: Header) -> str:
     names = list(header.tensors)
     if any(name.startswith(_CHECKPOINT_STARTS) for name in names):
         return "a whole model, not an adapter"
     if {"emb_params"} & set(names) or {"clip_l", "clip_g"} & set(names):
         return "a textual inversion embedding, not a LoRA"
-    return f"no adapter that is known here: it holds {', '.join(name[:60] for name in names[:3]) or 'no tensors'}"
+    return f"no adapter that is known here: it holds {', '.join(printable(name) for name in names[:3]) or 'no tensors'}"
 
 
 def _dtypes(header: Header) -> tuple[str, ...]:
@@ -280,6 +314,5 @@ def _num_parameters(header: Header) -> int:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    if tensor.element_size() == 1:  # torch.isfinite knows no float8
-        tensor = tensor.float()
-    return bool(torch.isfinite(tensor).all())
+    pieces = tensor.flatten().split(_PIECE)  # torch.isfinite makes copies, and knows no float8
+    return all(bool(torch.isfinite(piece.float() if piece.element_size() == 1 else piece).all()) for piece in pieces)

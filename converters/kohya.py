@@ -1,32 +1,27 @@
-"""The kohya LoRA file, which A1111, ComfyUI, kohya sd-scripts and diffusers read: writing it exactly, reading it back.
+"""The kohya LoRA file, which A1111, ComfyUI, kohya sd-scripts and diffusers read.
 
-One rank and one alpha (= rank) for the whole file, every other scale inside ``lora_up``: diffusers loses alphas that
-differ between attention modules, and mixed ranks with them.
+One rank and one alpha for the whole file: diffusers loses alphas that differ between attention modules, and mixed ranks
+with them.
 """
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lidb_peft.files import atomic_path, to_bytes
+from lidb_peft.files import write_safetensors
 from lidb_peft.relax import LoraFactors
 
-from .key_maps import from_kohya_name, to_kohya_name
+from .adapter_layout import SPELLINGS
+from .key_maps import to_kohya_name
+from .lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
 from .metadata import KohyaMetadata, add_hashes, build_metadata, write_preview, write_sidecar
-from .safe_read import read_tensors
+from .reading import read_lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-# A LoRA of another model family has thousands of keys, all of them unknown.
-_MAX_KEYS_SHOWN = 20
 
 
 def write_lora(
@@ -68,7 +63,7 @@ def save_kohya(
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write what `lora_tensors` gave with ``metadata``, to which kohya's hashes are added.
+    """Write a kohya file's tensors with ``metadata``, to which kohya's hashes are added.
 
     Raises:
         ValueError: a file name without ``.safetensors``.
@@ -76,139 +71,53 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} does not end in .safetensors; name the LoRA file so, or readers will not find it")
-    blob = to_bytes(tensors, add_hashes(tensors, metadata))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(blob)
+    write_safetensors(path, tensors, add_hashes(tensors, metadata))
 
 
 def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
-    """Read a kohya LoRA of any author as float32 factors with alpha / rank folded into ``lora_B``, and its metadata.
-
-    Each module's own alpha counts; without one the scale is 1. 1x1 convolutions (SD1's ``proj_in``) become matrices.
-
-    Raises:
-        ValueError: a damaged file, or one that holds anything but plain LoRA of Stable Diffusion 1, 2 or XL; the
-            unknown keys are named.
-    """
-    tensors, metadata = read_tensors(path)
-    modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        ending = next((ending for ending in (DOWN, UP, ALPHA) if key.endswith(ending)), None)
-        if ending is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(key.removesuffix(ending), {})[ending] = tensor
-    names: dict[str, str] = {}
-    for module in modules:
-        try:
-            layer = from_kohya_name(module)
-        except ValueError:
-            unknown.extend(module + ending for ending in modules[module])
-            continue
-        if layer in names:
-            raise ValueError(f"{path} holds layer {layer} twice, as {names[layer]} and {module}; remove one")
-        names[layer] = module
-    if unknown:
-        more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
-        raise ValueError(
-            f"{path} holds {len(unknown)} keys that are no plain LoRA of Stable Diffusion 1, 2 or XL:"
-            f" {', '.join(sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
-        )
-    if not names:
-        raise ValueError(f"{path} holds no LoRA layers")
-    return {layer: _fold_alpha(f"{path}: {module}", modules[module]) for layer, module in names.items()}, metadata
+    """Read a LoRA as float32 factors with alpha / rank folded into ``lora_B``, and its metadata; see `read_lora`."""
+    lora = read_lora(path)
+    return lora.factors(), lora.metadata
 
 
 def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """Return the tensors of a kohya file that holds ``factors``, and its rank, which is its alpha too.
 
     Raises:
-        ValueError: as :func:`save_kohya`.
+        ValueError: as `save_kohya`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
     if not factors:
         raise ValueError("there are no LoRA layers to write; pass the factors of at least one layer")
-    checked = {layer: _check_factors(layer, *pair) for layer, pair in factors.items()}
-    rank = max(down.shape[0] for down, _ in checked.values())
-    alpha = torch.tensor(rank, dtype=dtype)
-    if alpha.item() != rank:  # bfloat16 counts exactly to 256 only
-        alpha = torch.tensor(rank, dtype=torch.float32)
-    tensors: dict[str, Tensor] = {}
-    for layer, (down, up) in checked.items():
-        padding = rank - down.shape[0]
-        down = torch.nn.functional.pad(down, (0, 0, 0, padding))
-        up = torch.nn.functional.pad(up, (0, padding))
-        down, up = balance(down, up)
-        name = to_kohya_name(layer, family)
-        tensors[name + DOWN] = _round(layer, down, dtype)
-        tensors[name + UP] = _round(layer, up, dtype)
-        tensors[name + ALPHA] = alpha.clone()
-    return tensors, rank
+    layers = {name: _balanced_layer(name, *pair) for name, pair in factors.items()}
+    lora, _ = with_one_alpha(Lora(layers, family), scale=1.0)
+    return kohya_tensors(to_dtype(lora, dtype), family), max(layer.rank for layer in layers.values())
 
 
-def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring each row of ``down`` (r, in) and column of ``up`` (out, r) to the same size; ``up @ down`` stays the same.
+def kohya_tensors(lora: Lora, family: str) -> dict[str, Tensor]:
+    """Return a LoRA's tensors under the names that kohya gives the layers of ``family``.
 
-    Only powers of two are moved from one to the other, so float32 loses nothing; the largest entries of the two then
-    differ by less than a factor of 4, far inside float16's range for any LoRA that does something.
+    Raises:
+        ValueError: a layer that the family does not have.
     """
-    down_max = down.abs().amax(1).tolist()
-    up_max = up.abs().amax(0).tolist()
-    steps = [
-        min(max((math.frexp(above)[1] - math.frexp(below)[1]) // 2, -126), 126) if above and below else 0
-        for below, above in zip(down_max, up_max, strict=True)
-    ]
-    # torch.ldexp computes a power in floating point; math.ldexp is exact.
-    scale = torch.tensor([math.ldexp(1.0, step) for step in steps], dtype=torch.float32)
-    return down * scale[:, None], up / scale
+    endings = SPELLINGS["kohya"]
+    tensors: dict[str, Tensor] = {}
+    for layer_name, layer in lora.layers.items():
+        name = to_kohya_name(layer_name, family)
+        tensors[name + endings["down"]], tensors[name + endings["up"]] = layer.down, layer.up
+        alpha = torch.tensor(layer.alpha, dtype=layer.up.dtype)
+        if alpha.item() != layer.alpha:  # bfloat16 counts exactly to 256 only
+            alpha = torch.tensor(layer.alpha, dtype=torch.float32)
+        tensors[name + endings["alpha"]] = alpha
+        if layer.magnitude is not None:
+            tensors[name + endings["dora"]] = layer.magnitude.reshape(-1, *(1,) * (layer.up.dim() - 1))
+    return tensors
 
 
-def _check_factors(layer: str, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    down, up = (tensor.detach().to("cpu", torch.float32) for tensor in (lora_A, lora_B))
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
-        raise ValueError(
-            f"layer {layer} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)};"
-            " pass (rank, in) and (out, rank) of one rank above 0"
-        )
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ValueError(f"layer {layer} holds NaN or infinity; its training diverged, train again with a lower rate")
-    return down, up
-
-
-def _round(layer: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype).contiguous()
-    if not torch.isfinite(rounded).all():
-        raise ValueError(
-            f"layer {layer} reaches {tensor.abs().max().item():.3g}, beyond {torch.finfo(dtype).max:.3g}, the largest"
-            f" {str(dtype).removeprefix('torch.')}; write it as float32 or bfloat16"
-        )
-    return rounded
-
-
-def _fold_alpha(where: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return ``(lora_A, lora_B)`` in float32 of one module of a file; ``where`` names it in errors."""
-    missing = [ending for ending in (DOWN, UP) if ending not in parts]
-    if missing:
-        raise ValueError(f"{where} has no {' and no '.join(ending[1:] for ending in missing)}; the file is incomplete")
-    down, up = parts[DOWN].float(), parts[UP].float()
-    if any(tensor.dim() != 2 and (tensor.dim() != 4 or tensor.shape[2:] != (1, 1)) for tensor in (down, up)):
-        raise ValueError(
-            f"{where} has down {tuple(down.shape)} and up {tuple(up.shape)}; only linear layers and 1x1 convolutions"
-            " are read, not LoCon's larger ones"
-        )
-    down, up = down.flatten(1), up.flatten(1)
-    if down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
-        raise ValueError(f"{where} has down {tuple(down.shape)} and up {tuple(up.shape)}, which are of no one rank")
-    scale = 1.0
-    if ALPHA in parts:
-        if parts[ALPHA].numel() != 1:
-            raise ValueError(f"{where} has an alpha of shape {tuple(parts[ALPHA].shape)}; it must be one number")
-        alpha = parts[ALPHA].float().item()
-        if alpha == 0 or not math.isfinite(alpha):
-            raise ValueError(f"{where} has alpha {alpha}, which readers take differently; set it to the rank")
-        scale = alpha / down.shape[0]
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ValueError(f"{where} holds NaN or infinity; the file is not usable")
-    return down, up * scale
+def _balanced_layer(name: str, lora_A: Tensor, lora_B: Tensor) -> LoraLayer:
+    try:
+        layer = LoraLayer(*(factor.detach().to("cpu", torch.float32) for factor in (lora_A, lora_B)), alpha=1.0)
+    except ValueError as error:
+        raise ValueError(f"layer {name} has {error}") from error
+    return LoraLayer(*balance(layer.down, layer.up), alpha=float(layer.rank))

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lidb_peft.files import atomic_path, to_bytes
+from lidb_peft.files import atomic_path, safetensors_chunks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What marks a preview as ours, so that a photo of the same name is never overwritten.
 _PREVIEW_SOFTWARE = "lidb-peft"
+# What kohya's older hash is of: 64 KB from 1 MB on.
+_LEGACY_BYTES = range(0x100000, 0x110000)
 _SIDECAR_KEYS = frozenset(
     {"description", "sd version", "activation text", "preferred weight", "negative text", "notes"}
 )
@@ -140,34 +142,43 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
         "ss_resolution": f"({side}, {side})",
         "ss_sd_model_name": metadata.base_model_name,
         "ss_num_train_images": str(metadata.num_photos) if metadata.num_photos else "",
-        "ss_tag_frequency": _tag_frequency(metadata),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": family.v_architecture if metadata.v_prediction else family.architecture,
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.title or name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if metadata.v_prediction else "epsilon",
-        "modelspec.trigger_phrase": metadata.trigger,
         "modelspec.author": metadata.author,
         "modelspec.description": metadata.description,
         "modelspec.license": metadata.license,
         "modelspec.date": metadata.date,
+        **trigger_entries(metadata.trigger, metadata.num_photos),
         **metadata.extra,
     }
     return {key: value for key, value in entries.items() if value}
 
 
+def trigger_entries(trigger: str, num_photos: int = 0) -> dict[str, str]:
+    """Return what names the activation text: ModelSpec's phrase, and kohya's tags, which A1111 shows to be clicked."""
+    if not trigger:
+        return {}
+    tags = {f"1_{trigger}": {trigger: max(num_photos, 1)}}
+    return {"modelspec.trigger_phrase": trigger, "ss_tag_frequency": json.dumps(tags, ensure_ascii=False)}
+
+
 def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """Return ``metadata`` with ``sshs_model_hash`` and ``sshs_legacy_hash``, computed as kohya does.
 
-    kohya hashes a file that has only the ``ss_*`` keys: all of it after the header, and 64 KB from 1 MB on.
+    kohya hashes a file that has only the ``ss_*`` keys: all of it after the header, or a piece of it.
     """
-    blob = to_bytes(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    tensor_bytes = memoryview(blob)[8 + int.from_bytes(blob[:8], "little") :]
-    return metadata | {
-        "sshs_model_hash": hashlib.sha256(tensor_bytes).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8],
-    }
+    chunks = safetensors_chunks(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    model, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
+    for chunk in chunks:
+        if position:  # the first is the header
+            model.update(chunk)
+        legacy.update(chunk[max(_LEGACY_BYTES.start - position, 0) : max(_LEGACY_BYTES.stop - position, 0)])
+        position += len(chunk)
+    return metadata | {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
 
 
 def write_sidecar(lora_path: Path, metadata: KohyaMetadata) -> Path | None:
@@ -241,10 +252,3 @@ def _is_our_preview(path: Path) -> bool:
             return picture.format == "PNG" and picture.info.get("Software") == _PREVIEW_SOFTWARE
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         return False
-
-
-def _tag_frequency(metadata: KohyaMetadata) -> str:
-    """The trigger as kohya's {folder: {tag: count}}, which A1111 shows as a clickable tag."""
-    if not metadata.trigger:
-        return ""
-    return json.dumps({f"1_{metadata.trigger}": {metadata.trigger: max(metadata.num_photos, 1)}}, ensure_ascii=False)

@@ -14,8 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# The cap of the safetensors library itself; a LoRA's header is under 1 MB.
-MAX_HEADER_BYTES = 100_000_000
+# A LoRA's header is under 1 MB, one with a picture and thousands of tags a few. JSON takes twenty times its size in
+# memory, and the 100 MB that the safetensors library allows would take minutes to parse.
+MAX_HEADER_BYTES = 16_000_000
+_MAX_JSON_BYTES = 10_000_000
+# Multiplying a shape of a million dimensions would take hours; torch counts to 2^63.
+_MAX_DIMS = 8
+_MAX_COUNT = 2**63
+_MAX_SHOWN_CHARS = 100
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A zip archive (torch >= 1.6), then pickle protocols 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -63,7 +69,7 @@ def read_header(path: str | os.PathLike) -> Header:
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        is_readable = len(start) == 8 and length <= min(MAX_HEADER_BYTES, size - 8)
+        is_readable = len(start) == 8 and length <= size - 8
         # A header of 640 bytes starts like a pickle too, so the length decides before the first bytes do.
         if path.suffix.lower() in PICKLE_SUFFIXES or (not is_readable and start.startswith(_PICKLE_STARTS)):
             raise ValueError(
@@ -76,6 +82,11 @@ def read_header(path: str | os.PathLike) -> Header:
             raise ValueError(
                 f"{path} is not a safetensors file, or is truncated: it announces a header of {length} bytes"
                 f" and has {size} bytes in all; download or write it again"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path} has a header of {length} bytes, more than the {MAX_HEADER_BYTES} that are read;"
+                " a LoRA's is under 1 MB, so get the file from somewhere else"
             )
         raw = file.read(length)
     return _parse_header(path, raw, size - 8 - length)
@@ -99,6 +110,10 @@ def iter_tensors(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
 
 def read_json_object(path: Path, remedy: str) -> dict:
     """Read a JSON file that must hold an object; ``remedy`` ends the sentence of the ValueError otherwise."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, more than the {_MAX_JSON_BYTES} that are read; {remedy}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -152,12 +167,18 @@ def _parse_tensor(path: Path, name: str, entry: object) -> TensorInfo:
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    is_short = isinstance(values, list) and len(values) <= _MAX_DIMS
+    return is_short and all(type(value) is int and 0 <= value < _MAX_COUNT for value in values)
+
+
+def printable(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
+    """Anybody's text for a message or a terminal: no control characters, no lone surrogates, and no novel."""
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: max_chars + 1])
+    return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
+    return printable(repr(value))
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -267,17 +267,6 @@ def _choose_recipe(
     return config
 
 
-def export_theta(theta_file: str | Path, base: BaseModel, out: str | Path, trigger: str) -> list[Path]:
-    """Write a theta file as a kohya LoRA of rank r, exact; returns the files written.
-
-    Raises:
-        ValueError: the theta does not belong to this architecture or its bases cannot be rebuilt.
-    """
-    check_outputs(out, from_theta=theta_file)
-    space, theta = _open_theta(theta_file, base)
-    return write_lora(out, space.factors(theta), lora_metadata(base, trigger))
-
-
 def _open_start(
     base: BaseModel,
     lidb_config: LiDBConfig | None,

@@ -148,7 +148,7 @@ def _check_lora(lora: str | Path) -> FileDescription:
     """Refuse what diffusers would load wrongly or without a word."""
     description = describe(lora)
     if description.kind == "LiDB theta":
-        raise ValueError(f"{lora} holds LiDB weights, not a LoRA; make one of them with hdb export")
+        raise ValueError(f"{lora} holds LiDB weights, not a LoRA; make one of them with hdb convert")
     if not description.kind.endswith((" LoRA", " DoRA")):
         raise ValueError(f"{lora} is a {description.kind}; only a LoRA can be drawn with")
     bad = [name for name, tensor in iter_tensors(description.path) if not torch.isfinite(tensor.float()).all()]

@@ -3,12 +3,19 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
+import torch
 from torch import Tensor
+
+# dtype -> its name in a safetensors file, in the order in which the library sorts tensors: the last first.
+_DTYPE_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+_DTYPES = tuple(_DTYPE_NAMES)
 
 
 def check_writable(target: str | os.PathLike) -> None:
@@ -66,15 +73,30 @@ def _umask() -> int:
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Serialise as safetensors with sorted metadata.
+    """Serialise as safetensors; see `safetensors_chunks`, which needs no memory for a second copy."""
+    return b"".join(safetensors_chunks(tensors, metadata))
 
-    The library writes metadata in a random order, so that the same LoRA would give other bytes on each run.
+
+def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order.
+
+    Metadata is sorted. The library writes it in a random order, so that the same LoRA would give other bytes each time.
     """
-    blob = safetensors.torch.save(tensors, metadata)
-    length = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + length])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    names = sorted(tensors, key=lambda name: (-_DTYPES.index(tensors[name].dtype), name.encode()))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype = _DTYPE_NAMES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(safetensors_chunks(tensors, metadata))

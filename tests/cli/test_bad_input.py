@@ -124,12 +124,6 @@ def test_a_learning_rate_that_is_too_high_says_so(hdb, personalize, portrait):
     assert "the fit diverged" in hdb.fail(*personalize(portrait), "--steps", 4, "--lr", 1e30)
 
 
-def test_export_needs_a_prompt_with_the_token(hdb, made):
-    assert "it must hold [V]" in hdb.fail(
-        "export", made / "theta.safetensors", "--prompt", "a face", "--out", "x.safetensors"
-    )
-
-
 def test_no_photo_and_no_command_are_usage_errors(hdb):
     assert "PHOTOS" in hdb.fail("personalize", code=2)
     assert "No such command 'fit'" in hdb.fail("fit", code=2)
@@ -138,11 +132,10 @@ def test_no_photo_and_no_command_are_usage_errors(hdb):
 # ---- outputs ----
 
 
-def test_an_output_folder_that_is_not_there_is_named(hdb, personalize, portrait, made):
+def test_an_output_folder_that_is_not_there_is_named(hdb, personalize, portrait):
     for arguments in (
         personalize(portrait, "--out", "nowhere/me.safetensors"),
         personalize(portrait, "--save-theta", "nowhere/theta.safetensors"),
-        ("export", made / "theta.safetensors", "--base", "testbed", "--out", "nowhere/me.safetensors"),
         ("generate", "a face", "--base", "testbed", "--out", "nowhere/a.png"),
     ):
         assert "nowhere does not exist" in hdb.fail(*arguments)
@@ -155,7 +148,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(hdb, personalize, port
     Path("locked").mkdir()
     for arguments in (
         personalize(portrait, "--out", "locked/me.safetensors"),
-        ("export", made / "theta.safetensors", "--base", "testbed", "--out", "locked/me.safetensors"),
+        ("convert", made / "me.safetensors", "locked/me.safetensors"),
         ("generate", "a face", "--base", "testbed", "--out", "locked/a.png"),
     ):
         assert "locked is not writable" in hdb.fail(*arguments)
@@ -167,7 +160,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(hdb, personalize, portra
 
     monkeypatch.setattr(os, "fsync", full)
     assert hdb.fail(*personalize(portrait)) == "No space left on device: portrait.safetensors"
-    message = hdb.fail("export", made / "theta.safetensors", "--base", "testbed", "--out", "me.safetensors")
+    message = hdb.fail("convert", made / "me.safetensors", "me.safetensors")
     assert message == "No space left on device: me.safetensors"
     message = hdb.fail("generate", "a face", "--base", "testbed", "--num-steps", 1, "--out", "a.png")
     assert message == "No space left on device: a.png"
@@ -178,7 +171,9 @@ def test_a_lora_never_overwrites_the_theta_it_comes_from(hdb, personalize, portr
     assert "both the LoRA and the LiDB weights" in hdb.fail(
         *personalize(portrait), "--from-theta", "portrait.safetensors"
     )
-    assert "both the LoRA" in hdb.fail("export", "portrait.safetensors", "--out", "portrait.safetensors")
+    assert "both what is read and what is written" in hdb.fail(
+        "convert", "portrait.safetensors", "portrait.safetensors", "--overwrite"
+    )
 
 
 def test_ctrl_c_leaves_nothing(hdb, personalize, portrait, monkeypatch):
@@ -206,7 +201,7 @@ def use_theta(portrait, personalize):
     """Both commands that read a theta file."""
     return lambda file: (
         personalize(portrait, "--from-theta", file, "--out", "out.safetensors"),
-        ("export", file, "--base", "testbed", "--out", "out.safetensors"),
+        ("convert", file, "out.safetensors", "--base", "testbed", "--overwrite"),
     )
 
 
@@ -260,9 +255,10 @@ def test_a_theta_of_another_checkpoint_is_a_warning(hdb, use_theta):
 
 def test_a_file_that_is_no_theta_is_refused(hdb, use_theta, made):
     Path("notes.safetensors").write_text("no tensors")
-    for file in ("notes.safetensors", "gone.safetensors", made / "me.safetensors"):
+    for file in ("notes.safetensors", "gone.safetensors"):
         for arguments in use_theta(file):
             assert str(file) in hdb.fail(*arguments)
+    assert "is not a theta file" in hdb.fail(*use_theta(made / "me.safetensors")[0])
 
 
 # ---- LoRA files ----
@@ -300,7 +296,7 @@ def test_a_file_that_is_no_lora_is_named(hdb, made):
 
 def test_generate_does_not_take_a_theta_for_a_lora(hdb, made):
     message = hdb.fail("generate", "a face", "--base", "testbed", "--lora", made / "theta.safetensors")
-    assert "hdb export" in message
+    assert "hdb convert" in message
 
 
 def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal(hdb, made):

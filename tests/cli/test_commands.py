@@ -6,12 +6,17 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 
+import converters
 import testbed.demo
+from cli import convert
 from cli.main import COMMANDS
 from converters import describe
+from converters.key_maps import FAMILIES
+from converters.lora import DTYPES
 from hypernet.base_models import load_base
 from hypernet.sampling import generate, lora_applied
 from testbed import miniature_path
@@ -63,12 +68,38 @@ def test_personalize_goes_on_from_a_theta(hdb, portrait, made):
     assert describe("again.safetensors").ranks == (1,)
 
 
-def test_export_makes_a_lora_of_a_theta(hdb, made):
-    shutil.copy(made / "theta.safetensors", "theta.safetensors")
-    output = hdb.run("export", "theta.safetensors", "--base", "testbed", "--token", "ohwx")
-    assert "wrote theta-lora.safetensors" in output
-    assert hdb.files() == ["theta-lora.json", "theta-lora.safetensors", "theta.safetensors"]
-    assert describe("theta-lora.safetensors").trigger_words == ("a ohwx face",)
+def test_convert_makes_a_lora_of_a_theta(hdb, made):
+    arguments = ("convert", made / "theta.safetensors", "me.safetensors", "--base", "testbed")
+    output = hdb.run(*arguments, "--trigger", "a ohwx face")
+    assert "wrote me.safetensors\nwrote me.json\n" in output
+    assert hdb.files() == ["me.json", "me.safetensors"]
+    description = describe("me.safetensors")
+    assert (description.trigger_words, description.base) == (("a ohwx face",), "SD1")
+    assert "kept me.safetensors" in hdb.run(*arguments)
+
+
+def test_convert_takes_a_folder_and_says_first_what_it_would_do(hdb, made):
+    (hdb.folder / "loras/deep").mkdir(parents=True)
+    for name in ("a.safetensors", "deep/b.safetensors"):
+        shutil.copy(made / "me.safetensors", hdb.folder / "loras" / name)
+    before = hdb.files()
+    arguments = ("convert", "loras", "out", "--to", "diffusers")
+    output = hdb.run(*arguments, "--dry-run")
+    assert "would write out/deep/b.safetensors (diffusers) from loras/deep/b.safetensors (kohya)" in output
+    assert hdb.files() == before
+    hdb.run(*arguments)
+    assert describe("out/a.safetensors").kind == describe("out/deep/b.safetensors").kind == "diffusers LoRA"
+    (hdb.folder / "loras/c.safetensors").write_text("no tensors")
+    output = hdb.run(*arguments, "--overwrite", code=1)
+    assert "failed loras/c.safetensors: loras/c.safetensors" in output
+    assert "wrote out/a.safetensors" in output
+    assert output.endswith("Error: 1 of 3 were not converted; see above\n")
+
+
+def test_convert_offers_what_the_converters_know(hdb):
+    assert tuple(converters.FORMATS) == convert.FORMATS
+    assert convert.FAMILIES == FAMILIES
+    assert [getattr(torch, name) for name in convert.DTYPES.values()] == list(DTYPES)
 
 
 def test_generate_draws_with_and_without_a_lora(hdb, made):
@@ -104,6 +135,7 @@ def test_inspect_describes_a_lora_for_people(hdb, made):
     assert found["layers"] == "176: 48 text_encoder, 128 unet"
     assert found["numbers"].endswith(" in float16")
     assert found["trigger words"] == "a sks face"
+    assert float(found["norm unet mid_block"]) > 0
     assert found["hash sshs_model_hash"].startswith(found["hash a1111"])
     assert "warning" not in found
 

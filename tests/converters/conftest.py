@@ -2,10 +2,78 @@
 
 import json
 import struct
+from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+SDXL_CONFIG = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+
+
+def _clip(kind, num_layers, width):
+    return kind(
+        CLIPTextConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=num_layers, num_attention_heads=8)
+    )
+
+
+_MODELS = {
+    "sd1": lambda: {
+        "unet": UNet2DConditionModel(cross_attention_dim=768),
+        "text_encoder": _clip(CLIPTextModel, 12, 768),
+    },
+    "sd2": lambda: {
+        "unet": UNet2DConditionModel(cross_attention_dim=1024, use_linear_projection=True),
+        "text_encoder": _clip(CLIPTextModel, 23, 1024),
+    },
+    "sdxl": lambda: {
+        "unet": UNet2DConditionModel(**SDXL_CONFIG),
+        "text_encoder": _clip(CLIPTextModel, 12, 768),
+        "text_encoder_2": _clip(CLIPTextModelWithProjection, 32, 1280),
+    },
+}
+_ENDS = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text": ("q_proj", "k_proj", "v_proj", "out_proj")}
+
+
+@lru_cache
+def _real_models(family):
+    """Component -> a model of the family at full size, on the meta device."""
+    with torch.device("meta"):
+        return _MODELS[family]()
+
+
+def _real_layers(family):
+    """Classic layer name -> (in, out) of the attention projections; transformers' own naming is undone by hand."""
+    layers = {}
+    for component, model in _real_models(family).items():
+        for name, module in model.named_modules():
+            if name.endswith(_ENDS[component[:4]]):
+                prefix = "" if component == "unet" else "text_model."
+                layers[f"{component}.{prefix}{name.removeprefix(prefix)}"] = (module.in_features, module.out_features)
+    return layers
+
+
+@pytest.fixture(scope="session")
+def real_models():
+    return _real_models
+
+
+@pytest.fixture(scope="session")
+def real_layers():
+    return _real_layers
 
 
 def _read_raw(path):

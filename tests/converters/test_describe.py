@@ -147,6 +147,8 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.zeros(8, 2)}, {}, "every layer changes nothing"),
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.full((8, 2), torch.inf)}, {}, f"NaN or infinity.*{UNET}"),
         (lora(UNET), {"sshs_model_hash": "0" * 64}, "not the hash of its tensors"),
+        (lora(UNET), {"ss_output_name": "../../x"}, "ss_output_name is '../../x', which is no name for <lora:name:1>"),
+        (lora(UNET), {"ss_output_name": "a\x1b[2J"}, "ss_output_name is"),
     ],
 )
 def test_what_readers_stumble_over_is_a_warning(tmp_path, state, metadata, message):
@@ -161,6 +163,49 @@ def test_a_plain_lora_of_another_tool_has_no_warnings(tmp_path):
     )
     assert found.warnings == ()
     assert found.trigger_words == ("sks", "a")
+
+
+def test_norms_are_those_of_the_blocks_updates(tmp_path, random_factors, sd1_shapes):
+    factors = random_factors(sd1_shapes, up_scale=0.1)
+    save_kohya(tmp_path / "a.safetensors", factors, KohyaMetadata(), torch.float32)
+    found = describe(tmp_path / "a.safetensors").norms
+
+    def norm(start):
+        updates = [up.double() @ down.double() for name, (down, up) in factors.items() if name.startswith(start)]
+        return torch.cat([update.flatten() for update in updates]).norm().item()
+
+    assert found == pytest.approx(
+        {
+            "unet down_blocks_0": norm("unet.down_blocks.0"),
+            "unet mid_block": norm("unet.mid_block"),
+            "text_encoder": norm("text_encoder"),
+        }
+    )
+
+
+def test_alpha_scales_a_norm_and_a_kernel_counts(tmp_path):
+    state = {
+        "lora_unet_mid_block_resnets_0_conv1.lora_down.weight": torch.ones(2, 4, 3, 3),
+        "lora_unet_mid_block_resnets_0_conv1.lora_up.weight": torch.ones(5, 2, 1, 1),
+        "lora_unet_mid_block_resnets_0_conv1.alpha": torch.tensor(6.0),
+    }
+    # every entry of the 5 x 36 update is 6 / 2 * 2
+    assert described(tmp_path, state).norms == pytest.approx({"unet mid_block": 6 * (5 * 36) ** 0.5})
+    odd = lora(UNET) | {f"{UNET}.lora_up.weight": torch.ones(8, 3)}
+    assert described(tmp_path, odd).norms == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "program"),
+    [
+        ({"ss_sd_scripts_commit_hash": "ab", "ss_network_module": "networks.lora"}, "kohya sd-scripts"),
+        ({"ss_sd_scripts_commit_hash": "ab", "ss_network_module": "lycoris.kohya"}, "LyCORIS"),
+        ({"lora_adapter_metadata": "{}"}, "diffusers"),
+        ({}, ""),
+    ],
+)
+def test_the_program_that_made_it_is_named_where_it_left_a_mark(tmp_path, metadata, program):
+    assert described(tmp_path, lora(UNET), metadata).made_by == program
 
 
 def test_other_algorithms_and_other_models_are_named(tmp_path):

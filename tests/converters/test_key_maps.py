@@ -2,47 +2,27 @@ import itertools
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_kohya
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers.utils import convert_state_dict_to_kohya, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
-from converters.key_maps import FAMILIES, SDXL_UNET, from_kohya_name, to_kohya_name
+from converters.architectures import attention_shapes
+from converters.key_maps import (
+    FAMILIES,
+    SDXL_UNET,
+    from_kohya_name,
+    from_path_name,
+    to_kohya_name,
+    to_old_diffusers_name,
+)
 from converters.metadata import MODEL_FAMILIES
 
-UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-SDXL_CONFIG = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-
-
-def unet_layers(**config):
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-    return [f"unet.{name}" for name, _ in unet.named_modules() if name.endswith(UNET_PROJECTIONS)]
-
-
-def clip_layers(component, kind, num_layers):
-    config = CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=num_layers, vocab_size=64)
-    with torch.device("meta"):
-        model = kind(config)
-    names = [name for name, _ in model.named_modules() if name.endswith(CLIP_PROJECTIONS)]
-    return [f"{component}.text_model.{name.removeprefix('text_model.')}" for name in names]
 
 
 @pytest.fixture(scope="module")
-def sdxl_unet_layers():
-    return unet_layers(**SDXL_CONFIG)
+def sdxl_unet_layers(real_layers):
+    return [layer for layer in real_layers("sdxl") if layer.startswith("unet.")]
 
 
 def written_out(prefix, blocks, projections):
@@ -59,10 +39,9 @@ ATTENTIONS = ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2
               "attn2_to_out_0")  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "width", "num_clip_layers"), [("sd1", 768, 12), ("sd2", 1024, 23)])
-def test_stable_diffusion_1_and_2_have_the_names_that_kohya_writes(family, width, num_clip_layers):
-    layers = unet_layers(cross_attention_dim=width, attention_head_dim=8)
-    layers += clip_layers("text_encoder", CLIPTextModel, num_clip_layers)
+@pytest.mark.parametrize(("family", "num_clip_layers"), [("sd1", 12), ("sd2", 23)])
+def test_stable_diffusion_1_and_2_have_the_names_that_kohya_writes(real_layers, family, num_clip_layers):
+    layers = list(real_layers(family))
     blocks = [f"down_blocks_{i}_attentions_{j}" for i in range(3) for j in range(2)] + ["mid_block_attentions_0"]
     blocks += [f"up_blocks_{i}_attentions_{j}" for i in range(1, 4) for j in range(3)]
     expected = written_out("lora_unet_", [f"{block}_transformer_blocks_0" for block in blocks], ATTENTIONS)
@@ -72,9 +51,8 @@ def test_stable_diffusion_1_and_2_have_the_names_that_kohya_writes(family, width
     assert [from_kohya_name(to_kohya_name(layer, family)) for layer in layers] == layers
 
 
-def test_sdxl_has_the_736_names_that_kohya_writes(sdxl_unet_layers):
-    layers = sdxl_unet_layers + clip_layers("text_encoder", CLIPTextModel, 12)
-    layers += clip_layers("text_encoder_2", CLIPTextModelWithProjection, 32)
+def test_sdxl_has_the_736_names_that_kohya_writes(real_layers):
+    layers = list(real_layers("sdxl"))
     depths = {"input_blocks_4_1": 2, "input_blocks_5_1": 2, "input_blocks_7_1": 10, "input_blocks_8_1": 10}
     depths |= {"middle_block_1": 10, "output_blocks_0_1": 10, "output_blocks_1_1": 10, "output_blocks_2_1": 10}
     depths |= {"output_blocks_3_1": 2, "output_blocks_4_1": 2, "output_blocks_5_1": 2}
@@ -86,9 +64,8 @@ def test_sdxl_has_the_736_names_that_kohya_writes(sdxl_unet_layers):
     assert [from_kohya_name(to_kohya_name(layer, "sdxl")) for layer in layers] == layers
 
 
-def test_diffusers_own_conversion_agrees_where_it_is_right(sdxl_unet_layers):
-    layers = unet_layers(cross_attention_dim=768, attention_head_dim=8)
-    layers += clip_layers("text_encoder", CLIPTextModel, 12)
+def test_diffusers_own_conversion_agrees_where_it_is_right(real_layers, sdxl_unet_layers):
+    layers = list(real_layers("sd1"))
     peer = convert_state_dict_to_kohya({f"{layer}.lora_A.weight": torch.zeros(1) for layer in layers})
     names = {key.removesuffix(".lora_down.weight") for key in peer if key.endswith(".lora_down.weight")}
     assert {name.replace("lora_te1_", "lora_te_") for name in names} == {
@@ -107,8 +84,7 @@ def test_diffusers_reads_our_sdxl_names_as_the_layers_they_came_from(sdxl_unet_l
         state[f"{name}.lora_down.weight"] = torch.full((1, 1), float(index))
         state[f"{name}.lora_up.weight"] = torch.full((1, 1), float(index))
         state[f"{name}.alpha"] = torch.tensor(1.0)
-    with torch.device("meta"):
-        config = UNet2DConditionModel(**SDXL_CONFIG).config
+    config = FrozenDict(layers_per_block=2)  # all that diffusers asks of it
     read, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(state, unet_config=config)
     found = {int(value): key for key, value in read.items() if key.endswith("down.weight") or "lora_A" in key}
     assert len(found) == 560
@@ -134,6 +110,24 @@ def test_the_sdxl_table_maps_one_to_one_and_covers_convolutions():
     ):
         assert to_kohya_name(from_kohya_name(name), "sdxl") == name
     assert from_kohya_name("lora_unet_output_blocks_5_2_conv") == "unet.up_blocks.1.upsamplers.0.conv"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_reads_our_old_names_as_the_layers_they_came_from(real_layers, family):
+    for layer in real_layers(family):
+        component, _, path = layer.partition(".")
+        name = to_old_diffusers_name(layer)
+        convert = convert_unet_state_dict_to_peft if component == "unet" else convert_state_dict_to_peft
+        state = {f"{name.removeprefix(component + '.')}_lora.{side}.weight": None for side in ("down", "up")}
+        if component != "unet":  # diffusers tells the format by this key
+            state["x.to_out_lora.down.weight"] = None
+        assert {f"{path}.lora_A.weight", f"{path}.lora_B.weight"} <= convert(state).keys()
+        assert from_path_name(name, component) == from_path_name(layer, component) == layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_architectures_has_the_layers_of_the_real_models(real_layers, family):
+    assert attention_shapes(family) == real_layers(family)
 
 
 def test_feed_forward_and_mlp_names_read_back():

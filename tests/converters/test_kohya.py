@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.key_maps import to_kohya_name
-from converters.kohya import balance, load_kohya, save_kohya
+from converters.kohya import load_kohya, save_kohya
+from converters.lora import balance
 from converters.metadata import KohyaMetadata
 
 SD1 = KohyaMetadata()
@@ -105,9 +106,9 @@ def test_a_1x1_convolution_is_read_as_a_matrix(tmp_path):
 
 def test_reading_lists_every_unknown_key(tmp_path):
     state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1)}
-    state |= {f"{KOHYA_Q}.dora_scale": torch.ones(1), "lora_unet_double_blocks_0.alpha": torch.ones(())}
+    state |= {f"{KOHYA_Q}.hada_x": torch.ones(1), "lora_unet_double_blocks_0.alpha": torch.ones(())}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=rf"2 keys .*: lora_unet_double_blocks_0\.alpha, {KOHYA_Q}\.dora_scale$"):
+    with pytest.raises(ValueError, match=rf"2 keys .*: lora_unet_double_blocks_0\.alpha, {KOHYA_Q}\.hada_x$"):
         load_kohya(tmp_path / "a.safetensors")
 
 
@@ -120,9 +121,9 @@ def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_up.weight": None}, "has no lora_up.weight"),
+        ({"lora_up.weight": None}, "has no up"),
         ({"lora_up.weight": torch.ones(2, 3)}, "of no one rank"),
-        ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, "not LoCon's"),
+        ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, "of no one rank"),
         ({"alpha": torch.tensor(0.0)}, "alpha 0.0"),
         ({"alpha": torch.ones(2)}, "must be one number"),
         ({"lora_down.weight": torch.full((1, 2), torch.nan)}, "NaN or infinity"),
@@ -149,8 +150,8 @@ def test_one_layer_under_two_names_is_refused(tmp_path):
     [
         ((torch.full((1, 2), torch.nan), torch.ones(2, 1)), "NaN or infinity"),
         ((torch.ones(1, 2), torch.full((2, 1), torch.inf)), "NaN or infinity"),
-        ((torch.ones(2, 2), torch.ones(2, 1)), "one rank above 0"),
-        ((torch.ones(0, 2), torch.ones(2, 0)), "one rank above 0"),
+        ((torch.ones(2, 2), torch.ones(2, 1)), "of no one rank"),
+        ((torch.ones(0, 2), torch.ones(2, 0)), "are empty"),
         ((torch.full((1, 2), 1e8), torch.full((2, 1), 1e8)), "beyond 6.55e[+]04, the largest float16"),
     ],
 )

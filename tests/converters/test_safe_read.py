@@ -1,11 +1,12 @@
 import json
+import os
 import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.safe_read import read_header, read_tensors
+from converters.safe_read import read_header, read_json_object, read_tensors
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -49,6 +50,8 @@ BAD = {
     "three offsets": (as_file({"a": entry(offsets=(0, 4, 8))}), "offsets"),
     "size and shape differ": (as_file({"a": entry(shape=(3,))}), "needs 12 bytes and claims 8"),
     "absurd shape": (as_file({"a": entry(shape=(10**18, 10**18))}), "needs 4000"),
+    "a thousand dimensions": (as_file({"a": entry(shape=(2,) * 1000)}), "has shape"),
+    "more than torch counts": (as_file({"a": entry(shape=(0, 2**63), offsets=(0, 0))}), "has shape"),
     "end before start": (as_file({"a": entry(offsets=(8, 0))}), "claims -8"),
     "overlap": (as_file({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12), "'b' overlaps"),
     "hole": (as_file({"a": entry(), "b": entry(offsets=(12, 20))}, b"\0" * 20), "'b' leaves a hole"),
@@ -77,6 +80,22 @@ def test_a_truncated_download_is_refused_at_every_length(tmp_path):
         (tmp_path / "a.safetensors").write_bytes(blob[:length])
         with pytest.raises(ValueError, match=r"truncated|too few"):
             read_header(tmp_path / "a.safetensors")
+
+
+def test_a_header_of_100_megabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_000))
+    os.truncate(path, 100_000_016)  # a sparse file: nothing is there to parse
+    with pytest.raises(ValueError, match="header of 100000000 bytes, more than the 16000000 that are read"):
+        read_header(path)
+
+
+def test_a_huge_json_file_is_refused_unread(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.touch()
+    os.truncate(path, 11_000_000)
+    with pytest.raises(ValueError, match="11000000 bytes, more than the 10000000 that are read; save it again"):
+        read_json_object(path, "save it again")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".PTH"])

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import hypernet.personalize as personalize_module
+from converters import prepare_conversion
 from hypernet.base_models import load_base
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import check_request, export_theta, make_subject, personalize, personalize_to_files
+from hypernet.personalize import check_request, make_subject, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -117,7 +118,7 @@ def test_theta_goes_out_and_comes_back(result, base, photo, tmp_path, assert_sam
     stored = result.theta.half().float()
     again = personalize([photo], base, replace(QUICK, theta_steps=0, steps=0), from_theta=file)
     assert torch.equal(again.theta, stored)
-    export_theta(file, base, tmp_path / "lora.safetensors", trigger="a sks face")
+    prepare_conversion(file, tmp_path / "lora.safetensors", "kohya", family="sd1", models=base.adapted).write()
     assert_same_deltas(tmp_path / "lora.safetensors", result.space.factors(stored), 2e-3, floor=SUBNORMAL)
 
 
@@ -136,8 +137,6 @@ def test_a_theta_of_another_layer_list_is_refused(base, photo, tmp_path):
     save_theta(file, unet_only.theta_0, unet_only)
     with pytest.raises(ValueError, match=f"{file} belongs to another list of 128 layers"):
         personalize([photo], base, QUICK, from_theta=file)
-    with pytest.raises(ValueError, match="another list of 128 layers"):
-        export_theta(file, base, tmp_path / "lora.safetensors", trigger="x")
     assert tree(tmp_path) == ["theta.safetensors"]
 
 
@@ -149,7 +148,7 @@ def test_a_theta_of_another_checkpoint_is_a_warning(result, photo, tmp_path):
         for parameter in finetuned.unet.parameters():
             parameter.mul_(1.1)
     with pytest.warns(UserWarning, match="weights differ from this model's"):
-        export_theta(file, finetuned, tmp_path / "lora.safetensors", trigger="x")
+        prepare_conversion(file, tmp_path / "lora.safetensors", "kohya", family="sd1", models=finetuned.adapted)
 
 
 # ---- whole or not at all ----

@@ -137,7 +137,7 @@ def test_a_lora_of_another_family_is_refused(base, space, factors, tmp_path):
 def test_a_theta_file_is_no_lora(base, space, tmp_path):
     save_theta(tmp_path / "theta.safetensors", space.theta_0, space)
     with (
-        pytest.raises(ValueError, match="holds LiDB weights, not a LoRA; make one of them with hdb export"),
+        pytest.raises(ValueError, match="holds LiDB weights, not a LoRA; make one of them with hdb convert"),
         lora_applied(base, tmp_path / "theta.safetensors"),
     ):
         pass

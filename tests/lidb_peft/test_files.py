@@ -1,7 +1,7 @@
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
-from lidb_peft.files import to_bytes
+from lidb_peft.files import to_bytes, write_safetensors
 
 
 def test_bytes_are_the_same_for_any_order_of_metadata():
@@ -10,3 +10,16 @@ def test_bytes_are_the_same_for_any_order_of_metadata():
     assert to_bytes(tensors, dict(reversed(pairs))) == blob
     assert torch.equal(load(blob)["a"], tensors["a"])
     assert int.from_bytes(blob[:8], "little") % 8 == 0
+
+
+def test_the_bytes_are_the_librarys_own(tmp_path):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {
+        f"{name}.{dtype}": (9 * torch.randn(3, 2)).to(dtype) for dtype in dtypes for name in ("b", "a", "\u00e9")
+    }
+    tensors |= {"alpha": torch.tensor(2.0), "empty": torch.zeros(0, 3), "strided": torch.arange(6.0).view(2, 3).T}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert to_bytes(tensors, {"one": "key"}) == save(contiguous, {"one": "key"})
+    assert to_bytes(tensors, {}) == save(contiguous)
+    write_safetensors(tmp_path / "a.safetensors", tensors, {})
+    assert (tmp_path / "a.safetensors").read_bytes() == save(contiguous)

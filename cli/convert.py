@@ -1,0 +1,80 @@
+"""`hdb convert`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.main import as_sentence
+from cli.results import DTYPES, dtype_option
+
+if TYPE_CHECKING:
+    from converters.batch import Outcome
+
+# As in converters.formats, which takes seconds to import.
+FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+@click.command(name="convert")
+@click.argument("sources", metavar="IN...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(FORMATS), default="kohya", show_default=True,
+              help="kohya: a file for A1111, Forge, ComfyUI, kohya and diffusers. diffusers: its own file; -old: names "
+              "before 0.20. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's folder.")  # fmt: skip
+@dtype_option
+@click.option("--family", type=click.Choice(FAMILIES), help="The base model's, where a LoRA does not tell.")
+@click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
+@click.option("--base", metavar="ID|DIR|FILE|testbed",
+              help="Base model of LiDB weights, if it is none of Stable Diffusion 1, 2 or XL.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that are there; else they are kept.")
+def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) -> None:
+    """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
+
+    What IN is, is told by its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several, or all of a
+    folder, go into the folder OUT.
+
+    \b
+    hdb convert theirs.safetensors mine.safetensors               any LoRA, for A1111, ComfyUI and the others
+    hdb convert me.safetensors me-peft --to peft                  for PeftModel.from_pretrained
+    hdb convert theta.safetensors me.safetensors --trigger "a sks face"
+    hdb convert loras/ converted/ --to diffusers --dry-run
+    """
+    import torch
+
+    from cli.progress import progress_bars
+    from converters.batch import convert_batch, plan_batch
+
+    jobs = plan_batch(sources, out, to)
+    models, v_prediction = None, False
+    if base is not None:
+        from cli.bases import open_base
+
+        opened = open_base(base, device="cpu", precision="fp32").model
+        models, family = opened.adapted, family or opened.family
+        v_prediction = opened.prediction_type == "v_prediction"
+    options = {"dtype": dtype and getattr(torch, DTYPES[dtype]), "family": family or "", "trigger": trigger,
+               "v_prediction": v_prediction, "models": models}  # fmt: skip
+    outcomes = []
+    with progress_bars() as report:
+        for outcome in convert_batch(jobs, to, overwrite, dry_run, **options):
+            outcomes.append(outcome)
+            report("convert", len(outcomes), len(jobs))
+    for outcome in outcomes:
+        click.echo(as_text(outcome, to))
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    if errors:
+        raise errors[0] if len(jobs) == 1 else ValueError(f"{len(errors)} of {len(jobs)} were not converted; see above")
+
+
+def as_text(outcome: "Outcome", to: str) -> str:
+    """An outcome for people: a line for each file, and below it what the conversion took."""
+    if outcome.error:
+        return f"failed {outcome.source}: {as_sentence(outcome.error)}"
+    if outcome.kept:
+        return f"kept {outcome.target}, which was there; --overwrite replaces it"
+    planned = [f"would write {outcome.target} ({to}) from {outcome.source} ({outcome.found})"]
+    return "\n".join([f"wrote {file}" for file in outcome.written] or planned) + "".join(
+        f"\n  {note}" for note in outcome.notes
+    )

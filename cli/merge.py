@@ -1,0 +1,56 @@
+"""`hdb merge`."""
+
+from pathlib import Path
+
+import click
+
+from cli.results import DTYPES, dtype_option, rank_option, write_result
+
+
+class WeightedPath(click.ParamType):
+    """``PATH`` or ``PATH=WEIGHT``, as ``(path, weight)``; the weight is 1 where there is none."""
+
+    name = "lora"
+
+    def convert(self, value, parameter, context) -> tuple[Path, float]:
+        path, _, weight = value.rpartition("=")
+        try:
+            return (Path(path), float(weight)) if path else (Path(value), 1.0)
+        except ValueError:
+            return Path(value), 1.0
+
+
+@click.command(name="merge")
+@click.argument("loras", metavar="LORA[=WEIGHT]...", nargs=-1, required=True, type=WeightedPath())
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA or model to write.")
+@rank_option
+@click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
+              help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
+@dtype_option
+def command(loras, out, rank, into, dtype) -> None:
+    """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
+
+    A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
+    memory, and keeps its own dtype.
+
+    \b
+    hdb merge anna.safetensors=0.8 ink.safetensors=0.5 --out both.safetensors
+    hdb merge anna.safetensors ink.safetensors --rank 16 --out both.safetensors
+    hdb merge anna.safetensors=0.6 --out weaker.safetensors
+    hdb merge anna.safetensors --into sd15.safetensors --out anna-model.safetensors
+    """
+    if into is not None and (rank is not None or dtype is not None):
+        raise click.UsageError("--rank and --dtype are for a LoRA; leave them out with --into")
+    import torch
+
+    from converters import read_lora
+    from converters.algebra import merge
+    from converters.checkpoint import merge_into
+
+    parts = [(read_lora(path), weight) for path, weight in loras]
+    if into is not None:
+        merge_into(into, merge(parts, dtype=torch.float32)[0], out)
+        click.echo(f"wrote {out}")
+        return
+    merged, errors = merge(parts, rank, dtype and getattr(torch, DTYPES[dtype]))
+    write_result(merged, [path for path, _ in loras], out, errors)

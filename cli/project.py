@@ -1,0 +1,37 @@
+"""`hdb project`."""
+
+from pathlib import Path
+from statistics import median
+
+import click
+
+
+@click.command(name="project")
+@click.argument("source", metavar="LORA|MODEL", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--minus", metavar="DIR|FILE", type=click.Path(path_type=Path),
+              help="The base of a finetuned MODEL: project their difference.")  # fmt: skip
+@click.option("--base", metavar="ID|DIR|FILE|testbed",
+              help="Base model, where it is none of Stable Diffusion 1, 2 or XL.")  # fmt: skip
+def command(source, out, minus, base) -> None:
+    """Write the LiDB weights nearest to a LoRA, and say how much they miss: what a hypernetwork can be trained on.
+
+    Most LoRAs change more than two random bases can hold; on layers that LiDB does not adapt, all is left out.
+
+    \b
+    hdb project theirs.safetensors theta.safetensors
+    hdb project dreambooth.safetensors theta.safetensors --minus sd15.safetensors
+    """
+    from converters.project import project_to_file
+
+    options = {}
+    if base is not None:
+        from cli.bases import open_base
+
+        opened = open_base(base, device="cpu", precision="fp32")
+        options = {"models": opened.model.adapted, "config": opened.lidb_config}
+    found = project_to_file(source, out, minus, **options)
+    worst = max(found.errors, key=found.errors.__getitem__)
+    click.echo(f"wrote {out}")
+    click.echo(f"{len(found.errors)} layers miss {median(found.errors.values()):.1%} of their norm in the median, "
+               f"{found.errors[worst]:.1%} at most ({worst}); {len(found.left_out)} were left out")  # fmt: skip

@@ -1,0 +1,77 @@
+"""What PEFT's ``LoraConfig`` says of a layer's scale; PEFT keeps it beside the tensors, diffusers in their metadata."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+# Where diffusers >= 0.34 keeps the configs of all components, as one JSON object with keys such as "unet.lora_alpha".
+METADATA_KEY = "lora_adapter_metadata"
+# Read below, told by the tensors themselves, or without effect on the update.
+_UNDERSTOOD = frozenset(
+    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules",
+     "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config", "eva_config"}
+)  # fmt: skip
+# Starts that are found from the base model but leave it as it is; the others change it, and the update with it.
+_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def metadata_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict]:
+    """Return component -> ``LoraConfig`` fields of a diffusers file; "" stands for a model saved by itself.
+
+    Raises:
+        ValueError: the metadata is not what diffusers writes; the message begins with ``source``.
+    """
+    try:
+        entries = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} has unreadable {METADATA_KEY} ({error}); save the LoRA again") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{source} has {METADATA_KEY} that is no JSON object; save the LoRA again")
+    configs: dict[str, dict] = {}
+    for key, value in entries.items():
+        component, _, name = key.rpartition(".")
+        configs.setdefault(component, {})[name] = value
+    return configs
+
+
+def check_config(config: Mapping[str, object], source: str) -> None:
+    """Refuse what would change the update and is not carried.
+
+    Raises:
+        ValueError: such a field is set; the message begins with ``source``.
+    """
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{source} is {config['peft_type']}, not LoRA; it cannot be converted without loss")
+    defaults = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
+    odd = [name for name in config if name not in _UNDERSTOOD and config[name] and config[name] != defaults.get(name)]
+    if config.get("init_lora_weights", True) in _HARMLESS_STARTS and "init_lora_weights" in odd:
+        odd.remove("init_lora_weights")
+    if odd:
+        found = ", ".join(f"{name} {config[name]!r}" for name in odd)
+        raise ValueError(f"{source} is a LoRA with {found}, which cannot be carried; save it without")
+
+
+def layer_alpha(config: Mapping[str, object], path: str, rank: int, source: str) -> float:
+    """Return the alpha of the layer at module ``path``, by PEFT's rules; the rank where the config says nothing.
+
+    Raises:
+        ValueError: the config's rank is not the tensors', or a number is none; the message begins with ``source``.
+    """
+    stated, alpha = (_number(config, pattern, name, path, rank, source)
+                     for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))  # fmt: skip
+    if stated != rank:
+        raise ValueError(f"{source} says rank {stated:g} for {path}, whose tensors have rank {rank}; it is damaged")
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _number(config: Mapping, pattern: str, name: str, path: str, default: float, source: str) -> float:
+    own = config.get(pattern) or {}
+    value = own.get(get_pattern_key(own, path), config.get(name, default)) if isinstance(own, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{source} has a {name} for {path} that is no number: {value!r}; it is damaged")
+    return float(value)

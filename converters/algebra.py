@@ -1,0 +1,182 @@
+"""LoRA arithmetic: merge, scale, resize, and how far one LoRA is from another.
+
+An update is never formed as the ``(out, in)`` matrix that it is: QR of both factors leaves an r x r core with the same
+singular values, which is small however wide the layer. All of it in float64, one layer at a time.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .lora import Lora, LoraLayer, to_dtype
+
+Parts = Sequence[tuple[Lora, float]]
+LayerParts = Sequence[tuple[LoraLayer, float]]
+# What is no longer true of a LoRA that was computed from others; readers take its name from the file then.
+_STALE_METADATA = frozenset(
+    {"ss_output_name", "modelspec.title", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
+)
+
+
+def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = None) -> tuple[Lora, dict[str, float]]:
+    """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, and each layer's error over its norm, 0 to 1.
+
+    Factors are concatenated: a layer's rank is the sum of its ranks, and there is no error, unless it is cut to the
+    nearest update of ``rank`` (Eckart-Young). A layer that one part alone has, of weight 1 and narrow enough, keeps its
+    bits. Of the metadata stays what all parts agree on.
+
+    Args:
+        rank: at most so much; one for all layers, because diffusers loses others.
+        dtype: of the result; None takes the widest of the parts. Rounding to it is not part of the error.
+
+    Raises:
+        ValueError: no parts, other families or shapes, DoRA in a sum, a weight that is not finite, a rank below 1, a
+            value beyond ``dtype``.
+    """
+    if not parts:
+        raise ValueError("there are no LoRAs to merge; pass at least one")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; choose 1 or more")
+    families = sorted({lora.family for lora, _ in parts if lora.family})
+    if len(families) > 1:
+        raise ValueError(f"the LoRAs are for {' and '.join(families)}; merge those of one family of base models")
+    dtype = dtype or _widest_dtype(lora for lora, _ in parts)
+    layers, errors = {}, {}
+    for name in dict.fromkeys(name for lora, _ in parts for name in lora.layers):
+        own = [(lora.layers[name], weight) for lora, weight in parts if name in lora.layers]
+        layers[name], errors[name] = _merge_layer(name, own, rank, dtype)
+    common = set.intersection(*(set(lora.metadata.items()) for lora, _ in parts))
+    metadata = {key: value for key, value in sorted(common) if key not in _STALE_METADATA}
+    return Lora(layers, families[0] if families else "", metadata), errors
+
+
+def resize(
+    lora: Lora, rank: int | None = None, energy: float | None = None, dtype: torch.dtype | None = None
+) -> tuple[Lora, dict[str, float]]:
+    """Return the nearest LoRA of a lower rank, and each layer's error over its norm; see `merge`. DoRA stays DoRA.
+
+    Args:
+        energy: in place of a rank: the lowest one at which every layer keeps this share of its squared norm.
+
+    Raises:
+        ValueError: neither or both of rank and energy, one out of range, or a value beyond ``dtype``.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError("pass either a rank or a share of energy to keep")
+    return merge([(lora, 1.0)], find_rank(lora, energy) if rank is None else rank, dtype)
+
+
+def find_rank(lora: Lora, energy: float) -> int:
+    """Return the lowest rank at which every layer keeps ``energy``, above 0 and at most 1, of its squared norm."""
+    if not 0 < energy <= 1:
+        raise ValueError(f"the energy to keep is {energy}; choose a share above 0 and at most 1")
+    rank = 1
+    for layer in lora.layers.values():
+        kept = singular_values(*matrices(layer)).square().cumsum(0)
+        rank = max(rank, 1 + int((kept < energy * kept[-1]).sum()))
+    return rank
+
+
+def update_norms(lora: Lora) -> dict[str, float]:
+    """Return the Frobenius norm of each layer's update."""
+    return {name: update_norm(*matrices(layer)) for name, layer in lora.layers.items()}
+
+
+def relative_errors(lora: Lora, reference: Lora) -> dict[str, float]:
+    """Return, for each layer of either, the norm of the difference of the two updates over that of the reference's.
+
+    It is infinite for a layer that changes nothing in the reference.
+    """
+    errors = {}
+    for name in dict.fromkeys([*reference.layers, *lora.layers]):
+        own = [(part.layers[name], sign) for part, sign in ((reference, 1.0), (lora, -1.0)) if name in part.layers]
+        norm = singular_values(*_concatenate(name, own[:1])).norm().item() if name in reference.layers else 0.0
+        errors[name] = _share(singular_values(*_concatenate(name, own)).norm().item(), norm)
+    return errors
+
+
+def matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return ``down`` ``(rank, in)`` and ``up`` ``(out, rank)`` in float64, the scale in ``up``, kernels flattened."""
+    return layer.down.double().flatten(1), layer.up.double().flatten(1) * layer.scale
+
+
+def to_layer(
+    name: str, down: Tensor, up: Tensor, in_shape: Sequence[int], dtype: torch.dtype, magnitude: Tensor | None = None
+) -> LoraLayer:
+    """Return ``down`` ``(rank, in)`` and ``up`` ``(out, rank)`` as a layer of scale 1.
+
+    Args:
+        in_shape: ``(in,)``, or ``(in, height, width)`` of a convolution, whose kernel ``down`` has flattened.
+
+    Raises:
+        ValueError: a value that is not finite in ``dtype``.
+    """
+    down = down.float().unflatten(1, tuple(in_shape))
+    up = up.float().reshape(*up.shape, *(1 for _ in in_shape[1:]))
+    return _in_dtype(name, LoraLayer(down, up, float(len(down)), magnitude), dtype)
+
+
+def update_norm(down: Tensor, up: Tensor) -> float:
+    """Return the Frobenius norm of ``up @ down`` by the factors' Gram matrices; to 1e-8 of the norm if they cancel."""
+    return ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0).sqrt().item()
+
+
+def factor_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of ``up @ down``: ``(out, k)``, ``(k,)`` descending, ``(k, in)``; k is at most the rank."""
+    down_q, down_r = torch.linalg.qr(down.mT)
+    up_q, up_r = torch.linalg.qr(up)
+    left, singular, right = torch.linalg.svd(up_r @ down_r.mT, full_matrices=False)
+    return up_q @ left, singular, right @ down_q.mT
+
+
+def singular_values(down: Tensor, up: Tensor) -> Tensor:
+    """Return the singular values of ``up @ down``, ``(k,)`` descending; k is at most the rank."""
+    down_r, up_r = (torch.linalg.qr(tensor, mode="r").R for tensor in (down.mT, up))
+    return torch.linalg.svdvals(up_r @ down_r.mT)
+
+
+def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:
+    first, weight = parts[0]
+    if len(parts) == 1 and weight == 1 and (rank is None or first.rank <= rank):
+        return _in_dtype(name, first, dtype), 0.0
+    down, up = _concatenate(name, parts)
+    error = 0.0
+    if rank is not None and len(down) > rank:
+        left, singular, right = factor_svd(down, up)
+        root = singular[:rank].sqrt()
+        down, up = right[:rank] * root[:, None], left[:, :rank] * root
+        error = _share(singular[rank:].norm().item(), singular.norm().item())
+    return to_layer(name, down, up, first.down.shape[1:], dtype, first.magnitude), error
+
+
+def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:
+    """Return ``down`` and ``up`` of the weighted sum of one layer's updates, float64."""
+    downs, ups = [], []
+    for layer, weight in parts:
+        if layer.magnitude is not None and (weight != 1 or len(parts) > 1):
+            raise ValueError(f"layer {name} is DoRA, whose update needs the base model; take it whole and alone")
+        if not math.isfinite(weight):
+            raise ValueError(f"a LoRA has the weight {weight}; choose a finite number")
+        down, up = matrices(layer)
+        downs.append(down)
+        ups.append(up * weight)
+    shapes = {(up.shape[0], down.shape[1]) for down, up in zip(downs, ups, strict=True)}
+    if len(shapes) > 1:
+        raise ValueError(f"the updates of {name} have shapes {sorted(shapes)}; take LoRAs of one base model")
+    return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def _in_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    return to_dtype(Lora({name: layer}), dtype).layers[name]
+
+
+def _widest_dtype(loras: Iterable[Lora]) -> torch.dtype:
+    dtypes = (tensor.dtype for lora in loras for layer in lora.layers.values() for tensor in layer.tensors())
+    return reduce(torch.promote_types, dtypes)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf if part else 0.0

@@ -1,0 +1,266 @@
+"""Whole models: adding a LoRA to one, and taking a LoRA out of the difference of two; one weight at a time.
+
+A model is a single safetensors file, as Automatic1111 and kohya users have, or a folder in diffusers' layout. Only its
+names are known here, from the tables of :mod:`converters.key_maps`; nothing is instantiated.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lidb_peft.files import atomic_path, check_writable
+from lidb_peft.naming import layer_name
+
+from .adapter_checks import CROSS_WIDTHS
+from .algebra import matrices, to_layer
+from .key_maps import COMPONENTS, from_checkpoint_name
+from .lora import Lora, LoraLayer
+from .safe_read import read_header
+
+# Hashes of what the file held before.
+_STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
+_MAX_SHOWN = 3
+# What kohya trains by default, and every reader loads.
+_EXTRACTED = (".attentions.", ".encoder.layers.")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a model keeps a layer's weight: a tensor, or one of ``num_parts`` that are stacked in it along axis 0."""
+
+    file: Path
+    tensor: str
+    part: int = 0
+    num_parts: int = 1
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """View the layer's own rows of the stored tensor."""
+        return tensor.chunk(self.num_parts)[self.part]
+
+    def load(self) -> Tensor:
+        with safe_open(self.file, "pt") as file:
+            return self.rows(file.get_tensor(self.tensor))
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A LoRA out of two models.
+
+    Args:
+        errors: for each layer, the norm of what the LoRA misses over that of the difference.
+        left_out: layers that differ, or are in one model only, and are not in the LoRA.
+    """
+
+    lora: Lora
+    errors: dict[str, float]
+    left_out: tuple[str, ...]
+
+
+def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
+    """Return layer name -> where its weight is, for all of a model's UNet and text encoders.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a pickle, a damaged file, two files for one layer, or no Stable Diffusion 1, 2 or XL.
+    """
+    model = Path(model)
+    weights: dict[str, Weight] = {}
+    for file in _model_files(model):
+        for tensor in read_header(file).tensors:
+            layers = _layers_of_folder(file, tensor) if model.is_dir() else from_checkpoint_name(tensor)
+            for part, layer in enumerate(layers):
+                if layer in weights:
+                    raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
+                                     " remove one")  # fmt: skip
+                weights[layer] = Weight(file, tensor, part, len(layers))
+    if not any(layer.startswith("unet.") for layer in weights):
+        raise ValueError(
+            f"{model} holds no UNet of Stable Diffusion 1, 2 or XL in safetensors; name a checkpoint, or a folder in"
+            " diffusers' layout"
+        )
+    return weights
+
+
+def find_family(weights: Mapping[str, Weight]) -> str:
+    """Return ``sd1``, ``sd2`` or ``sdxl`` by the prompts that a model's UNet reads.
+
+    A model of another width, such as a miniature, is SD1.x to its readers.
+    """
+    weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
+    width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
+    return CROSS_WIDTHS.get(width, "SD1").lower()
+
+
+def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:
+    """Write ``model`` with a LoRA, DoRA too, added to its weights, each in its own dtype and one in memory at a time.
+
+    Sums are float32 before they are rounded. A folder becomes a folder, with everything else that is in it.
+
+    Raises:
+        FileExistsError: ``out`` is there, and ``model`` is a folder.
+        ValueError: a layer that the model lacks or has in another shape, a sum beyond its dtype, or as `find_weights`.
+    """
+    model, out = Path(model), Path(out)
+    if model.resolve() == out.resolve():
+        raise ValueError(f"{out} would be both what is read and what is written; choose another output")
+    weights = find_weights(model)
+    missing = sorted(set(lora.layers) - set(weights))
+    if missing:
+        raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(lora.layers)} layers,"
+                         f" {', '.join(missing[:_MAX_SHOWN])} for one; take a base of its family")  # fmt: skip
+    changes: dict[Path, dict[str, list[str]]] = {}
+    for name in lora.layers:
+        changes.setdefault(weights[name].file, {}).setdefault(weights[name].tensor, []).append(name)
+
+    def write(file: Path, target: Path) -> None:
+        def change(tensor_name: str, tensor: Tensor) -> Tensor:
+            names = changes[file].get(tensor_name, ())
+            changed = tensor.clone() if names else tensor
+            for name in names:
+                rows = weights[name].rows(changed)
+                rows.copy_(_updated(name, rows, lora.layers[name]))
+            return changed
+
+        rewrite(file, target, change)
+
+    if not model.is_dir():
+        write(model, out)
+        return
+    check_writable(out.parent / "x")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name a new folder")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        staged = Path(temporary, "model")
+        shutil.copytree(model, staged, ignore=lambda folder, names: {n for n in names if Path(folder, n) in changes})
+        for file in changes:
+            write(file, staged / file.relative_to(model))
+        staged.rename(out)
+
+
+def extract(
+    tuned: str | os.PathLike,
+    base: str | os.PathLike,
+    rank: int,
+    dtype: torch.dtype = torch.float16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Extracted:
+    """Return the LoRA of ``rank`` that is nearest to the difference of two models, one layer in memory at a time.
+
+    It holds the linear layers and 1x1 convolutions of attention blocks and text encoders that differ; their truncated
+    SVDs are computed in float64.
+
+    Raises:
+        ValueError: a rank below 1, weights of other shapes or not finite, nothing to extract, or as `find_weights`.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; choose 1 or more")
+    tuned_weights, base_weights = find_weights(tuned), find_weights(base)
+    layers: dict[str, LoraLayer] = {}
+    errors: dict[str, float] = {}
+    left_out = sorted(set(tuned_weights) ^ set(base_weights))
+    for name, difference in differences(tuned_weights, base_weights, progress):
+        if _is_extracted(name, difference):
+            matrix = difference.double().flatten(1)
+            left, errors[name] = _leading_columns(matrix, rank)
+            layers[name] = to_layer(name, left.mT @ matrix, left, difference.shape[1:], dtype)
+        else:
+            left_out.append(name)
+    if not layers:
+        raise ValueError(f"{tuned} and {base} do not differ in any attention or text encoder layer; nothing to extract")
+    return Extracted(Lora(layers, find_family(base_weights)), errors, tuple(left_out))
+
+
+def differences(
+    tuned: Mapping[str, Weight], base: Mapping[str, Weight], progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(layer, tuned - base)``, float32, for each layer of both that differs.
+
+    Raises:
+        ValueError: the weights have other shapes, or the difference is not finite.
+    """
+    common = [name for name in tuned if name in base]
+    for done, name in enumerate(common, 1):
+        first, second = tuned[name].load(), base[name].load()
+        if first.shape != second.shape:
+            raise ValueError(f"{name} has shape {tuple(first.shape)} in {tuned[name].file} and {tuple(second.shape)} in"
+                             f" {base[name].file}; compare models of one family")  # fmt: skip
+        difference = first.float() - second.float()
+        if not torch.isfinite(difference).all():
+            raise ValueError(f"{name} holds NaN or infinity in {tuned[name].file} or {base[name].file}; it is damaged")
+        if difference.any():
+            yield name, difference
+        if progress is not None:
+            progress(done, len(common))
+
+
+def rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Copy a safetensors file, with each ``(name, tensor)`` changed on the way but for its dtype and shape.
+
+    One tensor is in memory at a time. Metadata stay, but for hashes of what the file held before.
+    """
+    header = read_header(source)
+    metadata = {key: value for key, value in header.metadata.items() if key not in _STALE_METADATA}
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    names = sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].end))
+    for name in names:
+        info = header.tensors[name]
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(target) as temporary, open(temporary, "wb") as out, safe_open(source, "pt") as stored:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            out.write(change(name, stored.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _model_files(model: Path) -> Sequence[Path]:
+    """The file itself, or those of a folder's UNet and text encoders, shards too."""
+    if not model.is_dir():
+        return [model]
+    # Looked up in the folder and not in its index, which could name files outside of it.
+    return [file for part in COMPONENTS for file in sorted((model / part).glob("*.safetensors"))]
+
+
+def _layers_of_folder(file: Path, tensor: str) -> tuple[str, ...]:
+    path = tensor.removesuffix(".weight")
+    return () if path == tensor else (layer_name(file.parent.name, path),)
+
+
+def _updated(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
+    """Return a layer's weight with its update, float32."""
+    down, up = (factor.float() for factor in matrices(layer))
+    if weight.flatten(1).shape != (len(up), down.shape[1]):
+        raise ValueError(f"the update of {name} maps {down.shape[1]} to {len(up)}, but its weight has shape"
+                         f" {tuple(weight.shape)}; take a base of the LoRA's family")  # fmt: skip
+    updated = torch.addmm(weight.float().flatten(1), up, down)
+    if layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
+        updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
+    if not torch.isfinite(updated.to(weight.dtype).float()).all():
+        raise ValueError(f"the sum of {name} is not finite in {weight.dtype}; merge with a smaller weight")
+    return updated.view(weight.shape)
+
+
+def _is_extracted(name: str, difference: Tensor) -> bool:
+    is_matrix = difference.dim() == 2 or difference.shape[2:] == (1, 1)
+    return is_matrix and any(part in name for part in _EXTRACTED)
+
+
+def _leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Return the ``rank`` leading left singular vectors of ``(out, in)``, and the share of the norm without them.
+
+    By the smaller Gram matrix: float64 leaves 1e-8 of the largest singular value, less than the models' own rounding,
+    and eigenvectors of one side cost a fraction of an SVD.
+    """
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    energies, vectors = torch.linalg.eigh(matrix @ matrix.mT if is_wide else matrix.mT @ matrix)
+    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    left = vectors if is_wide else torch.linalg.qr(matrix @ vectors).Q
+    return left, (energies[rank:].sum() / energies.sum()).sqrt().item()

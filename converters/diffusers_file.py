@@ -1,0 +1,45 @@
+"""diffusers' LoRA file, ``pytorch_lora_weights.safetensors``: module paths, scale 1, the components in one file.
+
+Since 0.20 the names are PEFT's; before, an attention's LoRA belonged to its processor. Files of both kinds are read by
+every version since; new ones by ComfyUI too. Versions before 0.34 read no alpha, so none is written.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .adapter_layout import SPELLINGS
+from .key_maps import to_old_diffusers_name
+from .lora import Lora, LoraLayer
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of scale 1 by diffusers' names."""
+    return path_tensors(lora.layers, "diffusers", lambda layer: layer)
+
+
+def old_diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of scale 1 by the names of diffusers < 0.20.
+
+    Raises:
+        ValueError: a layer that is DoRA, or no projection of an attention.
+    """
+    dora = [name for name, layer in lora.layers.items() if layer.magnitude is not None]
+    if dora:
+        raise ValueError(f"layer {dora[0]} is DoRA, which diffusers' old LoRA files cannot hold; convert to diffusers")
+    return path_tensors(lora.layers, "diffusers-old", to_old_diffusers_name)
+
+
+def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return tensors under module paths: ``name_of`` a layer and an ending of ``SPELLINGS``."""
+    endings = SPELLINGS[spelling]
+    tensors: dict[str, Tensor] = {}
+    for layer_name, layer in layers.items():
+        name = name_of(layer_name)
+        tensors[name + endings["down"]], tensors[name + endings["up"]] = layer.down, layer.up
+        if layer.magnitude is not None:  # of a convolution PEFT keeps it in the shape that it multiplies
+            shape = (-1,) if layer.up.dim() == 2 else (1, -1, 1, 1)
+            tensors[name + endings["dora"]] = layer.magnitude.reshape(shape)
+    return tensors

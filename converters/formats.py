@@ -1,0 +1,241 @@
+"""The formats that adapters come in, told by their content, and converting one into another.
+
+What two formats can both hold stays as it is, bit for bit. What the target cannot hold is folded into what it can,
+which the notes say, or refused.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from lidb_peft.files import atomic_path, write_safetensors
+
+from .adapter_layout import SPELLINGS, read_layout
+from .diffusers_file import diffusers_tensors, old_diffusers_tensors
+from .key_maps import FAMILIES
+from .kohya import kohya_tensors, write_tensors
+from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
+from .lora import DTYPES, Lora, to_dtype, widen, with_one_alpha
+from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
+from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
+from .reading import find_sources, read_lora
+from .safe_read import read_header
+
+# Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
+LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}
+FORMATS = {
+    "kohya": "one file, for Automatic1111, Forge, ComfyUI, kohya sd-scripts and diffusers",
+    "diffusers": "one file with diffusers' names since 0.20",
+    "diffusers-old": "one file with diffusers' names before 0.20",
+    "peft": "a folder for each model, with PEFT's config",
+    **LIDB_FORMATS,
+}
+_FOLDER_FORMATS = frozenset({"peft", "lidb"})
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is ready: ``source`` is in the format ``found``; ``write`` writes it and returns the files."""
+
+    found: str
+    notes: tuple[str, ...]
+    write: Callable[[], list[Path]]
+
+
+def detect_format(path: str | os.PathLike) -> str:
+    """Return which of ``FORMATS`` an adapter is in.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is a damaged file, or no adapter of a known format.
+    """
+    source = find_sources(Path(path))[0]
+    names = list(read_header(source.file).tensors)
+    if names == ["theta"]:
+        return "theta"
+    layout = read_layout(names)
+    if not layout.modules:
+        raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
+    if layout.style == "PEFT":
+        return "lidb" if layout.algorithm == "LiDB" else "peft"
+    old = SPELLINGS["diffusers-old"]["down"]
+    return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
+
+
+def is_folder_format(name: str) -> bool:
+    """Whether a format is a folder and not a file."""
+    return name in _FOLDER_FORMATS
+
+
+def prepare_conversion(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    dtype: torch.dtype | None = None,
+    family: str = "",
+    trigger: str = "",
+    v_prediction: bool = False,
+    models: Mapping[str, nn.Module] | None = None,
+) -> Conversion:
+    """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
+
+    Args:
+        to: one of ``FORMATS``.
+        dtype: of the tensors; None keeps theirs.
+        family: ``sd1``, ``sd2`` or ``sdxl``, where the adapter does not tell.
+        trigger: activation text, e.g. ``a sks face``.
+        v_prediction: the base model predicts v, where the adapter does not tell.
+        models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
+
+    Raises:
+        OSError: ``source`` is not there.
+        ValueError: it cannot be read, or ``to`` cannot hold it.
+    """
+    source, target = Path(source), Path(target)
+    _check_choices(source, target, to, dtype, family)
+    found = detect_format(source)
+    if to in LIDB_FORMATS:
+        if found not in LIDB_FORMATS:
+            raise ValueError(
+                f"{source} is a LoRA; LiDB weights only come near to one, by projection, and lose: hdb project"
+            )
+        weights = _read_lidb(found, source, models)
+        return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
+    lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
+    lora = replace(lora, family=family or lora.family, metadata=lora.metadata | trigger_entries(trigger))
+    return _prepare(lora, found, target, to, dtype, trigger, v_prediction)
+
+
+def prepare_writing(
+    lora: Lora, sources: Sequence[str | os.PathLike], target: str | os.PathLike, to: str = ""
+) -> Conversion:
+    """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
+
+    Args:
+        to: one of ``FORMATS``; that of the first source if empty.
+
+    Raises:
+        ValueError: the format cannot hold it, or ``target`` is one of the sources.
+    """
+    target, to = Path(target), to or detect_format(sources[0])
+    for source in sources:
+        _check_choices(Path(source), target, to, None, "")
+    return _prepare(lora, to, target, to, None, lora.metadata.get("modelspec.trigger_phrase", ""))
+
+
+def _prepare(
+    lora: Lora,
+    found: str,
+    target: Path,
+    to: str,
+    dtype: torch.dtype | None,
+    trigger: str,
+    v_prediction: bool = False,
+) -> Conversion:
+    lora, notes = _fit_to(lora, to, dtype)
+    about = KohyaMetadata(
+        family=lora.family or KohyaMetadata.family,
+        v_prediction=v_prediction,
+        trigger=trigger,
+        base_model_name=lora.metadata.get("ss_sd_model_name", ""),
+    )
+    return Conversion(found, tuple(notes), _writer(target, lora, to, about))
+
+
+def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | None, family: str) -> None:
+    if to not in FORMATS:
+        raise ValueError(f"the format is {to!r}; choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
+    if family and family not in FAMILIES:
+        raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    if to not in _FOLDER_FORMATS and target.suffix.lower() != ".safetensors":
+        raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} would be both what is read and what is written; choose another output")
+
+
+def _read_lidb(found: str, source: Path, models: Mapping[str, nn.Module] | None) -> LiDBWeights:
+    return (read_theta if found == "theta" else read_lidb_folder)(source, models)
+
+
+def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[str]]:
+    """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
+    notes: list[str] = []
+    if dtype is not None:  # folding then rounds as little as it can
+        lora = widen(lora, dtype)
+    if to == "kohya":
+        lora, notes = with_one_alpha(lora, _stated_scale(lora))
+    elif to != "peft":
+        lora, notes = with_one_alpha(lora, 1.0)
+    if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
+        notes.append(
+            "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
+            " diffusers reads DoRA from its own format"
+        )
+    return lora if dtype is None else to_dtype(lora, dtype), notes
+
+
+def _stated_scale(lora: Lora) -> float | None:
+    """The scale that a kohya file had before another format made it 1, so that its numbers come back as they were."""
+    alpha, dim = lora.metadata.get("ss_network_alpha", ""), lora.metadata.get("ss_network_dim", "")
+    if not (_NUMBER.fullmatch(alpha) and _NUMBER.fullmatch(dim)) or not float(alpha) or not float(dim):
+        return None
+    scale = float(alpha) / float(dim)
+    is_power_of_two = 2.0 ** round(torch.tensor(scale).log2().item()) == scale
+    return scale if is_power_of_two and all(layer.scale == 1 for layer in lora.layers.values()) else None
+
+
+def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata) -> Callable[[], list[Path]]:
+    if to == "peft":
+        folders = peft_folders(lora)
+        return lambda: _write_folders(target, folders, lora.metadata)
+    if to == "kohya":
+        if not lora.family:
+            raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
+        return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about)
+    tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
+    return lambda: _write_file(target, tensors, lora.metadata)
+
+
+def _write_kohya(target: Path, tensors: dict[str, Tensor], lora: Lora, about: KohyaMetadata) -> list[Path]:
+    first = next(iter(lora.layers.values()))
+    sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
+    write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
+    sidecar = write_sidecar(target, about) if about.trigger else None
+    return [target] if sidecar is None else [target, sidecar]
+
+
+def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:
+    write_safetensors(target, tensors, {"format": "pt"} | metadata)
+    return [target]
+
+
+def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype | None) -> list[Path]:
+    if to == "lidb":
+        return _write_folders(target, weights.peft_folders(), {})
+    weights.save_theta(target, dtype)
+    return [target]
+
+
+def _write_folders(
+    target: Path, folders: Mapping[str, tuple[PeftConfig, dict[str, Tensor]]], metadata: dict[str, str]
+) -> list[Path]:
+    """Write ``target/component`` for each; the config comes last, so that a folder with a config is whole."""
+    written = []
+    for component, (config, tensors) in folders.items():
+        folder = target / component
+        folder.mkdir(parents=True, exist_ok=True)
+        written += _write_file(folder / PEFT_WEIGHTS, tensors, metadata)
+        with atomic_path(folder / PEFT_CONFIG) as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+        written.append(folder / PEFT_CONFIG)
+    return written

@@ -1,0 +1,222 @@
+"""LiDB weights in files, a theta file or the folders that PEFT saves, and the exact LoRA of either.
+
+Neither holds the widths of its layers. They come from the table of Stable Diffusion's architectures, or from a base
+model where it is another.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from lidb_peft import LiDBConfig
+from lidb_peft.layer import LiDBLayer
+from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS, find_layers
+from lidb_peft.relax import peft_factors
+from lidb_peft.space import LiDBSpace, layers_hash
+from lidb_peft.theta import ThetaFile, load_theta, save_theta
+
+from .adapter_layout import read_layout
+from .architectures import ARCHITECTURES, attention_shapes
+from .lora import Lora, LoraLayer
+from .reading import Source, find_sources, layer_of
+from .safe_read import read_header
+
+# layer name -> (in_features, out_features)
+Shapes = dict[str, tuple[int, int]]
+_BASIS_START = "lidb_basis."
+_WHICH_BASE = "name the base model that it was made for"
+
+
+@dataclass(frozen=True)
+class LiDBWeights:
+    """One identity's LiDB weights.
+
+    Args:
+        models: component -> its LiDB adapter, on a model that has only the adapted layers, without weights.
+        family: ``sd1``, ``sd2`` or ``sdxl``; "" where the layers do not tell.
+        base_model_name, base_fingerprint: as in a theta file.
+    """
+
+    models: dict[str, PeftModel]
+    family: str
+    base_model_name: str = ""
+    base_fingerprint: str = ""
+
+    def to_lora(self) -> Lora:
+        """Return the float32 LoRA of the same update; exact, of alpha = rank."""
+        factors = {name: pair for component, model in self.models.items()
+                   for name, pair in peft_factors(model, component).items()}  # fmt: skip
+        layers = {name: LoraLayer(down, up, float(len(down))) for name, (down, up) in factors.items()}
+        return Lora(layers, self.family, {"ss_sd_model_name": self.base_model_name} if self.base_model_name else {})
+
+    def peft_folders(self) -> dict[str, tuple[LiDBConfig, dict[str, Tensor]]]:
+        """Return component -> config and tensors, as PEFT saves them."""
+        return {
+            component: (model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False))
+            for component, model in self.models.items()
+        }
+
+    def save_theta(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a theta file, in float16 where that holds every number, else in float32.
+
+        Raises:
+            ValueError: the models have different settings, or bases of their own, which a theta file cannot hold.
+        """
+        config = _one_config([model.peft_config["default"] for model in self.models.values()])
+        space = LiDBSpace(self.models, config)
+        adapted = sum(isinstance(module, LiDBLayer) for model in self.models.values() for module in model.modules())
+        if space.num_layers != adapted:
+            raise ValueError(f"the adapters are on {adapted} layers, their settings name {space.num_layers}")
+        theta = space.theta_from_adapters()
+        if dtype is None:
+            dtype = torch.float16 if torch.equal(theta.half().float(), theta) else torch.float32
+        save_theta(path, theta, space, self.base_model_name, self.base_fingerprint, dtype)
+
+
+def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiDBWeights:
+    """Read a theta file.
+
+    Args:
+        models: the base model's, for a theta of none of ``ARCHITECTURES``, and to check its weights.
+
+    Raises:
+        ValueError: no theta file, or of unknown layers.
+    """
+    file = load_theta(path)
+    family, shapes = ("", _shapes_of(models, file.config)) if models else _shapes_by_hash(path, file)
+    checked = LiDBSpace(models or skeleton_models(shapes, "meta"), file.config)
+    theta = load_theta(path, checked).theta
+    adapters = {}
+    for component, skeleton in skeleton_models(shapes, "cpu").items():
+        skeleton.name_or_path = file.base_model_name or None
+        adapters[component] = get_peft_model(skeleton, file.config)
+    LiDBSpace(adapters, file.config).load_into_adapters(theta)
+    return LiDBWeights(adapters, family, file.base_model_name, file.base_fingerprint)
+
+
+def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiDBWeights:
+    """Read a LiDB adapter that PEFT saved; see `read_theta` for ``models``.
+
+    Raises:
+        ValueError: a damaged adapter, or one on unknown layers.
+    """
+    sources = {}
+    for source in find_sources(path):
+        names = _layer_names(source)
+        sources[names[0].partition(".")[0]] = source, names
+    configs = {component: LiDBConfig.from_pretrained(str(source.file.parent))
+               for component, (source, _) in sources.items()}  # fmt: skip
+    if models:
+        family = ""
+        shapes = {name: shape for component, config in configs.items()
+                  for name, shape in _shapes_of({component: models[component]}, config).items()}  # fmt: skip
+    else:
+        family, shapes = _shapes_by_bases(path, sources, configs)
+    skeletons = skeleton_models({name: shapes[name] for _, names in sources.values() for name in names}, "cpu")
+    adapters = {
+        component: PeftModel.from_pretrained(skeletons[component], str(source.file.parent), torch_device="cpu")
+        for component, (source, _) in sources.items()
+    }
+    base = next((config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path), "")
+    return LiDBWeights(adapters, family, base)
+
+
+def _layer_names(source: Source) -> list[str]:
+    names = list(read_header(source.file).tensors)
+    layers = [layer_of(source, module) for module in read_layout(names).modules.values()]
+    if not layers:
+        raise ValueError(f"{source.file} holds no LiDB layers")
+    return layers
+
+
+def _shapes_of(models: Mapping[str, nn.Module], config: LiDBConfig) -> Shapes:
+    return {
+        name: (layer.in_features, layer.out_features)
+        for component, model in models.items()
+        for name, layer in find_layers(component, model, config).items()
+    }
+
+
+def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
+    """Return the architecture, and its layers, whose hash a theta file has."""
+    for family in ARCHITECTURES:
+        for shapes in _choices(attention_shapes(family), file.config):
+            if layers_hash(shapes) == file.layers_hash:
+                return family, shapes
+    of = f" of {file.base_model_name}" if file.base_model_name else ""
+    raise ValueError(f"{path} belongs to layers{of} that are none of {', '.join(ARCHITECTURES)}'s; {_WHICH_BASE}")
+
+
+def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
+    """Yield what ``config`` adapts in every choice of an architecture's models."""
+    if config.target_modules is not None:
+        shapes = {name: shape for name, shape in shapes.items()
+                  if check_target_module_exists(config, name.partition(".")[2])}  # fmt: skip
+    components = list(dict.fromkeys(name.partition(".")[0] for name in shapes))
+    for count in range(len(components), 0, -1):
+        for chosen in itertools.combinations(components, count):
+            yield {name: shape for name, shape in shapes.items() if name.partition(".")[0] in chosen}
+
+
+def _shapes_by_bases(
+    path: Path, sources: Mapping[str, tuple[Source, Sequence[str]]], configs: Mapping[str, LiDBConfig]
+) -> tuple[str, Shapes]:
+    """Return the architecture that has the layers and, for them, needs just the bases that the adapters record."""
+    fitting = {}
+    for family in ARCHITECTURES:
+        shapes = attention_shapes(family)
+        if all(_fits(shapes, *sources[component], config) for component, config in configs.items()):
+            fitting[family] = shapes
+    if not fitting:
+        raise ValueError(f"{path} has layers or bases that are none of {', '.join(ARCHITECTURES)}'s; {_WHICH_BASE}")
+    first = next(iter(fitting))
+    return first if len(fitting) == 1 else "", fitting[first]
+
+
+def _fits(shapes: Shapes, source: Source, names: Sequence[str], config: LiDBConfig) -> bool:
+    if not set(names) <= shapes.keys():
+        return False
+    needed = {key.label for name in names for key in config.basis_keys(*shapes[name])}
+    stored = (name.removeprefix(_BASIS_START) for name in read_header(source.file).tensors if _BASIS_START in name)
+    return needed == {name.rpartition(".")[0] for name in stored}
+
+
+def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
+    """Return the settings of several adapters as one, on the layers of all of them."""
+    names = ("r", "down_dim", "up_dim", "scale", "seed", "basis", "layers_to_transform", "layers_pattern")
+    first = configs[0]
+    differing = [name for name in names if len({repr(getattr(config, name)) for config in configs}) > 1]
+    if differing:
+        raise ValueError(f"the adapters differ in {', '.join(differing)}; one theta file cannot hold them")
+    targets = [config.target_modules for config in configs]
+    if all(isinstance(target, set) for target in targets):
+        union = set().union(*targets)
+        # What every adapter names that was made without naming any.
+        return dataclasses.replace(first, target_modules=None if union == UNET_TARGETS | CLIP_TARGETS else union)
+    if len({repr(target) for target in targets}) > 1:
+        raise ValueError("the adapters' target_modules are different expressions; one theta file cannot hold them")
+    return first
+
+
+def skeleton_models(shapes: Shapes, device: str) -> dict[str, nn.Module]:
+    """Return component -> a model of these layers alone, whose weights take no memory."""
+    models: dict[str, nn.Module] = {}
+    for name, (in_features, out_features) in shapes.items():
+        component, *parents, last = name.split(".")
+        module = models.setdefault(component, nn.Module())
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = getattr(module, parent)
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        if device != "meta":
+            linear.weight = nn.Parameter(torch.zeros((), device=device).expand(out_features, in_features), False)
+        module.add_module(last, linear)
+    return models

@@ -1,0 +1,222 @@
+"""A LoRA in memory: what every file format is read into and written from.
+
+Tensors are those of the file, bits and dtype; what a format says elsewhere (alpha in a tensor, in a config, or nowhere)
+is a number of the layer here.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lidb_peft.relax import LoraFactors
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One layer's update, ``scale * up @ down`` with ``scale = alpha / rank``.
+
+    Args:
+        down: ``lora_A``, ``(rank, in)``; of a convolution ``(rank, in, height, width)``.
+        up: ``lora_B``, ``(out, rank)``; of a convolution ``(out, rank, 1, 1)``.
+        alpha: finite and not 0.
+        magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
+
+    Raises:
+        ValueError: shapes that are of no one rank, another dtype than ``DTYPES``, NaN or infinity.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        down, up = self.down, self.up
+        one_by_one = up.shape[2:] in ((), (1, 1))
+        if down.dim() not in (2, 4) or down.dim() != up.dim() or not one_by_one or down.shape[0] != up.shape[1]:
+            raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are of no one rank")
+        if 0 in (*down.shape, *up.shape):
+            raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are empty")
+        if self.magnitude is not None and self.magnitude.shape != up.shape[:1]:
+            raise ValueError(
+                f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, not one for each of its {len(up)} outputs"
+            )
+        if self.alpha == 0 or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha {self.alpha}, which readers take differently; set it to the rank")
+        for tensor in self.tensors():
+            if tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"a tensor of {tensor.dtype}; only {', '.join(str(dtype) for dtype in DTYPES)} are held"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError("NaN or infinity; its training diverged")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what the layer holds besides alpha."""
+        return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is more than a matrix: a convolution with a kernel larger than 1x1."""
+        return math.prod(self.down.shape[2:]) > 1
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter of a Stable Diffusion model.
+
+    Args:
+        layers: layer name, as in ``lidb_peft.naming``, -> its update.
+        family: ``sd1``, ``sd2`` or ``sdxl``; "" where the file does not tell.
+        metadata: what the file says about itself, text to text, without what its format needs for itself.
+    """
+
+    layers: dict[str, LoraLayer]
+    family: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def factors(self) -> LoraFactors:
+        """Return plain float32 factors, ``alpha / rank`` folded into ``lora_B``; 1x1 convolutions become matrices.
+
+        Raises:
+            ValueError: a layer is DoRA or a larger convolution, which are no product of two matrices.
+        """
+        for name, layer in self.layers.items():
+            if layer.magnitude is not None or layer.is_convolution:
+                what = "a convolution" if layer.is_convolution else "DoRA"
+                raise ValueError(f"layer {name} is {what}, which is no product of two matrices; leave the layer out")
+        return {
+            name: (layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale)
+            for name, layer in self.layers.items()
+        }
+
+
+def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[str]]:
+    """Give all layers one rank and one alpha, which diffusers needs, and leave every update as it is.
+
+    Narrower layers are padded with zeros; what their scale differs by is multiplied into ``up``. Where halves cannot
+    hold that to the last bit, as among float16's subnormals, all becomes float32.
+
+    Args:
+        scale: of all layers; None takes that of the first of the widest layers.
+
+    Returns:
+        the LoRA, and a sentence on each thing that was done to it.
+    """
+    rank = max(layer.rank for layer in lora.layers.values())
+    widest = next(layer for layer in lora.layers.values() if layer.rank == rank)
+    alpha = widest.alpha if scale is None else scale * rank
+    # Products before the division: 1 / 49 * 49 is not 1.
+    ratios = {name: (layer.alpha * rank) / (layer.rank * alpha) for name, layer in lora.layers.items()}
+    folded = [name for name, ratio in ratios.items() if ratio != 1]
+    notes = []
+    if any(not _holds_product(lora.layers[name].up, ratios[name]) for name in folded):
+        notes = ["its numbers become float32, because halves cannot hold them with alpha folded in"]
+        lora = widen(lora, torch.float32)
+    layers, errors = {}, []
+    for name, layer in lora.layers.items():
+        up, error = _fold(name, layer.up, ratios[name])
+        layers[name] = replace(layer, down=_pad(layer.down, 0, rank), up=_pad(up, 1, rank), alpha=alpha)
+        errors.append(error)
+    num_padded = sum(layer.rank < rank for layer in lora.layers.values())
+    if num_padded:
+        notes.append(f"{num_padded} layers are padded with zeros to rank {rank}")
+    if folded:
+        exactness = f"rounded by up to {max(errors):.1e} of the largest number" if any(errors) else "which is exact"
+        notes.append(f"the alphas of {len(folded)} layers are folded into lora_up, {exactness}")
+    return replace(lora, layers=layers), notes
+
+
+def _holds_product(tensor: Tensor, ratio: float) -> bool:
+    """Whether a half times ``ratio`` is a half, to the last bit; float32 is as good as it gets."""
+    return tensor.dtype == torch.float32 or torch.equal((tensor * ratio).double(), tensor.double() * ratio)
+
+
+def _fold(name: str, up: Tensor, ratio: float) -> tuple[Tensor, float]:
+    """Multiply ``up``; the second is the largest error, as a part of the largest entry."""
+    if ratio == 1:
+        return up, 0.0
+    exact = up.double() * ratio
+    rounded = round_to(name, exact, up.dtype)
+    largest = exact.abs().max()
+    return rounded, ((rounded.double() - exact).abs().max() / largest).item() if largest else 0.0
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
+
+
+def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
+    """Return ``lora`` in ``dtype``; in layers that this rounds, the norms of down and up are balanced first.
+
+    Raises:
+        ValueError: a value is beyond ``dtype``.
+    """
+    layers = {}
+    for name, layer in lora.layers.items():
+        down, up = layer.down, layer.up
+        if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (down, up)):
+            down, up = balance(down.float(), up.float())
+        tensors = [None if tensor is None else round_to(name, tensor, dtype) for tensor in (down, up, layer.magnitude)]
+        layers[name] = LoraLayer(tensors[0], tensors[1], layer.alpha, tensors[2])
+    return replace(lora, layers=layers)
+
+
+def widen(lora: Lora, dtype: torch.dtype) -> Lora:
+    """Return ``lora`` in dtypes that hold both what it has and what ``dtype`` can; exact."""
+
+    def widened(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+    layers = {
+        name: LoraLayer(widened(layer.down), widened(layer.up), layer.alpha, widened(layer.magnitude))
+        for name, layer in lora.layers.items()
+    }
+    return replace(lora, layers=layers)
+
+
+def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring each row of ``down`` (r, in) and column of ``up`` (out, r) to the same size; ``up @ down`` stays the same.
+
+    Only powers of two are moved from one to the other, so float32 loses nothing; the largest entries of the two then
+    differ by less than a factor of 4, far inside float16's range for any LoRA that does something.
+    """
+    down_max = down.abs().flatten(1).amax(1).tolist()
+    up_max = up.abs().transpose(0, 1).flatten(1).amax(1).tolist()
+    steps = [
+        min(max((math.frexp(above)[1] - math.frexp(below)[1]) // 2, -126), 126) if above and below else 0
+        for below, above in zip(down_max, up_max, strict=True)
+    ]
+    # torch.ldexp computes a power in floating point; math.ldexp is exact.
+    scale = torch.tensor([math.ldexp(1.0, step) for step in steps], dtype=torch.float32)
+    kernel = (1,) * (down.dim() - 2)
+    return down * scale.view(-1, 1, *kernel), up / scale.view(1, -1, *kernel)
+
+
+def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of layer ``name`` in ``dtype``.
+
+    Raises:
+        ValueError: a value is beyond ``dtype``.
+    """
+    rounded = tensor.to(dtype).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"layer {name} reaches {tensor.abs().max().item():.3g}, beyond {torch.finfo(dtype).max:.3g}, the largest"
+            f" {str(dtype).removeprefix('torch.')}; write it as float32 or bfloat16"
+        )
+    return rounded

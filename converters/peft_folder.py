@@ -1,0 +1,73 @@
+"""A LoRA as PEFT saves it: a folder with a config and the tensors, one for each model of the pipeline."""
+
+from collections import Counter
+from functools import lru_cache
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from .diffusers_file import path_tensors
+from .lora import Lora, LoraLayer
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def peft_folders(lora: Lora) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
+    """Return component -> what ``PeftModel.from_pretrained`` reads: the config, and tensors by PEFT's names.
+
+    Ranks and alphas that differ go into PEFT's patterns. Text encoders are named as the installed transformers does.
+
+    Raises:
+        ValueError: some layers of a component are DoRA and some are not.
+    """
+    components: dict[str, dict[str, LoraLayer]] = {}
+    for name, layer in lora.layers.items():
+        component, _, path = name.partition(".")
+        components.setdefault(component, {})[path] = layer
+    base = lora.metadata.get("ss_sd_model_name") or None
+    return {name: _peft_folder(name, layers, base) for name, layers in components.items()}
+
+
+def _peft_folder(
+    component: str, layers: dict[str, LoraLayer], base: str | None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    dora = {path for path, layer in layers.items() if layer.magnitude is not None}
+    if 0 < len(dora) < len(layers):
+        plain = next(path for path in layers if path not in dora)
+        raise ValueError(
+            f"of the {component}, {min(dora)} is DoRA and {plain} is not, which one PEFT config cannot hold;"
+            " convert to kohya or diffusers"
+        )
+    layers = {_module_path(component, path): layer for path, layer in layers.items()}
+    rank, alpha = (Counter(values).most_common(1)[0][0] for values in
+                   ((layer.rank for layer in layers.values()), (layer.alpha for layer in layers.values())))  # fmt: skip
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=_plain(alpha),
+        rank_pattern={path: layer.rank for path, layer in layers.items() if layer.rank != rank},
+        alpha_pattern={path: _plain(layer.alpha) for path, layer in layers.items() if layer.alpha != alpha},
+        target_modules=sorted(layers),
+        use_dora=bool(dora),
+        inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    return config, path_tensors(layers, "diffusers", lambda path: f"base_model.model.{path}")
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _module_path(component: str, path: str) -> str:
+    return path.removeprefix("text_model.") if component == "text_encoder" and _clip_is_flat() else path
+
+
+@lru_cache(maxsize=1)
+def _clip_is_flat() -> bool:
+    """Whether the installed transformers dropped ``text_model.`` from the names of ``CLIPTextModel``'s modules."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
+    return not hasattr(model, "text_model")

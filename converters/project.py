@@ -1,0 +1,120 @@
+"""LiDB weights out of what was trained without LiDB: the theta nearest to a LoRA, or to the difference of two models.
+
+So that collections of LoRAs can be what a hypernetwork learns to predict.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lidb_peft import LiDBConfig, project_lora
+from lidb_peft.space import LiDBSpace
+from lidb_peft.stacks import Layout
+from lidb_peft.theta import save_theta
+
+from .algebra import matrices
+from .architectures import ARCHITECTURES, attention_shapes
+from .checkpoint import differences, find_family, find_weights
+from .lidb_files import skeleton_models
+from .lora import Lora
+from .reading import read_lora
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The nearest theta.
+
+    Args:
+        theta: float32 ``(L, row_size)``; rows of layers that were not given are theta_0's, the identity.
+        errors: for each layer that was given, the norm of what theta misses over that of the update, 0 to 1.
+        left_out: layers that were given and have no row: feed-forward and convolution layers.
+    """
+
+    theta: Tensor
+    errors: dict[str, float]
+    left_out: tuple[str, ...]
+
+
+def project_to_file(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    minus: str | os.PathLike | None = None,
+    models: Mapping[str, nn.Module] | None = None,
+    config: LiDBConfig | None = None,
+) -> Projected:
+    """Write the theta nearest to a LoRA, or to what the model ``source`` has that the model ``minus`` has not.
+
+    Args:
+        models: component -> model of the base, whose fingerprint is recorded; None takes ``source``'s architecture.
+        config: the bases; None takes the default ones.
+
+    Raises:
+        ValueError: a source that cannot be read, or that does not tell its architecture.
+    """
+    if minus is None:
+        lora = read_lora(source)
+        updates, family, base_name = lora_updates(lora), lora.family, lora.metadata.get("ss_sd_model_name", "")
+    else:
+        updates, family, base_name = model_updates(source, minus), find_family(find_weights(minus)), Path(minus).name
+    space = LiDBSpace(models or family_models(family, str(source)), config or LiDBConfig())
+    found = project(updates, space)
+    save_theta(out, found.theta, space, base_name)
+    return found
+
+
+def family_models(family: str, source: str) -> dict[str, nn.Module]:
+    """Return component -> a model of the layers that LiDB adapts in ``sd1``, ``sd2`` or ``sdxl``, without weights."""
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{source} does not tell its model family; name the base model that it was made for")
+    return skeleton_models(attention_shapes(family), "meta")
+
+
+def project(
+    updates: Iterable[tuple[str, tuple[Tensor, Tensor]]], space: LiDBSpace, bases: Mapping[str, Tensor] | None = None
+) -> Projected:
+    """Return the theta nearest to updates ``(layer, (lora_A (k, in), lora_B (out, k)))``, taken one at a time.
+
+    Args:
+        bases: learned ones by label; None takes the space's frozen ones.
+
+    Raises:
+        ValueError: none is on a layer of the space, or one has another shape or is not finite.
+    """
+    rows = {name: index for index, name in enumerate(space.layer_names)}
+    theta = space.theta_0.clone()
+    errors: dict[str, float] = {}
+    left_out = []
+    for name, factors in updates:
+        if name in rows:
+            layout = Layout({name: space.shapes[rows[name]]})
+            theta[rows[name]], errors[name] = (
+                found[0] for found in project_lora(layout, space.config, {name: factors}, bases)
+            )
+        else:
+            left_out.append(name)
+    if not errors:
+        raise ValueError(f"none of {len(left_out)} updates is on a layer that LiDB adapts; nothing can be projected")
+    return Projected(theta, {name: float(error) for name, error in errors.items()}, tuple(left_out))
+
+
+def lora_updates(lora: Lora) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield the factors of a LoRA's layers, scales folded in, for `project`.
+
+    Raises:
+        ValueError: a layer is DoRA.
+    """
+    for name, layer in lora.layers.items():
+        if layer.magnitude is not None:
+            raise ValueError(f"layer {name} is DoRA, which is no product of two matrices; project a plain LoRA")
+        yield name, matrices(layer)
+
+
+def model_updates(tuned: str | os.PathLike, base: str | os.PathLike) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield what two models differ by, layer by layer and of full rank, for `project`."""
+    for name, difference in differences(find_weights(tuned), find_weights(base)):
+        matrix = difference.flatten(1)
+        yield name, (torch.eye(matrix.shape[1]), matrix)

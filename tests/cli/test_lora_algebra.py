@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converters import describe, read_lora
+from converters.algebra import merge, relative_errors
+from testbed import miniature_path
+
+CLIP = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def test_resize_says_what_is_missing_and_keeps_what_the_file_says(hdb, made):
+    output = hdb.run("resize", made / "me.safetensors", "small.safetensors", "--rank", 2)
+    assert output.startswith("wrote small.safetensors\n")
+    assert "rank 2: layers miss " in output
+    big, small = read_lora(made / "me.safetensors"), read_lora("small.safetensors")
+    assert {layer.rank for layer in small.layers.values()} == {2}
+    assert small.metadata["modelspec.trigger_phrase"] == big.metadata["modelspec.trigger_phrase"] == "a sks face"
+    assert (small.metadata["ss_network_dim"], small.metadata["ss_output_name"]) == ("2", "small")
+    errors = relative_errors(small, big)
+    assert f"{max(errors.values()):.1%} at most" in output
+
+
+def test_resize_by_energy_loses_no_more(hdb, made):
+    hdb.run("resize", made / "me.safetensors", "small.safetensors", "--energy", 0.9, "--dtype", "fp32")
+    errors = relative_errors(read_lora("small.safetensors"), read_lora(made / "me.safetensors"))
+    assert max(errors.values()) <= math.sqrt(0.1)
+
+
+def test_merge_adds_up_by_weight(hdb, made):
+    me = made / "me.safetensors"
+    output = hdb.run("merge", f"{me}=0.5", f"{me}=0.25", me, "--out", "all.safetensors", "--dtype", "fp32")
+    assert output == "wrote all.safetensors\nwrote all.json\n"
+    merged = read_lora("all.safetensors")
+    assert {layer.rank for layer in merged.layers.values()} == {27}
+    assert max(relative_errors(merged, merge([(read_lora(me), 1.75)], dtype=torch.float32)[0]).values()) < 1e-5
+    output = hdb.run("merge", f"{me}=2", me, "--out", "both.safetensors", "--rank", 9)
+    assert "rank 9: layers miss 0.0%" in output
+
+
+def test_merge_into_a_folder_and_extract_it_again(hdb, made):
+    me = made / "me.safetensors"
+    assert hdb.run("merge", me, "--into", miniature_path(), "--out", "model") == "wrote model\n"
+    output = hdb.run("extract", "model", miniature_path(), "--rank", 9, "--out", "again.safetensors", "--dtype", "fp32")
+    assert "wrote again.safetensors" in output
+    errors = relative_errors(read_lora("again.safetensors"), read_lora(me))
+    stored = load_file(miniature_path() / "text_encoder/model.safetensors")
+    assert next(iter(stored.values())).dtype == torch.float16  # so the sum was rounded
+    assert errors[CLIP] < 0.1
+
+
+def test_project_finds_the_theta_of_a_lora_and_of_two_models(hdb, made):
+    hdb.run("convert", made / "theta.safetensors", "lora.safetensors", "--base", "testbed", "--dtype", "fp32")
+    output = hdb.run("project", "lora.safetensors", "again.safetensors", "--base", "testbed")
+    assert "176 layers miss 0.0% of their norm in the median, 0.0% at most" in output
+    assert describe("again.safetensors").kind == "LiDB theta"
+    hdb.run("merge", made / "me.safetensors=100", "--into", miniature_path(), "--out", "tuned")
+    output = hdb.run("project", "tuned", "tuned.safetensors", "--minus", miniature_path(), "--base", "testbed")
+    assert "wrote tuned.safetensors" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (("resize", "a.safetensors", "b.safetensors"), "pass either --rank or --energy", 2),
+        (("resize", "a.safetensors", "a.safetensors", "--rank", 1), "both what is read and what is written", 1),
+        (("resize", "none.safetensors", "b.safetensors", "--rank", 1), "none.safetensors does not exist", 1),
+        (("merge", "a.safetensors", "--into", "c.safetensors", "--rank", 2, "--out", "b.safetensors"), "leave them", 2),
+        (("merge", "a.safetensors=nan", "--out", "b.safetensors"), "weight nan", 1),
+        (("merge", "a.safetensors", "--into", "a.safetensors", "--out", "b.safetensors"), "holds no UNet", 1),
+        (("extract", "a.safetensors", "a.safetensors", "--out", "b.safetensors"), "holds no UNet", 1),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(hdb, arguments, message, code):
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    state = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(2, 1)}
+    save_file(state, "a.safetensors")
+    assert message in hdb.fail(*arguments, code=code)
