@@ -46,6 +46,7 @@ class LiDBLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged_weight: Tensor | None = None
+        self._merged_factors: list[tuple[Tensor, Tensor]] = []
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         self.fan_in_fan_out = isinstance(base, Conv1D)  # its weight is (in, out)
@@ -179,25 +180,45 @@ class LiDBLinear(nn.Module, LiDBLayer):
         if not names:
             return
         weight = self.get_base_weight()
-        total = weight.float()
-        for name in names:
-            lora_A, lora_B = self.get_lora_factors(name)
-            total = total + ((lora_B @ lora_A).T if self.fan_in_fan_out else lora_B @ lora_A)
-            if safe_merge and not torch.isfinite(total.to(weight.dtype)).all():
+        parts = [self.get_lora_factors(name) for name in names]
+        for count, name in enumerate(names, start=1):
+            lora_A = torch.cat([part[0] for part in parts[:count]])
+            lora_B = torch.cat([part[1] for part in parts[:count]], dim=1)
+            merged = self._add_update(weight, lora_A, lora_B)
+            if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if not self.merged:
             self._unmerged_weight = weight
-        self.set_base_weight(total.to(weight.dtype))
+        self.set_base_weight(merged)
+        self._merged_factors.append((lora_A, lora_B))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before the first merge."""
+        """Put the base weight back as it was before the first merge.
+
+        If another method's adapter on the same layer has been merged or unmerged since, the updates are subtracted.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._unmerged_weight.to(self.get_base_weight()))
+        weight, ours = self.get_base_weight(), self._unmerged_weight
+        for lora_A, lora_B in self._merged_factors:
+            ours = self._add_update(ours, lora_A, lora_B)
+        is_ours = torch.allclose(weight, ours.to(weight), rtol=0, atol=0, equal_nan=True)
+        if is_ours or self.quantization_backend is not None:
+            weight = self._unmerged_weight.to(weight)
+        else:
+            for lora_A, lora_B in self._merged_factors:
+                weight = self._add_update(weight, lora_A, -lora_B)
+        self.set_base_weight(weight)
         self._unmerged_weight = None
+        self._merged_factors.clear()
         self.merged_adapters.clear()
+
+    def _add_update(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """Return a base weight with an update added in float32, rounded once to its dtype."""
+        update = (lora_B @ lora_A).to(weight.device)
+        return (weight.float() + (update.T if self.fan_in_fan_out else update)).to(weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
