@@ -22,7 +22,7 @@ from .diffusers_file import diffusers_tensors, old_diffusers_tensors
 from .key_maps import FAMILIES
 from .kohya import kohya_tensors, write_tensors
 from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
-from .lora import DTYPES, Lora, to_dtype, widen, with_one_alpha
+from .lora import DTYPES, Lora, to_dtype, with_one_alpha
 from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from .reading import find_sources, read_lora
@@ -171,7 +171,7 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[
     """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
     notes: list[str] = []
     if dtype is not None:  # folding then rounds as little as it can
-        lora = widen(lora, dtype)
+        lora = replace(lora, layers={name: layer.widened(dtype) for name, layer in lora.layers.items()})
     if to == "kohya":
         lora, notes = with_one_alpha(lora, _stated_scale(lora))
     elif to != "peft":
