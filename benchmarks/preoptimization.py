@@ -32,7 +32,7 @@ from hypernet.devices import describe_choice
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.recipe import FitConfig, PersonalizeConfig, TrainConfig
+from hypernet.recipe import TARGET_STEPS, FitConfig, PersonalizeConfig, TrainConfig
 from hypernet.training.loop import train
 from lidb_peft import LiDBConfig, LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_lidb_config, miniature_path
@@ -128,7 +128,7 @@ def main() -> None:
     is_testbed = arguments.base == "testbed"
     base = load_base(str(miniature_path()) if is_testbed else arguments.base, arguments.device)
     space = LiDBSpace(base.adapted, miniature_lidb_config() if is_testbed else LiDBConfig())
-    recipe = MINIATURE_RECIPE if is_testbed else PersonalizeConfig()
+    recipe = replace(MINIATURE_RECIPE if is_testbed else PersonalizeConfig(), theta_steps=TARGET_STEPS)
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     print(json.dumps({"base": arguments.base, "device": describe_choice(base.device, base.dtype),
                       "threads": torch.get_num_threads(), **versions}))  # fmt: skip

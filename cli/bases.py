@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig
+from testbed import MINIATURE_RECIPE
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -51,7 +52,8 @@ no_crop_option = click.option("--no-crop", is_flag=True, help="Do not look for f
 
 def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):
     """An option for a field of `PersonalizeConfig` whose default is that of the base's own recipe."""
-    default = f"{getattr(PersonalizeConfig, field)}; testbed has its own"
+    default, miniature = getattr(PersonalizeConfig, field), getattr(MINIATURE_RECIPE, field)
+    default = str(default) if default == miniature else f"{default}; testbed {miniature}"
     return click.option(flag, field, type=kind, default=None, help=text, show_default=default)
 
 
@@ -64,12 +66,8 @@ class Base:
 
 
 def base_recipe(name: str) -> PersonalizeConfig:
-    """The recipe that goes with ``--base``; loads nothing, so that bad options are told at once."""
-    if name != "testbed":
-        return PersonalizeConfig()
-    from testbed import MINIATURE_RECIPE
-
-    return MINIATURE_RECIPE
+    """The recipe that goes with ``--base``."""
+    return MINIATURE_RECIPE if name == "testbed" else PersonalizeConfig()
 
 
 def base_hypernet(name: str) -> str:

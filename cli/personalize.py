@@ -27,11 +27,11 @@ _RECIPE = PersonalizeConfig()
 @base_option
 @hypernet_option
 @click.option("--out", type=click.Path(path_type=Path), help="LoRA to write.  [default: the photo's name .safetensors]")
-@recipe_option(
-    "--theta-steps", "theta_steps", click.IntRange(0), "Steps of the LiDB fit; none after a prediction, unless given."
-)
+@recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of a LiDB fit before the finetuning.")
 @recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
-@recipe_option("--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning; 0 leaves it out.")
+@recipe_option(
+    "--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning, by default half after a prediction."
+)
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
 @recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
 @recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
@@ -57,7 +57,7 @@ def command(
     hdb personalize me.jpg
     hdb personalize me.jpg --hypernet my-hypernetwork/best
     hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
-    hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 80
+    hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 160
     hdb personalize portrait.png --base testbed --no-crop --no-preview
     """
     from cli.progress import progress_bars

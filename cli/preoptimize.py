@@ -18,7 +18,7 @@ from cli.bases import (
     seed_option,
     token_option,
 )
-from hypernet.recipe import PreoptimizeConfig
+from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
 
 
 class _CountOrAuto(click.IntRange):
@@ -33,7 +33,8 @@ class _CountOrAuto(click.IntRange):
 @base_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Folder for the targets; goes on where an earlier run was stopped.")  # fmt: skip
-@recipe_option("--steps", "theta_steps", click.IntRange(1), "Steps of each fit.")
+@click.option("--steps", "theta_steps", type=click.IntRange(1), default=TARGET_STEPS, show_default=True,
+              help="Steps of each fit.")  # fmt: skip
 @recipe_option("--lr", "theta_lr", float, "Learning rate.")
 @recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
 @click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True,

@@ -23,7 +23,7 @@ from hypernet.inputs.photos import Photo, load_photo, read_image
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, check_recipe, config_of, predict_person, read_once
-from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
+from hypernet.recipe import TARGET_STEPS, PersonalizeConfig, Progress, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
 from lidb_peft.files import check_writable
@@ -174,7 +174,8 @@ def personalize_to_files(
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
     out, hypernet = Path(out), read_once(hypernet)
-    check_outputs(out, save_theta, from_theta, config_of(hypernet))
+    config = _choose_recipe(config, from_theta, config_of(hypernet))
+    check_outputs(out, config, save_theta, from_theta, config_of(hypernet))
     result = personalize(photos, base, config, lidb_config, from_theta, hypernet, progress)
     if previews is None:
         result.save(out)
@@ -218,8 +219,8 @@ def check_request(
             ``config``, or an output cannot be written.
     """
     network = config_of(read_once(hypernet))
-    _choose_recipe(config, from_theta, network)
-    check_outputs(out, save_theta, from_theta, network)
+    config = _choose_recipe(config, from_theta, network)
+    check_outputs(out, config, save_theta, from_theta, network)
     if from_theta is not None:
         load_theta(from_theta)
     for photo in photos:
@@ -228,6 +229,7 @@ def check_request(
 
 def check_outputs(
     out: str | Path,
+    config: PersonalizeConfig,
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
     network: HyperNetworkConfig | None = None,
@@ -235,8 +237,8 @@ def check_outputs(
     """Raise now what writing the LoRA and theta would raise after all the work.
 
     Raises:
-        ValueError: a file is not named .safetensors, the LoRA would overwrite a theta file, or theta's bases are those
-            that ``network`` has learned.
+        ValueError: a file is not named .safetensors, the LoRA would overwrite a theta file, no theta is made, or its
+            bases are those that ``network`` has learned.
         OSError: the folder is not there or not writable.
     """
     targets = [Path(out)] if save_theta is None else [Path(out), Path(save_theta)]
@@ -249,6 +251,11 @@ def check_outputs(
             raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
     if save_theta is not None and network is not None and network.learned_bases:
         raise ValueError(_NO_THETA_FILE)
+    if save_theta is not None and network is None and from_theta is None and not config.theta_steps:
+        raise ValueError(
+            f"there would be no LiDB weights to save in {save_theta}: theta_steps is 0; choose 1 or more, such as "
+            f"{TARGET_STEPS}"
+        )
 
 
 def _choose_recipe(

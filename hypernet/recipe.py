@@ -9,6 +9,9 @@ DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) after every step."""
+TARGET_STEPS = 100
+"""Steps of the LiDB fit that makes a target, by default."""
+
 StageProgress = Callable[[str, int, int | None], None]
 """Called with (stage, steps done, steps in all or None if nobody knows) after every step."""
 
@@ -68,7 +71,8 @@ class PersonalizeConfig:
     Attributes:
         token: the rare word that will mean this person.
         prompt: what the photos show; ``[V]`` stands for the token.
-        theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity.
+        theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity, or at its prediction. What it adds,
+            as many steps of finetuning add sooner.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
         timesteps_per_step: noisy copies of the photos in each step.
         background, preservation: of both fits, see `FitConfig`.
@@ -79,9 +83,9 @@ class PersonalizeConfig:
 
     token: str = "sks"
     prompt: str = "a [V] face"
-    theta_steps: int = 100
+    theta_steps: int = 0
     theta_lr: float = 5e-3
-    steps: int = 40
+    steps: int = 80
     lr: float = 5e-4
     rank: int = 4
     timesteps_per_step: int = 1
@@ -139,7 +143,7 @@ class PreoptimizeConfig:
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
     """
 
-    recipe: PersonalizeConfig = PersonalizeConfig()
+    recipe: PersonalizeConfig = PersonalizeConfig(theta_steps=TARGET_STEPS)
     batch: int | None = None
     gradient_checkpointing: bool = False
 

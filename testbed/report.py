@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypernet.base_models import BaseModel, load_base
-from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.engine import fit_lora
 from hypernet.sampling import contact_sheet, save_picture, to_image
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
@@ -115,8 +115,7 @@ def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple
     rows = []
     for seed in range(seeds):
         recipe = replace(MINIATURE_RECIPE, seed=seed)
-        thetas, _ = fit_theta(base, space, subjects, recipe.theta_fit)
-        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank, thetas)
+        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank)
         pictures = draw_prompts(base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance)
         rows.append(judge.score(pictures, people).means())
     return {name: {"mean": float(np.mean([row[name] for row in rows])),

@@ -1,6 +1,7 @@
 """A hypernetwork's prediction as the start of a fit: one person's personalisation, or the pre-optimisation of many."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,12 @@ def predicted_start(source: str | Path, space: LiDBSpace, device: torch.device) 
 
 
 def predicted_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None = None) -> PersonalizeConfig:
-    """Return ``recipe`` as it goes with a prediction: the hypernetwork's prompt and token, and no theta fit."""
-    return replace(recipe or PersonalizeConfig(), prompt=network.prompt, token=network.token, theta_steps=0)
+    """Return ``recipe`` as it goes with a prediction, which is worth half of the steps.
+
+    The prompt and the token are the hypernetwork's, and theta is not fitted.
+    """
+    recipe = recipe or PersonalizeConfig()
+    return replace(recipe, prompt=network.prompt, token=network.token, theta_steps=0, steps=math.ceil(recipe.steps / 2))
 
 
 def check_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None) -> PersonalizeConfig:
