@@ -21,7 +21,7 @@ from .diffusers_file import diffusers_tensors, old_diffusers_tensors
 from .key_maps import FAMILIES
 from .kohya import kohya_tensors, write_tensors
 from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
-from .lora import DTYPES, Lora, to_dtype, with_one_alpha
+from .lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from .reading import find_sources, read_lora
@@ -160,8 +160,7 @@ def _stated_scale(lora: Lora) -> float | None:
     if not (_NUMBER.fullmatch(alpha) and _NUMBER.fullmatch(dim)) or not float(alpha) or not float(dim):
         return None
     scale = float(alpha) / float(dim)
-    is_power_of_two = 2.0 ** round(torch.tensor(scale).log2().item()) == scale
-    return scale if is_power_of_two and all(layer.scale == 1 for layer in lora.layers.values()) else None
+    return scale if is_power_of_two(scale) and all(layer.scale == 1 for layer in lora.layers.values()) else None
 
 
 def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata) -> Callable[[], list[Path]]:

@@ -456,6 +456,21 @@ def test_what_cannot_be_folded_exactly_is_rounded_and_said(tmp_path, raw_deltas)
         assert 0 < max(errors) < 4 * bound
 
 
+def test_layers_of_zeros_and_negative_alphas_are_folded_exactly(tmp_path, raw_deltas):
+    zeros = torch.randn(4, 8).half(), torch.zeros(8, 4).half(), 3.0, {}
+    negative = torch.randn(4, 8).half(), torch.randn(8, 4).half(), -8.0, {}
+    names = [kohya_name(LINEAR.replace("to_q", name)) for name in ("to_q", "to_v", "to_k")]
+    modules = dict(
+        zip(names, (zeros, negative, (torch.randn(4, 8).half(), torch.randn(8, 4).half(), 4.0, {})), strict=True)
+    )
+    source = write_modules(tmp_path / "in.safetensors", **modules)
+    conversion = prepare_conversion(source, tmp_path / "out.safetensors", "kohya")
+    assert conversion.notes == ("the alphas of 2 layers are folded into lora_up, which is exact",)
+    conversion.write()
+    first, last = raw_deltas(source), raw_deltas(tmp_path / "out.safetensors")
+    assert all(np.array_equal(first[name], last[name]) for name in first)
+
+
 def test_half_precision_overflows_in_words(tmp_path):
     module = torch.full((1, 8), 1e38), torch.full((8, 1), 1e38), 1.0, {}
     source = write_modules(tmp_path / "in.safetensors", **{kohya_name(LINEAR): module})
