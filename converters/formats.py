@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from lidb_peft.files import atomic_path, write_safetensors
@@ -22,7 +21,7 @@ from .diffusers_file import diffusers_tensors, old_diffusers_tensors
 from .key_maps import FAMILIES
 from .kohya import kohya_tensors, write_tensors
 from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
-from .lora import DTYPES, Lora, to_dtype, with_one_alpha
+from .lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from .reading import find_sources, read_lora
@@ -33,7 +32,7 @@ LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in th
 FORMATS = {
     "kohya": "one file, for Automatic1111, Forge, ComfyUI, kohya sd-scripts and diffusers",
     "diffusers": "one file with diffusers' names since 0.20",
-    "diffusers-old": "one file with diffusers' names before 0.20",
+    "diffusers-old": "one file with diffusers' names before 0.20, which ComfyUI reads too",
     "peft": "a folder for each model, with PEFT's config",
     **LIDB_FORMATS,
 }
@@ -190,8 +189,7 @@ def _stated_scale(lora: Lora) -> float | None:
     if not (_NUMBER.fullmatch(alpha) and _NUMBER.fullmatch(dim)) or not float(alpha) or not float(dim):
         return None
     scale = float(alpha) / float(dim)
-    is_power_of_two = 2.0 ** round(torch.tensor(scale).log2().item()) == scale
-    return scale if is_power_of_two and all(layer.scale == 1 for layer in lora.layers.values()) else None
+    return scale if is_power_of_two(scale) and all(layer.scale == 1 for layer in lora.layers.values()) else None
 
 
 def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata) -> Callable[[], list[Path]]:
@@ -227,7 +225,7 @@ def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype 
 
 
 def _write_folders(
-    target: Path, folders: Mapping[str, tuple[PeftConfig, dict[str, Tensor]]], metadata: dict[str, str]
+    target: Path, folders: Mapping[str, tuple[dict[str, object], dict[str, Tensor]]], metadata: dict[str, str]
 ) -> list[Path]:
     """Write ``target/component`` for each; the config comes last, so that a folder with a config is whole."""
     written = []
@@ -236,6 +234,6 @@ def _write_folders(
         folder.mkdir(parents=True, exist_ok=True)
         written += _write_file(folder / PEFT_WEIGHTS, tensors, metadata)
         with atomic_path(folder / PEFT_CONFIG) as temporary:
-            temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
         written.append(folder / PEFT_CONFIG)
     return written

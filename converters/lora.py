@@ -20,6 +20,11 @@ def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
+def is_power_of_two(number: float) -> bool:
+    """Whether floating point multiplies by ``number``, of either sign, without rounding."""
+    return abs(math.frexp(number)[0]) == 0.5
+
+
 @dataclass(frozen=True)
 class LoraLayer:
     """One layer's update, ``scale * up @ down`` with ``scale = alpha / rank``.
@@ -153,7 +158,7 @@ def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[s
 
 def _is_exact_product(tensor: Tensor, ratio: float) -> bool:
     """Whether the dtype of ``tensor`` loses no bit when it is multiplied by ``ratio``: powers of two, no subnormals."""
-    return abs(math.frexp(ratio)[0]) == 0.5 and torch.equal(tensor * ratio / ratio, tensor)
+    return (is_power_of_two(ratio) or not tensor.any()) and torch.equal(tensor * ratio / ratio, tensor)
 
 
 def _fold(name: str, up: Tensor, ratio: float) -> tuple[Tensor, float]:

@@ -60,7 +60,7 @@ def read_lora(path: str | os.PathLike) -> Lora:
         if source.config and source.config.get("base_model_name_or_path"):
             metadata.setdefault("ss_sd_model_name", str(source.config["base_model_name_or_path"]))
         is_xl |= any(module.name.startswith("lora_te1_") or is_sgm_name(module.name) for module in modules)
-    return Lora(layers, "sdxl" if is_xl else find_family(layers, metadata), metadata)
+    return Lora(layers, _find_family(layers, metadata, is_xl), metadata)
 
 
 def find_sources(path: Path) -> list[Source]:
@@ -90,15 +90,17 @@ def is_adapter_folder(path: Path) -> bool:
 
 def _peft_source(folder: Path) -> Source:
     config = read_json_object(folder / PEFT_CONFIG, "save the adapter again")
-    return Source(folder / PEFT_WEIGHTS, config, folder.name if folder.name in COMPONENTS else "")
+    # What is pickled is named where it is refused.
+    names = [name for name in (PEFT_WEIGHTS, "adapter_model.bin") if (folder / name).is_file()] or [PEFT_WEIGHTS]
+    return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
 
-def find_family(layers: Mapping[str, LoraLayer], metadata: Mapping[str, str]) -> str:
-    """Return ``sd1``, ``sd2`` or ``sdxl`` by the layers' widths, or else by what the file says; "" if neither tells."""
+def _find_family(layers: Mapping[str, LoraLayer], metadata: Mapping[str, str], has_xl_names: bool) -> str:
+    """Return the family by the layers' widths, names that SDXL alone should have, or what the file says; "" if none."""
     width = next((layer.down.shape[1] for name, layer in layers.items() if name.endswith("attn2.to_k")), None)
     if width in _CROSS_WIDTHS:
         return _CROSS_WIDTHS[width]
-    if any(name.startswith("text_encoder_2.") for name in layers):
+    if has_xl_names or any(name.startswith("text_encoder_2.") for name in layers):
         return "sdxl"
     named = (base_from_metadata(dict(metadata)) or "").lower()
     if named in FAMILIES:

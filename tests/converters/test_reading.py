@@ -85,6 +85,10 @@ def test_a_peft_adapter_of_another_kind_or_without_config_is_refused(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     with pytest.raises(ValueError, match="is LOHA, not LoRA"):
         read_lora(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickled file"):
+        read_lora(folder)
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"but no adapter_config\.json beside it, which says its alpha"):
         read_lora(folder / "adapter_model.safetensors")
@@ -132,6 +136,13 @@ def test_what_a_lora_cannot_hold_is_refused_by_name(tmp_path, extra, message):
         ([KOHYA_Q], 320, {}, ""),
         ([KOHYA_Q], 320, {"ss_v2": "True"}, "sd2"),
         (["lora_unet_middle_block_1_proj_in"], 320, {}, "sdxl"),
+        # A mistake that is made: kohya drops lora_te1_ of Stable Diffusion 1 without a word.
+        (
+            [KOHYA_Q.replace("attn1_to_q", "attn2_to_k"), "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"],
+            768,
+            {},
+            "sd1",
+        ),
         (["lora_te_text_model_encoder_layers_0_self_attn_q_proj"], 768, {}, "sd1"),
         (["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"], 768, {}, "sdxl"),
         (["lora_te2_text_model_encoder_layers_0_self_attn_q_proj"], 1280, {}, "sdxl"),
