@@ -21,7 +21,8 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(FORMATS), default="kohya", show_default=True,
               help="kohya: a file for A1111, Forge, ComfyUI, kohya and diffusers. diffusers: its own file; -old: names "
-              "before 0.20. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's folder.")  # fmt: skip
+              "before 0.20, which ComfyUI reads too. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's "
+              "folder.")  # fmt: skip
 @dtype_option
 @click.option("--family", type=click.Choice(FAMILIES), help="The base model's, where a LoRA does not tell.")
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')

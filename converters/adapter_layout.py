@@ -11,14 +11,13 @@ SPELLINGS = {
     "kohya": {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
     "diffusers": {"down": ".lora_A.weight", "up": ".lora_B.weight", "dora": ".lora_magnitude_vector"},
     "diffusers-old": {"down": "_lora.down.weight", "up": "_lora.up.weight"},
+    "diffusers-old text encoder": {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
 }
 # Tensor-name ending -> what it is; the longest ending that fits counts.
 ENDINGS = {
     **{ending: role for spelling in SPELLINGS.values() for role, ending in spelling.items()},
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
     ".lora_embedding_A": "down",
     ".lora_embedding_B": "up",
     ".lora_magnitude_vector.weight": "dora",

@@ -1,7 +1,8 @@
 """diffusers' LoRA file, ``pytorch_lora_weights.safetensors``: module paths, scale 1, the components in one file.
 
-Since 0.20 the names are PEFT's; before, an attention's LoRA belonged to its processor. Files of both kinds are read by
-every version since; new ones by ComfyUI too. Versions before 0.34 read no alpha, so none is written.
+Since 0.20 the names are PEFT's; before, an attention's LoRA belonged to its processor. Newer versions read old files
+too, and ComfyUI knows a UNet's layers by their old names only. ComfyUI and versions before 0.34 find no alpha here, so
+none is written.
 """
 
 from collections.abc import Callable
@@ -21,15 +22,19 @@ def diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
 
 
 def old_diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA of scale 1 by the names of diffusers < 0.20.
+    """Return the tensors of a LoRA of scale 1 by the names of diffusers 0.18 and 0.19.
 
     Raises:
-        ValueError: a layer that is DoRA, or no projection of an attention.
+        ValueError: a layer that is DoRA, or none of a UNet's attention projections.
     """
     dora = [name for name, layer in lora.layers.items() if layer.magnitude is not None]
     if dora:
         raise ValueError(f"layer {dora[0]} is DoRA, which diffusers' old LoRA files cannot hold; convert to diffusers")
-    return path_tensors(lora.layers, "diffusers-old", to_old_diffusers_name)
+    unet = {name: layer for name, layer in lora.layers.items() if name.startswith("unet.")}
+    others = {name: layer for name, layer in lora.layers.items() if name not in unet}
+    return path_tensors(unet, "diffusers-old", to_old_diffusers_name) | path_tensors(
+        others, "diffusers-old text encoder", lambda layer: layer
+    )
 
 
 def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[[str], str]) -> dict[str, Tensor]:

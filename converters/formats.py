@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from lidb_peft.files import atomic_path, write_safetensors
@@ -33,7 +32,7 @@ LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in th
 FORMATS = {
     "kohya": "one file, for Automatic1111, Forge, ComfyUI, kohya sd-scripts and diffusers",
     "diffusers": "one file with diffusers' names since 0.20",
-    "diffusers-old": "one file with diffusers' names before 0.20",
+    "diffusers-old": "one file with diffusers' names before 0.20, which ComfyUI reads too",
     "peft": "a folder for each model, with PEFT's config",
     **LIDB_FORMATS,
 }
@@ -227,7 +226,7 @@ def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype 
 
 
 def _write_folders(
-    target: Path, folders: Mapping[str, tuple[PeftConfig, dict[str, Tensor]]], metadata: dict[str, str]
+    target: Path, folders: Mapping[str, tuple[dict[str, object], dict[str, Tensor]]], metadata: dict[str, str]
 ) -> list[Path]:
     """Write ``target/component`` for each; the config comes last, so that a folder with a config is whole."""
     written = []
@@ -236,6 +235,6 @@ def _write_folders(
         folder.mkdir(parents=True, exist_ok=True)
         written += _write_file(folder / PEFT_WEIGHTS, tensors, metadata)
         with atomic_path(folder / PEFT_CONFIG) as temporary:
-            temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
         written.append(folder / PEFT_CONFIG)
     return written

@@ -56,10 +56,13 @@ class LiDBWeights:
         layers = {name: LoraLayer(down, up, float(len(down))) for name, (down, up) in factors.items()}
         return Lora(layers, self.family, {"ss_sd_model_name": self.base_model_name} if self.base_model_name else {})
 
-    def peft_folders(self) -> dict[str, tuple[LiDBConfig, dict[str, Tensor]]]:
+    def peft_folders(self) -> dict[str, tuple[dict[str, object], dict[str, Tensor]]]:
         """Return component -> config and tensors, as PEFT saves them."""
         return {
-            component: (model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False))
+            component: (
+                model.peft_config["default"].to_dict(),
+                get_peft_model_state_dict(model, save_embedding_layers=False),
+            )
             for component, model in self.models.items()
         }
 

@@ -4,7 +4,6 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from .diffusers_file import path_tensors
@@ -13,8 +12,8 @@ from .lora import Lora, LoraLayer
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def peft_folders(lora: Lora) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
-    """Return component -> what ``PeftModel.from_pretrained`` reads: the config, and tensors by PEFT's names.
+def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], dict[str, Tensor]]]:
+    """Return component -> what ``PeftModel.from_pretrained`` reads: its config, and tensors by its names.
 
     Ranks and alphas that differ go into PEFT's patterns. Text encoders are named as the installed transformers does.
 
@@ -31,7 +30,7 @@ def peft_folders(lora: Lora) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
 
 def _peft_folder(
     component: str, layers: dict[str, LoraLayer], base: str | None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     dora = {path for path, layer in layers.items() if layer.magnitude is not None}
     if 0 < len(dora) < len(layers):
         plain = next(path for path in layers if path not in dora)
@@ -42,16 +41,17 @@ def _peft_folder(
     layers = {_module_path(component, path): layer for path, layer in layers.items()}
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in
                    ((layer.rank for layer in layers.values()), (layer.alpha for layer in layers.values())))  # fmt: skip
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=_plain(alpha),
-        rank_pattern={path: layer.rank for path, layer in layers.items() if layer.rank != rank},
-        alpha_pattern={path: _plain(layer.alpha) for path, layer in layers.items() if layer.alpha != alpha},
-        target_modules=sorted(layers),
-        use_dora=bool(dora),
-        inference_mode=True,
-        base_model_name_or_path=base,
-    )
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {path: layer.rank for path, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {path: _plain(layer.alpha) for path, layer in layers.items() if layer.alpha != alpha},
+        "target_modules": sorted(layers),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        **({"use_dora": True} if dora else {}),  # older versions refuse settings that they do not know
+    }
     return config, path_tensors(layers, "diffusers", lambda path: f"base_model.model.{path}")
 
 

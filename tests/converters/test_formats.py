@@ -63,16 +63,11 @@ def factors(modules):
 
 
 def old_name(layer):
-    """A layer's name in the attention processors of diffusers 0.17 to 0.19, by the words of their source."""
+    """A layer's name before ``.down.weight`` in diffusers 0.18 and 0.19, by the words of their source."""
     if layer.startswith("unet."):
         *path, last = layer.removesuffix(".0").split(".")
         return ".".join([*path, "processor", last]) + "_lora"
-    return (
-        layer.replace("out_proj", "to_out_lora")
-        .replace("_proj", "_lora")
-        .replace("attn.", "attn.to_")
-        .replace("to_to_", "to_")
-    )
+    return layer + ".lora_linear_layer"
 
 
 def kohya_name(layer):
@@ -292,6 +287,29 @@ def test_what_a_file_says_of_itself_goes_along(tmp_path, sources, read_raw):
     assert metadata["ss_training_comment"] == "kept"
     assert metadata["modelspec.trigger_phrase"] == "a sks face"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), str(float(ALPHA)))
+
+
+@pytest.mark.parametrize(("family", "num_layers"), [("sd1", 176), ("sd2", 220), ("sdxl", 736)])
+def test_every_layer_of_the_real_models_passes_through_every_format(
+    tmp_path, real_layers, real_models, family, num_layers
+):
+    factors = {
+        layer: (torch.full((1, 1), float(i)), torch.ones(1, 1)) for i, layer in enumerate(real_layers(family), 1)
+    }
+    assert len(factors) == num_layers
+    state = {f"{layer}.lora_A.weight": down for layer, (down, _) in factors.items()}
+    save_file(state | {f"{layer}.lora_B.weight": up for layer, (_, up) in factors.items()}, tmp_path / "0.safetensors")
+    files = ["0.safetensors", "1.safetensors", "2.safetensors", "3", "4.safetensors", "5.safetensors"]
+    steps = ["kohya", "diffusers-old", "peft", "kohya", "diffusers"]
+    for source, target, to in zip(files, files[1:], steps, strict=False):
+        prepare_conversion(tmp_path / source, tmp_path / target, to, family=family).write()
+    first, last = (load_file(tmp_path / name) for name in (files[0], files[-1]))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(last[name], first[name]) for name in first)
+    for component, model in real_models(family).items():
+        modules = {f"base_model.model.{name}.lora_A.weight" for name, _ in model.named_modules()}
+        names = load_file(tmp_path / f"3/{component}/adapter_model.safetensors").keys()
+        assert {name for name in names if "lora_A" in name} <= modules
 
 
 # ---- what not every format can hold ----

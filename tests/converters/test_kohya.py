@@ -104,6 +104,17 @@ def test_a_1x1_convolution_is_read_as_a_matrix(tmp_path):
     assert torch.equal(pair[1], up[:, :, 0, 0])
 
 
+def test_factors_of_what_is_no_product_of_matrices_are_refused(tmp_path):
+    state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2, 3, 3), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1, 1, 1)}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"layer {Q} is a convolution"):
+        load_kohya(tmp_path / "a.safetensors")
+    state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1)}
+    save_file(state | {f"{KOHYA_Q}.dora_scale": torch.ones(2, 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"layer {Q} is DoRA"):
+        load_kohya(tmp_path / "a.safetensors")
+
+
 def test_reading_lists_every_unknown_key(tmp_path):
     state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1)}
     state |= {f"{KOHYA_Q}.hada_x": torch.ones(1), "lora_unet_double_blocks_0.alpha": torch.ones(())}
