@@ -134,9 +134,9 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> 
     if not model.is_dir():
         write(model, out)
         return
-    check_writable(out.parent / "x")
     if out.exists():
         raise FileExistsError(f"{out} exists; name a new folder")
+    check_writable(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         staged = Path(temporary, "model")
         shutil.copytree(model, staged, ignore=lambda folder, names: {n for n in names if Path(folder, n) in changes})

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # A LoRA's header is under 1 MB, one with a picture and thousands of tags a few. JSON takes twenty times its size in
-# memory, and the 100 MB that the safetensors library allows would take minutes to parse.
+# memory, and the 100 MB that the safetensors library allows take more than a minute to parse.
 MAX_HEADER_BYTES = 16_000_000
 _MAX_JSON_BYTES = 10_000_000
-# Multiplying a shape of a million dimensions would take hours; torch counts to 2^63.
+# Multiplying a shape of a million dimensions takes minutes; torch counts to 2^63.
 _MAX_DIMS = 8
 _MAX_COUNT = 2**63
 _MAX_SHOWN_CHARS = 100
