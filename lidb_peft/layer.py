@@ -23,6 +23,18 @@ def is_linear(layer: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
+class AdapterWeights(nn.ParameterDict):
+    """Weights by adapter; called for one, so that whoever moves a module's weights in for its call moves these too.
+
+    accelerate's sequential offloading does so, and a weight that is merely looked up is then on the meta device.
+    """
+
+    __call__ = nn.Module.__call__  # ParameterDict refuses calls
+
+    def forward(self, adapter_name: str) -> Tensor:
+        return self[adapter_name]
+
+
 class LiDBLayer(BaseTunerLayer):
     """Holds the adapters of one layer: ``down`` ``(r, a)`` and ``up`` ``(b, r)`` of each, and which bases they use.
 
@@ -35,8 +47,8 @@ class LiDBLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
-        self.lidb_down = nn.ParameterDict({})
-        self.lidb_up = nn.ParameterDict({})
+        self.lidb_down = AdapterWeights()
+        self.lidb_up = AdapterWeights()
         self.lidb_dropout = nn.ModuleDict({})
         self.lidb_r: dict[str, int] = {}
         self.lidb_scale: dict[str, float] = {}
@@ -101,12 +113,12 @@ class LiDBLayer(BaseTunerLayer):
                 parameters[adapter_name] = parameters[adapter_name].to(device)
         self._bases(adapter_name)
 
-    def _bases(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return ``down_aux`` and ``up_aux`` on the device of the adapter's weights.
+    def _bases(self, adapter_name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``down_aux`` and ``up_aux``, if nothing else is said on the device of the adapter's weights.
 
         Whatever moves the weights calls this too, so that ``torch.compile`` never sees the look-up.
         """
-        device = self.lidb_down[adapter_name].device
+        device = self.lidb_down[adapter_name].device if device is None else device
         aux = self.lidb_aux.get(adapter_name)
         if aux is None or aux[0].device != device:
             down_key, up_key = self.lidb_keys[adapter_name]
@@ -125,8 +137,8 @@ class LiDBLayer(BaseTunerLayer):
 
     def get_lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return float32 ``lora_A`` ``(r, in_features)`` and ``lora_B`` ``(out_features, r)``, the scale folded in."""
-        down, up = self.lidb_down[adapter_name], self.lidb_up[adapter_name]
-        aux = self._bases(adapter_name)
+        down, up = self.lidb_down(adapter_name), self.lidb_up(adapter_name)
+        aux = self._bases(adapter_name, down.device)
         return lidb_to_lora(down.float(), up.float(), *aux, scale=self.lidb_scaling[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

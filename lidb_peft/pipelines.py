@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME
@@ -98,7 +99,10 @@ def save_adapter(pipeline: "DiffusionPipeline", folder: str | os.PathLike, adapt
         for name, config in chosen.items():
             config.save_pretrained(str(whole / name))
             state = get_peft_model_state_dict(getattr(pipeline, name), adapter_name=adapter_name)
-            tensors = {_PEFT_PREFIX + key: value.detach().contiguous() for key, value in state.items()}
+            tensors = {
+                _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value.detach().contiguous()
+                for key, value in state.items()
+            }
             (whole / name / SAFETENSORS_WEIGHTS_NAME).write_bytes(to_bytes(tensors, {"format": "pt"}))
         whole.rename(folder)
 
@@ -186,6 +190,8 @@ def _added(
 
 def _check_ready(component: str, model: nn.Module, adapter_name: str) -> list[str]:
     """Return the adapters that are active on a model, which must be able to take another one."""
+    if isinstance(model, PeftModel):
+        raise ValueError(f"the {component} is a PeftModel; give the pipeline the model inside, its get_base_model()")
     known = getattr(model, "peft_config", {})
     if adapter_name in known:
         raise ValueError(f"the {component} has an adapter called {adapter_name!r}; choose another adapter_name")

@@ -340,6 +340,18 @@ def test_it_converts_to_lora_and_carries_one(mlp, x):
     assert torch.allclose(delta, mlp.first.base_layer.get_delta_weight("default"), atol=1e-5)
 
 
+def test_sequential_offloading_brings_the_weights_in(new_unet, batch):
+    from accelerate import cpu_offload
+
+    unet = new_unet()
+    unet.add_adapter(LiDBConfig(down_dim=12, up_dim=6, init_weights=False), "face")
+    with torch.no_grad():
+        expected = unet(*batch).sample
+        cpu_offload(unet, execution_device=torch.device("cpu"))  # a pipeline's enable_sequential_cpu_offload, for a GPU
+        assert all(parameter.is_meta for name, parameter in unet.named_parameters() if "lidb_" in name)
+        assert torch.equal(unet(*batch).sample, expected)
+
+
 def test_it_answers_what_diffusers_asks_of_a_layer(mlp):
     from diffusers.utils import get_adapter_name
 

@@ -240,6 +240,17 @@ def test_adapters_stay_float32_beside_a_half_precision_pipeline(new_pipeline, fo
     assert draw(pipeline).dtype == torch.bfloat16
 
 
+def test_models_that_peft_has_wrapped_are_saved_and_not_loaded_onto(new_pipeline, folder, tmp_path):
+    pipeline, other = new_pipeline(), new_pipeline()
+    for name in ("unet", "text_encoder"):
+        setattr(pipeline, name, PeftModel.from_pretrained(getattr(pipeline, name), folder / name))
+    with pytest.raises(ValueError, match="text_encoder is a PeftModel; give the pipeline the model inside"):
+        load_adapter(pipeline, folder, "more")
+    save_adapter(pipeline, tmp_path / "again")
+    load_adapter(other, tmp_path / "again")
+    assert torch.equal(draw(other), draw(pipeline))
+
+
 def test_diffusers_own_loaders_refuse_it(new_pipeline, folder, tmp_path):
     pipeline = new_pipeline()
     load_adapter(pipeline, folder, "me")
