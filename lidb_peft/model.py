@@ -94,7 +94,11 @@ class LiDBModel(BaseTuner):
                 f"the sum of {list(adapters)} cannot be added as {adapter_name!r}: the model has the adapters "
                 f"{sorted(self.peft_config)}; name some of them, and a new one"
             )
-        parts = dict(zip(adapters, weights, strict=True))
+        if len(adapters) != len(weights):
+            raise ValueError(f"there are {len(weights)} weights for {len(adapters)} adapters; pass one for each")
+        parts = dict.fromkeys(adapters, 0.0)
+        for name, weight in zip(adapters, weights, strict=True):
+            parts[name] += weight
         layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -202,7 +206,7 @@ class LiDBModel(BaseTuner):
             raise ValueError(
                 f"the LiDB checkpoint does not fit this model: missing keys {missing}, unexpected keys {unexpected}"
             )
-        _use_recorded_bases(model, adapter_name, records)
+        _use_recorded_bases(model, config, adapter_name, records)
         return loaded
 
 
@@ -249,23 +253,25 @@ def _basis_record(key: BasisKey) -> Tensor:
     return torch.cat([fingerprint, basis_probes(get_basis(key, torch.device("cpu")))])
 
 
-def _use_recorded_bases(model: nn.Module, adapter_name: str, records: dict[str, Tensor]) -> None:
-    """Check the rebuilt bases against the checkpoint's records, or put the stored bases in their place."""
-    replaced: dict[BasisKey, BasisKey] = {}
+def _use_recorded_bases(model: nn.Module, config: LiDBConfig, adapter_name: str, records: dict[str, Tensor]) -> None:
+    """Check the rebuilt bases against the checkpoint's records, or use the bases that it stores."""
+    recorded: dict[BasisKey, BasisKey] = {}
     for key in _keys_in_use(model, adapter_name):
+        rebuilt = key._replace(kind=config.basis)  # the adapter that is replaced may have used others
         values, record = (records.get(f"{_RECORD}{key.label}.{kind}") for kind in ("values", "record"))
         if values is not None:
-            replaced[key] = store_basis(key, values)
-        elif record is None or record.shape != _basis_record(key).shape:
+            recorded[key] = store_basis(rebuilt, values)
+        elif record is None or record.shape != _basis_record(rebuilt).shape:
             raise ValueError(f"the LiDB checkpoint has no record of its {key.label} basis; save the adapter again")
         else:
             fingerprint = bytes(int(value) & 255 for value in record[:8].tolist()).hex()
-            check_basis(key, fingerprint, record[8:], "the LiDB checkpoint")
-    _replace_bases(model, adapter_name, replaced)
+            check_basis(rebuilt, fingerprint, record[8:], "the LiDB checkpoint")
+            recorded[key] = rebuilt
+    _replace_bases(model, adapter_name, recorded)
 
 
 def _replace_bases(model: nn.Module, adapter_name: str, replaced: Mapping[BasisKey, BasisKey]) -> None:
     for module in model.modules():
         if isinstance(module, LiDBLayer) and adapter_name in module.lidb_keys:
             down, up = module.lidb_keys[adapter_name]
-            module.use_bases(adapter_name, (replaced.get(down, down), replaced.get(up, up)))
+            module.use_bases(adapter_name, (replaced[down], replaced[up]))

@@ -135,7 +135,16 @@ def test_a_sum_that_is_not_exact_is_refused(blocks):
         model.add_weighted_adapter(["default", "wide"], [1.0, 1.0], "sum")
     with pytest.raises(ValueError, match=r"\['default', 'typo'\] cannot be added as 'sum'"):
         model.add_weighted_adapter(["default", "typo"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="there are 1 weights for 2 adapters; pass one for each"):
+        model.add_weighted_adapter(["default", "wide"], [1.0], "sum")
     assert "sum" not in model.peft_config
+
+
+def test_an_adapter_may_be_named_twice_in_a_sum(blocks):
+    model = fill(get_peft_model(blocks, config()))
+    model.add_weighted_adapter(["default", "default"], [1.0, 0.5], "sum")
+    for layer in layers_of(model, "sum").values():
+        assert torch.allclose(layer.get_delta_weight("sum"), 1.5 * layer.get_delta_weight("default"), atol=1e-6)
 
 
 def test_a_whole_module_goes_into_the_sum_as_it_is(blocks):
@@ -161,6 +170,9 @@ def test_bases_from_outside_are_used_and_stored(blocks, x, tmp_path):
     assert torch.equal(loaded(x), model(x))
     downs = {layer.lidb_aux["default"][0].data_ptr() for layer in layers_of(loaded).values()}
     assert len(downs) == 1
+    frozen = fill(get_peft_model(copy.deepcopy(blocks), config()), seed=2)
+    set_peft_model_state_dict(loaded, get_peft_model_state_dict(frozen))
+    assert torch.equal(loaded(x), frozen(x))
     with pytest.raises(ValueError, match=r"there is no basis for \['up:12:6'\]"):
         model.base_model.use_bases({"down:12:8": bases["down:12:8"]})
     with pytest.raises(ValueError, match=r"has shape \(12, 8\); expected \(8, 12\)"):
