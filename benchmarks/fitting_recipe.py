@@ -36,6 +36,7 @@ ROWS: dict[str, PersonalizeConfig] = {
     "LoRA, both, preservation 3": replace(KEPT, preservation=3.0),
     "LoRA, both, 80 steps": replace(KEPT, steps=80),
     "LoRA, both, 160 steps": replace(KEPT, steps=160),
+    "LoRA, both, background 0, 80 steps": replace(KEPT, background=0.0, steps=80),
     "LoRA, both, lr 0.004": replace(KEPT, lr=4e-3),
     "LoRA, both, lr 0.012": replace(KEPT, lr=1.2e-2),
     "LoRA, both, lr 0.016": replace(KEPT, lr=1.6e-2),
