@@ -11,7 +11,7 @@ from cli.results import DTYPES, dtype_option
 if TYPE_CHECKING:
     from converters.batch import Outcome
 
-# As in converters.formats, which takes seconds to import.
+# As in converters.convert, which takes seconds to import.
 FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 FAMILIES = ("sd1", "sd2", "sdxl")
 

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
+from converters.formats.kohya import kohya_tensors, write_tensors
+from converters.formats.layout import SPELLINGS, read_layout
+from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
+from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
+from converters.formats.reading import find_sources, read_lora
+from converters.key_maps import FAMILIES
+from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
+from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
+from converters.sidecar import write_sidecar
 from lidb_peft.files import atomic_path, write_safetensors
-
-from .adapter_layout import SPELLINGS, read_layout
-from .diffusers_file import diffusers_tensors, old_diffusers_tensors
-from .key_maps import FAMILIES
-from .kohya import kohya_tensors, write_tensors
-from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
-from .lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
-from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
-from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
-from .reading import find_sources, read_lora
-from .safe_read import read_header
+from lidb_peft.safe_read import read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
 LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}

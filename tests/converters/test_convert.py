@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from converters import FORMATS, detect_format, prepare_conversion, read_lora
-from converters.formats import LIDB_FORMATS
+from converters.convert import LIDB_FORMATS
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from lidb_peft.bases import get_basis
 

@@ -16,14 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from converters.architectures import CROSS_WIDTHS
+from converters.arithmetic.algebra import matrices, to_layer
+from converters.key_maps import COMPONENTS, from_checkpoint_name
+from converters.lora import Lora, LoraLayer
 from lidb_peft.files import atomic_path, check_writable
 from lidb_peft.naming import layer_name
-
-from .adapter_checks import CROSS_WIDTHS
-from .algebra import matrices, to_layer
-from .key_maps import COMPONENTS, from_checkpoint_name
-from .lora import Lora, LoraLayer
-from .safe_read import read_header
+from lidb_peft.safe_read import read_header
 
 # Hashes of what the file held before.
 _STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
@@ -96,7 +95,7 @@ def find_family(weights: Mapping[str, Weight]) -> str:
     """
     weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
     width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
-    return CROSS_WIDTHS.get(width, "SD1").lower()
+    return CROSS_WIDTHS.get(width, "sd1")
 
 
 def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:
