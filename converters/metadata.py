@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
-from lidb_peft.files import safetensors_chunks
+from lidb_peft.files import header_bytes, safetensors_chunks
+from lidb_peft.safe_read import Header
 
 # What kohya's older hash is of: 64 KB from 1 MB on.
 _LEGACY_BYTES = range(0x100000, 0x110000)
@@ -152,6 +154,17 @@ def trigger_entries(trigger: str, num_photos: int = 0) -> dict[str, str]:
         return {}
     tags = {f"1_{trigger}": {trigger: max(num_photos, 1)}}
     return {"modelspec.trigger_phrase": trigger, "ss_tag_frequency": json.dumps(tags, ensure_ascii=False)}
+
+
+def legacy_hash(path: Path, header: Header) -> str:
+    """Return the ``sshs_legacy_hash`` of a file, as `add_hashes` does; "" if it were of metadata, in random order."""
+    kept = {key: value for key, value in header.metadata.items() if key.startswith("ss_")}
+    skipped = _LEGACY_BYTES.start - len(header_bytes(header.tensors, kept))
+    if skipped < 0:
+        return ""
+    with open(path, "rb") as file:
+        file.seek(header.data_offset + skipped)
+        return hashlib.sha256(file.read(len(_LEGACY_BYTES))).hexdigest()[:8]
 
 
 def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:

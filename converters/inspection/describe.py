@@ -14,6 +14,7 @@ from converters.formats.lora_config import METADATA_KEY
 from converters.formats.reading import find_sources
 from converters.inspection.checks import base_of, find_warnings
 from converters.inspection.facts import Configs, block_norms, gather_facts, is_finite
+from converters.metadata import legacy_hash
 from converters.sidecar import read_sidecar
 from lidb_peft.record import from_metadata
 from lidb_peft.safe_read import Header, iter_tensors, printable, read_header
@@ -26,6 +27,8 @@ _CHECKPOINT_STARTS = (
 )
 # Metadata that one program alone writes.
 _PROGRAMS = {"ss_sd_scripts_commit_hash": "kohya sd-scripts", "ot_revision": "OneTrainer", METADATA_KEY: "diffusers"}
+# What kohya's hashes are of.
+_HASHED = {"sshs_model_hash": "its tensors", "sshs_legacy_hash": "its tensors and ss_ keys"}
 _NUM_TAGS = 5
 
 
@@ -45,7 +48,8 @@ class FileDescription:
         dtypes: dtypes of its tensors, e.g. ``float16``.
         num_parameters, size_bytes: numbers stored, bytes on disk.
         title, trigger_words: what it calls itself, what to write in a prompt.
-        hashes: ``sha256`` of the file, ``sshs_model_hash`` of its tensors, ``a1111`` the short hash that A1111 shows.
+        hashes: ``sha256`` of the file, ``sshs_model_hash`` of its tensors, ``sshs_legacy_hash`` of a piece of them,
+            ``a1111`` the short hash that A1111 shows.
         warnings: one sentence for each thing that a reader would stumble over.
         metadata: the file's own, as it is.
     """
@@ -162,7 +166,7 @@ def _describe_theta(file: Path, header: Header) -> FileDescription:
 
 
 def _hashes(file: Path, header: Header) -> dict[str, str]:
-    """sha256 of the file and of its tensors alone, in one pass."""
+    """sha256 of the file and of its tensors alone, in one pass, and kohya's older hash."""
     whole, tensors = hashlib.sha256(), hashlib.sha256()
     with open(file, "rb") as stream:
         whole.update(stream.read(header.data_offset))
@@ -171,14 +175,17 @@ def _hashes(file: Path, header: Header) -> dict[str, str]:
             tensors.update(block)
     model_hash = tensors.hexdigest()
     shown = header.metadata.get("sshs_model_hash") or model_hash
-    return {"sha256": whole.hexdigest(), "sshs_model_hash": model_hash, "a1111": shown[:12]}
+    hashes = {"sha256": whole.hexdigest(), "sshs_model_hash": model_hash, "a1111": shown[:12]}
+    legacy = legacy_hash(file, header)
+    return hashes | ({"sshs_legacy_hash": legacy} if legacy else {})
 
 
 def _hash_warnings(hashes: dict[str, str], metadata: dict[str, str]) -> list[str]:
-    stated = metadata.get("sshs_model_hash")
-    if not stated or stated == hashes["sshs_model_hash"]:
-        return []
-    return ["sshs_model_hash in its metadata is not the hash of its tensors: they were changed after it was written"]
+    return [
+        f"{name} in its metadata is not the hash of {what}: they were changed after it was written"
+        for name, what in _HASHED.items()
+        if metadata.get(name) and name in hashes and metadata[name] != hashes[name]
+    ]
 
 
 def _trigger_words(metadata: dict[str, str], sidecar: dict[str, object]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from converters.formats.kohya import save_kohya, write_lora
 from converters.inspection.describe import describe
@@ -45,11 +45,27 @@ def test_a_file_of_ours_is_described_in_full_and_without_warnings(tmp_path, rand
         "sha256": hashlib.sha256(blob).hexdigest(),
         "sshs_model_hash": tensors,
         "a1111": tensors[:12],
+        "sshs_legacy_hash": hashlib.sha256(b"").hexdigest()[:8],  # of what lies beyond 1 MB
     }
     assert found.hashes["sshs_model_hash"] == found.metadata["sshs_model_hash"]
     assert found.size_bytes == len(blob)
     assert found.num_parameters == sum(5 * (a + b) + 1 for a, b in sd1_shapes.values())
     assert json.loads(json.dumps(found.to_dict()))["ranks"] == [5]
+
+
+def test_kohyas_older_hash_is_of_the_file_without_what_is_no_ss_key(tmp_path):
+    state = {f"{UNET}.lora_down.weight": torch.randn(400, 768), f"{UNET}.lora_up.weight": torch.randn(8, 400)}
+    state[f"{UNET}.alpha"] = torch.tensor(400.0)
+    blob = save(state, {"ss_base_model_version": "sd_v1", "ss_title": "é\n"})
+    stated = {"sshs_legacy_hash": hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8], "modelspec.title": "a"}
+    metadata = {"ss_base_model_version": "sd_v1", "ss_title": "é\n"} | stated
+    found = described(tmp_path, state, metadata)
+    assert found.hashes["sshs_legacy_hash"] == stated["sshs_legacy_hash"]
+    assert found.warnings == ()
+    long = described(tmp_path, state, metadata | {"ss_tags": "x" * 2**20})
+    assert "sshs_legacy_hash" not in long.hashes
+    changed = described(tmp_path, {name: tensor * 2 for name, tensor in state.items()}, metadata)
+    assert "sshs_legacy_hash in its metadata is not the hash" in " ".join(changed.warnings)
 
 
 def test_a_diffusers_folder_of_today_is_described(tmp_path):
@@ -184,6 +200,7 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.zeros(8, 2)}, {}, "every layer changes nothing"),
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.full((8, 2), torch.inf)}, {}, f"NaN or infinity.*{UNET}"),
         (lora(UNET), {"sshs_model_hash": "0" * 64}, "not the hash of its tensors"),
+        (lora(UNET), {"sshs_legacy_hash": "0" * 8}, "not the hash of its tensors and ss_ keys"),
         (lora(UNET), {"ss_output_name": "../../x"}, "ss_output_name is '../../x', which is no name for <lora:name:1>"),
         (lora(UNET), {"ss_output_name": "a\x1b[2J"}, "ss_output_name is"),
     ],
