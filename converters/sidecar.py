@@ -4,7 +4,9 @@ Trigger words reach its prompt only through the sidecar.
 """
 
 import json
+import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +23,11 @@ _SIDECAR_KEYS = frozenset(
 )
 
 
-def write_sidecar(lora_path: Path, metadata: KohyaMetadata) -> Path | None:
+def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str, object] | None = None) -> Path | None:
     """Write A1111's ``<name>.json`` beside a LoRA; what the user has put into an earlier one stays.
+
+    Args:
+        carried: entries of another LoRA's sidecar, which count more than ``metadata``.
 
     Returns None, with a warning, when a JSON file of that name is something else.
     """
@@ -39,7 +44,7 @@ def write_sidecar(lora_path: Path, metadata: KohyaMetadata) -> Path | None:
         "activation text": metadata.trigger,
         "preferred weight": metadata.preferred_weight,
     }
-    text = json.dumps({"notes": ""} | earlier | ours, indent=4, ensure_ascii=False)
+    text = json.dumps({"notes": ""} | earlier | ours | dict(carried or {}), indent=4, ensure_ascii=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
@@ -76,6 +81,18 @@ def write_preview(lora_path: Path, preview: "Image") -> Path | None:
     with atomic_path(path) as temporary:
         preview.convert("RGB").save(temporary, format="PNG", pnginfo=mark)
     return path
+
+
+def copy_preview(source: Path, target: Path) -> Path | None:
+    """Copy the preview of one LoRA beside another, whose own stays; return the copy, or None if there is none."""
+    if any(path.exists() for path in _preview_paths(target)):
+        return None
+    for preview, copy in zip(_preview_paths(source), _preview_paths(target), strict=True):
+        if preview.is_file():
+            with atomic_path(copy) as temporary:
+                shutil.copyfile(preview, temporary)
+            return copy
+    return None
 
 
 def _preview_paths(lora_path: Path) -> tuple[Path, Path]:
