@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converters import Lora, read_lora, save_kohya
-from converters.algebra import merge, relative_errors, resize
 from converters.architectures import attention_shapes
-from converters.formats import prepare_conversion, prepare_writing
+from converters.arithmetic.algebra import merge, relative_errors, resize
+from converters.convert import prepare_conversion, prepare_writing
 from converters.metadata import KohyaMetadata
 
 DECAY = 0.9  # from one singular value to the next

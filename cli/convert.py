@@ -11,7 +11,7 @@ from cli.results import DTYPES, dtype_option
 if TYPE_CHECKING:
     from converters.batch import Outcome
 
-# As in converters.formats, which takes seconds to import.
+# As in converters.convert, which takes seconds to import.
 FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -34,7 +34,7 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
     """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
 
     What IN is, is told by its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several, or all of a
-    folder, go into the folder OUT.
+    folder, go into the folder OUT. A1111's sidecar and preview of IN come along to a kohya file.
 
     \b
     hdb convert theirs.safetensors mine.safetensors               any LoRA, for A1111, ComfyUI and the others

@@ -27,7 +27,7 @@ def command(tuned, base, out, rank, dtype) -> None:
     import torch
 
     from cli.progress import progress_bars
-    from converters.checkpoint import extract
+    from converters.arithmetic.checkpoint import extract
 
     with progress_bars() as report:
         found = extract(tuned, base, rank, getattr(torch, DTYPES[dtype]),

@@ -37,7 +37,7 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
 
 def as_text(description: "FileDescription") -> str:
     """A description for people: a topic and a finding on each line, what is unknown left out."""
-    from converters.safe_read import printable
+    from lidb_peft.safe_read import printable
 
     rows = [
         ("file", f"{description.path} ({description.size_bytes / 1000:,.0f} KB)"),
@@ -74,6 +74,9 @@ def _layers(layers: dict[str, int]) -> str:
 
 def _lidb(metadata: dict[str, str]) -> str:
     """The dimensions, seed and kind of the bases of a theta file; empty for other files."""
+    from lidb_peft.record import from_metadata
+
+    record = from_metadata(metadata)
     fields = {"down_dim": "down", "up_dim": "up", "seed": "seed", "scale": "scale", "basis": "basis"}
-    found = {name: metadata.get(f"lidb.{key}") for key, name in fields.items()}
+    found = {name: record.get(key) for key, name in fields.items()}
     return ", ".join(f"{name} {value}" for name, value in found.items() if value)

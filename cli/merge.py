@@ -44,8 +44,8 @@ def command(loras, out, rank, into, dtype) -> None:
     import torch
 
     from converters import read_lora
-    from converters.algebra import merge
-    from converters.checkpoint import merge_into
+    from converters.arithmetic.algebra import merge
+    from converters.arithmetic.checkpoint import merge_into
 
     parts = [(read_lora(path), weight) for path, weight in loras]
     if into is not None:

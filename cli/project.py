@@ -22,7 +22,7 @@ def command(source, out, minus, base) -> None:
     hdb project theirs.safetensors theta.safetensors
     hdb project dreambooth.safetensors theta.safetensors --minus sd15.safetensors
     """
-    from converters.project import project_to_file
+    from converters.arithmetic.project import project_to_file
 
     options = {}
     if base is not None:

@@ -26,7 +26,7 @@ def command(source, out, rank, energy, dtype) -> None:
     import torch
 
     from converters import read_lora
-    from converters.algebra import resize
+    from converters.arithmetic.algebra import resize
 
     lora, errors = resize(read_lora(source), rank, energy, dtype and getattr(torch, DTYPES[dtype]))
     write_result(lora, [source], out, errors)

@@ -16,7 +16,7 @@ dtype_option = click.option("--dtype", type=click.Choice(list(DTYPES)), show_def
 
 def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "") -> None:
     """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are its layers' relative ones."""
-    from converters.formats import prepare_writing
+    from converters.convert import prepare_writing
 
     conversion = prepare_writing(lora, sources, out, to)
     for file in conversion.write():

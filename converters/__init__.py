@@ -1,11 +1,11 @@
-"""LoRA files: names, metadata, writing and reading kohya's format, and describing anybody's."""
+"""LoRA files, whoever made them: read, written, converted, computed with and described."""
 
-from .describe import FileDescription, describe
-from .formats import FORMATS, Conversion, detect_format, prepare_conversion
-from .kohya import load_kohya, save_kohya, write_lora
-from .lora import Lora, LoraLayer
-from .metadata import KohyaMetadata
-from .reading import read_lora
+from converters.convert import FORMATS, Conversion, detect_format, prepare_conversion
+from converters.formats.kohya import load_kohya, save_kohya, write_lora
+from converters.formats.reading import read_lora
+from converters.inspection.describe import FileDescription, describe
+from converters.lora import Lora, LoraLayer
+from converters.metadata import KohyaMetadata
 
 __all__ = [
     "FORMATS",

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "sd2": Architecture((320, 640, 1280, 1280), (1, 1, 1, 0), 1024, {"text_encoder": (23, 1024)}),
     "sdxl": Architecture((320, 640, 1280), (0, 2, 10), 2048, {"text_encoder": (12, 768), "text_encoder_2": (32, 1280)}),
 }
+CROSS_WIDTHS = {architecture.cross_width: family for family, architecture in ARCHITECTURES.items()}
 _LAYERS_A_LEVEL = 2
 
 

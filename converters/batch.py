@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .formats import is_folder_format, prepare_conversion
-from .reading import is_adapter_folder
+from converters.convert import is_folder_format, prepare_conversion
+from converters.formats.reading import is_adapter_folder
 
 
 @dataclass(frozen=True)

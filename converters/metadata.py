@@ -1,31 +1,21 @@
-"""What a LoRA file says about itself: kohya's ``ss_*`` keys, ModelSpec, hashes, A1111's sidecar and preview.
+"""What a LoRA file says about itself: kohya's ``ss_*`` keys, ModelSpec and hashes.
 
-kohya and A1111 read ``ss_*``; ModelSpec is the Stability AI standard that newer tools show; trigger words reach
-A1111's prompt only through the sidecar ``<name>.json``.
+kohya and A1111 read ``ss_*``; ModelSpec is the Stability AI standard that newer tools show.
 """
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lidb_peft.files import atomic_path, safetensors_chunks
+from lidb_peft.files import header_bytes, safetensors_chunks
+from lidb_peft.safe_read import Header
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# What marks a preview as ours, so that a photo of the same name is never overwritten.
-_PREVIEW_SOFTWARE = "lidb-peft"
 # What kohya's older hash is of: 64 KB from 1 MB on.
 _LEGACY_BYTES = range(0x100000, 0x110000)
-_SIDECAR_KEYS = frozenset(
-    {"description", "sd version", "activation text", "preferred weight", "negative text", "notes"}
-)
 
 
 @dataclass(frozen=True)
@@ -166,6 +156,17 @@ def trigger_entries(trigger: str, num_photos: int = 0) -> dict[str, str]:
     return {"modelspec.trigger_phrase": trigger, "ss_tag_frequency": json.dumps(tags, ensure_ascii=False)}
 
 
+def legacy_hash(path: Path, header: Header) -> str:
+    """Return the ``sshs_legacy_hash`` of a file, as `add_hashes` does; "" if it were of metadata, in random order."""
+    kept = {key: value for key, value in header.metadata.items() if key.startswith("ss_")}
+    skipped = _LEGACY_BYTES.start - len(header_bytes(header.tensors, kept))
+    if skipped < 0:
+        return ""
+    with open(path, "rb") as file:
+        file.seek(header.data_offset + skipped)
+        return hashlib.sha256(file.read(len(_LEGACY_BYTES))).hexdigest()[:8]
+
+
 def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """Return ``metadata`` with ``sshs_model_hash`` and ``sshs_legacy_hash``, computed as kohya does.
 
@@ -179,76 +180,3 @@ def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str
         legacy.update(chunk[max(_LEGACY_BYTES.start - position, 0) : max(_LEGACY_BYTES.stop - position, 0)])
         position += len(chunk)
     return metadata | {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
-
-
-def write_sidecar(lora_path: Path, metadata: KohyaMetadata) -> Path | None:
-    """Write A1111's ``<name>.json`` beside a LoRA; what the user has put into an earlier one stays.
-
-    Returns None, with a warning, when a JSON file of that name is something else.
-    """
-    path = lora_path.with_suffix(".json")
-    earlier = read_sidecar(lora_path)
-    if earlier is None:
-        warnings.warn(
-            f"{path} is no A1111 sidecar and was left alone; the activation text was not written", stacklevel=2
-        )
-        return None
-    ours = {
-        "description": metadata.description,
-        "sd version": MODEL_FAMILIES[metadata.family].a1111_version,
-        "activation text": metadata.trigger,
-        "preferred weight": metadata.preferred_weight,
-    }
-    text = json.dumps({"notes": ""} | earlier | ours, indent=4, ensure_ascii=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return path
-
-
-def read_sidecar(lora_path: Path) -> dict[str, object] | None:
-    """Return A1111's sidecar of a LoRA, ``{}`` where there is none, None where the file is something else."""
-    path = lora_path.with_suffix(".json")
-    if not path.exists():
-        return {}
-    if not path.is_file() or path.stat().st_size > 10_000_000:
-        return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return entries if isinstance(entries, dict) and (not entries or _SIDECAR_KEYS & entries.keys()) else None
-
-
-def write_preview(lora_path: Path, preview: "Image") -> Path | None:
-    """Write the picture that A1111 shows for a LoRA: ``<name>.png``, or ``<name>.preview.png`` where that is taken.
-
-    A picture that this function did not write is never overwritten: it may be the photo that the LoRA was made from.
-    Returns None, with a warning, when both names are taken.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    path = next((path for path in _preview_paths(lora_path) if not path.exists() or _is_our_preview(path)), None)
-    if path is None:
-        warnings.warn(f"{lora_path.with_suffix('.png')} is another picture; the preview was not written", stacklevel=2)
-        return None
-    mark = PngInfo()
-    mark.add_text("Software", _PREVIEW_SOFTWARE)
-    with atomic_path(path) as temporary:
-        preview.convert("RGB").save(temporary, format="PNG", pnginfo=mark)
-    return path
-
-
-def _preview_paths(lora_path: Path) -> tuple[Path, Path]:
-    return lora_path.with_suffix(".png"), lora_path.with_suffix(".preview.png")
-
-
-def _is_our_preview(path: Path) -> bool:
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        return False
-    try:
-        with Image.open(path) as picture:
-            return picture.format == "PNG" and picture.info.get("Software") == _PREVIEW_SOFTWARE
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from converters.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header, read_json_object
+from lidb_peft.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header, read_json_object
 
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTED_PARTS = ("unet", "vae", "text_encoder")

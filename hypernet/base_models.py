@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from converters.safe_read import PICKLE_SUFFIXES
 from hypernet.base_files import check_channels, check_checkpoint, check_folder, mend_text_encoder
 from hypernet.devices import choose_device, choose_dtype
 from hypernet.errors import first_sentence
 from hypernet.recipe import DEFAULT_BASE
+from lidb_peft.safe_read import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel

@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from converters import FileDescription, describe
-from converters.safe_read import iter_tensors
 from hypernet.base_models import BaseModel
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path, check_writable
+from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .safe_read import TensorInfo
+
 # dtype -> its name in a safetensors file, in the order in which the library sorts tensors: the last first.
 _DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
@@ -78,22 +80,29 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order.
-
-    Metadata is sorted. The library writes it in a random order, so that the same LoRA would give other bytes each time.
-    """
+    """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order."""
     names = sorted(tensors, key=lambda name: (-_DTYPES.index(tensors[name].dtype), name.encode()))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    infos = {}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
-        dtype = _DTYPE_NAMES[tensors[name].dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+        infos[name] = TensorInfo(_DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape), start, end)
+    yield header_bytes(infos, metadata)
     for name in names:
         yield memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file begins with, in front of its tensors; the metadata sorted.
+
+    The library writes metadata in a random order, so that the same LoRA would give other bytes each time.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, info in tensors.items():
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converters.formats.kohya import load_kohya, lora_tensors, write_tensors
 from converters.key_maps import from_kohya_name
-from converters.kohya import load_kohya, lora_tensors, write_tensors
-from converters.safe_read import read_header
+from lidb_peft.safe_read import read_header
 
 from .bases import get_basis
 from .config import LiDBConfig

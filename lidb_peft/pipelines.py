@@ -17,13 +17,13 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import LiDBConfig, LiDBPeftType
 from .files import to_bytes
 from .layer import LiDBLayer
 from .record import fingerprint_components
+from .safe_read import read_tensors
 from .space import LiDBSpace
 from .theta import load_theta
 
@@ -126,13 +126,8 @@ def _read_part(folder: Path) -> tuple[LiDBConfig, dict[str, Tensor]]:
     if not names:
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter again, as safetensors")
     file, config_file = folder / names[0], folder / CONFIG_NAME
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            stored = (opened.metadata() or {}).get(_DIFFUSERS_CONFIG)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); get it again") from error
-    text = config_file.read_text(encoding="utf-8") if config_file.is_file() else stored
+    tensors, metadata = read_tensors(file)
+    text = config_file.read_text(encoding="utf-8") if config_file.is_file() else metadata.get(_DIFFUSERS_CONFIG)
     if text is None:
         raise ValueError(f"{folder} has no {CONFIG_NAME}; save the adapter again, by lidb_peft.save_adapter")
     return _parse_config(text, folder), tensors
@@ -143,7 +138,7 @@ def _parse_config(text: str, folder: Path) -> LiDBConfig:
         settings = json.loads(text)
         kind = settings["peft_type"]
         config = LiDBConfig.from_peft_type(**settings) if kind == LiDBPeftType.LIDB else None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"the config in {folder} describes no LiDB this version knows: {error}") from error
     if config is None:
         raise ValueError(f"{folder} holds a {kind} adapter; load that with the pipeline's load_lora_weights")

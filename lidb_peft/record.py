@@ -22,6 +22,8 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _OTHERS = ("basis_version", "base_model_name", "base_fingerprint", "layers_hash", "num_layers", "bases")
 _PREFIX = "lidb."
 _CPU = torch.device("cpu")
+# What a field raises that is no JSON, or JSON of another shape; nested too deeply it is a RecursionError.
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 def space_record(space: LiDBSpace, base_model_name: str = "", base_fingerprint: str | None = None) -> dict[str, str]:
@@ -72,7 +74,7 @@ def record_config(record: Mapping[str, str], source: str) -> LiDBConfig:
     try:
         targets = json.loads(record.get("targets", "{}"))
         return LiDBConfig(**values, **{name: targets[name] for name in _TARGETS if name in targets})
-    except (ValueError, TypeError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{source} describes no LiDB this version knows: {error}") from error
 
 
@@ -133,7 +135,7 @@ def _check_bases(record: Mapping[str, str], space: LiDBSpace, source: str) -> No
     try:
         bases = json.loads(record["bases"])
         parsed = {label: (str(b[0]), torch.tensor([float(v) for v in b[1:]])) for label, b in bases.items()}
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{source} has no readable record of its bases ({error}); it is damaged") from error
     for key in distinct_basis_keys(space.shapes, space.config):
         if key.label not in parsed:
@@ -172,7 +174,7 @@ def fingerprint_components(fingerprint: str, source: str) -> tuple[str, ...]:
         return ()
     try:
         return tuple(json.loads(fingerprint).keys())
-    except (ValueError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{source} has a base fingerprint that names no components; it is damaged") from error
 
 
@@ -186,7 +188,7 @@ def same_base(first: str, second: str) -> bool:
         return True
     try:
         ours, theirs = ({name: torch.tensor(v) for name, v in json.loads(text).items()} for text in (first, second))
-    except (ValueError, TypeError, AttributeError, RuntimeError):  # not what base_fingerprint writes
+    except _MALFORMED:  # not what base_fingerprint writes
         return False
     return ours.keys() == theirs.keys() and all(
         ours[name].shape == theirs[name].shape and torch.allclose(ours[name], theirs[name], rtol=0.006, atol=1e-7)

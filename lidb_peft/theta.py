@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import LiDBConfig
 from .files import atomic_path, to_bytes
 from .record import check_record, from_metadata, missing_fields, read_number, record_config, space_record, to_metadata
+from .safe_read import printable, read_header, read_tensors
 from .space import LiDBSpace
 
 FORMAT_VERSION = "1"
@@ -71,10 +71,6 @@ def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> Theta
         ValueError: it is damaged, no theta file, or made for other layers, shapes or bases.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a theta file")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a theta file")
     stored, metadata = _read(path)
     if metadata["format"] != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {metadata['format']}; this version of lidb-peft reads 1")
@@ -95,14 +91,11 @@ def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> Theta
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     """Return the tensor and the metadata without the prefix; all keys are there."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            found = from_metadata(file.metadata() or {})
-            stored = file.get_tensor("theta") if "theta" in names else None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); get it again") from error
+    header = read_header(path)
+    found = from_metadata(header.metadata)
     missing = [name for name in ("format", *missing_fields(found)) if name not in found]
-    if stored is None or len(names) != 1 or missing:
-        raise ValueError(f"{path} is not a theta file: tensors {sorted(names)[:4]}, missing metadata {missing}")
-    return stored, found
+    if set(header.tensors) != {"theta"} or missing:
+        names = [printable(name) for name in sorted(header.tensors)[:4]]
+        raise ValueError(f"{path} is not a theta file: tensors {names}, missing metadata {missing}")
+    tensors, _ = read_tensors(path)
+    return tensors["theta"], found

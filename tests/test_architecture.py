@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
-PARTS = ("hypernet/training", "hypernet/fitting", "hypernet/network", "hypernet/inputs")
+PARTS = {
+    "hypernet": ("training", "fitting", "network", "inputs"),
+    "converters": ("inspection", "arithmetic", "formats"),
+}
+# What puts the parts of a package together: no part may import it.
+HEADS = {"hypernet": ("personalize",), "converters": ("batch", "convert")}
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
 # An entry point like the CLI: it may reach one package to the left, and nothing may import it.
 KOHYA_ENTRY = Path("lidb_peft/kohya.py")
@@ -54,13 +59,25 @@ def test_imports_go_to_the_right_only(file):
     assert not any(name.startswith("lidb_peft.kohya") for name in ours) or relative == KOHYA_ENTRY
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_hypernet_import_to_the_right_only(part):
-    to_the_left = tuple(f"{other.replace('/', '.')}." for other in PARTS[: PARTS.index(part)])
-    files = sorted((ROOT / part).glob("*.py"))
-    assert files
+@pytest.mark.parametrize(("package", "part"), [(package, part) for package in PARTS for part in PARTS[package]])
+def test_parts_of_a_package_import_to_the_right_only(package, part):
+    to_the_left = PARTS[package][: PARTS[package].index(part)]
+    forbidden = {f"{package}.{name}" for name in (*to_the_left, *HEADS[package])}
+    files = sorted((ROOT / package / part).glob("*.py"))
+    assert len(files) > 1
     for file in files:
-        assert not [name for name in imported_modules(file) if name.startswith((*to_the_left, "hypernet.personalize"))]
+        assert not {".".join(name.split(".")[:2]) for name in imported_modules(file)} & forbidden, file
+
+
+@pytest.mark.parametrize("package", PARTS)
+def test_what_stands_beside_the_parts_of_a_package_is_their_ground_and_imports_none_of_them(package):
+    modules = {file.stem: file for file in (ROOT / package).glob("*.py")}
+    imports = {path.relative_to(ROOT): imported_modules(path) for path in (ROOT / package).glob("*/*.py")}
+    ground = {name for name in modules if any(f"{package}.{name}" in found for found in imports.values())}
+    assert ground
+    parts = tuple(f"{package}.{part}." for part in PARTS[package])
+    for name in ground:
+        assert not [imported for imported in imported_modules(modules[name]) if imported.startswith(parts)], name
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from converters.safe_read import read_header, read_json_object
 from hypernet.inputs.people import Skipped
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path, to_bytes
 from lidb_peft.record import missing_fields, same_base
+from lidb_peft.safe_read import read_header, read_json_object
 
 FORMAT_VERSION = 1
 SKIPPED_FILE = "skipped.jsonl"

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from converters.safe_read import read_json_object
 from hypernet.errors import first_line
+from lidb_peft.safe_read import read_json_object
 
 # Parts that make one vector of a picture, or replace masked patches; the patches' own vectors do not pass through them.
 _UNUSED = re.compile(r"(^|\.)(pooler|head|post_layernorm|mask_token)(\.|$)")

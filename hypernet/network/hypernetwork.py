@@ -16,13 +16,13 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from converters.safe_read import read_header, read_json_object
 from hypernet.errors import first_line
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_path
+from lidb_peft.safe_read import read_header, read_json_object
 from lidb_peft.space import distinct_basis_keys, starting_theta, theta_mask
 
 HEAD_STD = 1e-3

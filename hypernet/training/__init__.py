@@ -1,0 +1,1 @@
+"""Training a hypernetwork on many people, and resuming it."""

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters import describe, read_lora
-from converters.algebra import merge, relative_errors
+from converters.arithmetic.algebra import merge, relative_errors
 from testbed import miniature_path
 
 CLIP = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"

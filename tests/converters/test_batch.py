@@ -6,7 +6,7 @@ import torch
 
 from converters import detect_format
 from converters.batch import convert_batch, plan_batch
-from converters.kohya import save_kohya
+from converters.formats.kohya import save_kohya
 from converters.metadata import KohyaMetadata
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.inspect import as_text
-from converters.describe import describe
-from converters.reading import read_lora
-from converters.safe_read import read_tensors
+from converters.formats.reading import read_lora
+from converters.inspection.describe import describe
+from lidb_peft.safe_read import read_tensors
 
 MAX_SENTENCE_CHARS = 4000
 LAYERS = (

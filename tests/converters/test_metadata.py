@@ -3,10 +3,9 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save
 
-from converters.kohya import save_kohya, write_lora
+from converters.formats.kohya import save_kohya
 from converters.metadata import KohyaMetadata
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -78,49 +77,6 @@ def test_the_same_lora_is_the_same_bytes(tmp_path):
         blobs.add((tmp_path / "a.safetensors").read_bytes())
     assert len(blobs) == 1
     assert blobs.pop()[8:10] == b'{"'  # A1111 looks for these two characters
-
-
-def test_sidecar_and_preview_stand_beside_the_lora(tmp_path):
-    metadata = KohyaMetadata(trigger="a sks face", description="Anna, 1 photo", family="sd2")
-    written = write_lora(tmp_path / "anna.safetensors", FACTORS, metadata, preview=Image.new("RGBA", (8, 6), "red"))
-    assert [path.name for path in written] == ["anna.safetensors", "anna.json", "anna.png"]
-    assert json.loads((tmp_path / "anna.json").read_text(encoding="utf-8")) == {
-        "activation text": "a sks face",
-        "description": "Anna, 1 photo",
-        "notes": "",
-        "preferred weight": 1.0,
-        "sd version": "SD2",
-    }
-    with Image.open(tmp_path / "anna.png") as picture:
-        assert (picture.format, picture.size, picture.getpixel((0, 0))) == ("PNG", (8, 6), (255, 0, 0))
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_writing_again_keeps_the_users_notes_and_replaces_our_preview(tmp_path):
-    path = tmp_path / "anna.safetensors"
-    write_lora(path, FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8), "red"))
-    sidecar = json.loads((tmp_path / "anna.json").read_text())
-    (tmp_path / "anna.json").write_text(json.dumps(sidecar | {"notes": "mine", "negative text": "blurry"}))
-    write_lora(path, FACTORS, KohyaMetadata(trigger="new"), preview=Image.new("RGB", (8, 8), "blue"))
-    sidecar = json.loads((tmp_path / "anna.json").read_text())
-    assert (sidecar["notes"], sidecar["negative text"], sidecar["activation text"]) == ("mine", "blurry", "new")
-    with Image.open(tmp_path / "anna.png") as picture:
-        assert picture.getpixel((0, 0)) == (0, 0, 255)
-
-
-def test_a_photo_or_json_of_the_same_name_is_never_overwritten(tmp_path):
-    Image.new("RGB", (5, 5), "green").save(tmp_path / "anna.png")
-    (tmp_path / "anna.json").write_text('{"camera": "mine"}')
-    before = [(tmp_path / name).read_bytes() for name in ("anna.png", "anna.json")]
-    with pytest.warns(UserWarning, match=r"anna\.json is no A1111 sidecar"):
-        written = write_lora(tmp_path / "anna.safetensors", FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8)))
-    assert [path.name for path in written] == ["anna.safetensors", "anna.preview.png"]
-    assert [(tmp_path / name).read_bytes() for name in ("anna.png", "anna.json")] == before
-    (tmp_path / "anna.preview.png").write_bytes(b"no picture")
-    (tmp_path / "anna.json").unlink()
-    with pytest.warns(UserWarning, match="preview was not written"):
-        written = write_lora(tmp_path / "anna.safetensors", FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8)))
-    assert [path.name for path in written] == ["anna.safetensors", "anna.json"]
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_bad_inputs_are_found_before_a_base_is_loaded(photo, tmp_path):
         check_request([photo, text], out)
     with pytest.raises(FileNotFoundError, match=r"nobody.jpg does not exist"):
         check_request([tmp_path / "nobody.jpg"], out)
-    with pytest.raises(ValueError, match=r"notes.txt is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"notes.txt is not a safetensors file"):
         check_request([photo], out, from_theta=text)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from converters.kohya import load_kohya, save_kohya
+from converters.formats.kohya import load_kohya, save_kohya
 from converters.metadata import KohyaMetadata
 from lidb_peft import LiDBConfig, LiDBSpace, base_fingerprint, load_theta
 

@@ -178,9 +178,19 @@ def test_other_and_damaged_files_are_refused_in_words(space, theta, path, tmp_pa
     header = json.loads(whole[8 : 8 + length])
     header["theta"]["data_offsets"][1] *= 1000
     lying = json.dumps(header).encode()
-    for content in (b"", whole[:100], whole[:-7], b"\xff" * 200, struct.pack("<Q", len(lying)) + lying + b"0" * 64):
+    header["theta"] |= {"shape": [2**63], "data_offsets": [0, 0]}  # more than torch counts to
+    endless = json.dumps(header).encode()
+    contents = {
+        b"": "has 0 bytes, too few",
+        whole[:100]: "is truncated",
+        whole[:-7]: "is truncated",
+        b"\xff" * 200: "is not a safetensors file",
+        struct.pack("<Q", len(lying)) + lying + b"0" * 64: "is corrupt: tensor 'theta' of F16",
+        struct.pack("<Q", len(endless)) + endless: "is corrupt: tensor 'theta' has shape",
+    }
+    for content, message in contents.items():
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        with pytest.raises(ValueError, match=message):
             load_theta(path, space)
     save_file({"lora": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"is not a theta file: tensors \['lora'\]"):
@@ -192,6 +202,16 @@ def test_other_and_damaged_files_are_refused_in_words(space, theta, path, tmp_pa
         load_theta(tmp_path / "nothing.safetensors")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         load_theta(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["targets", "bases"])
+def test_a_record_nested_too_deeply_is_refused_in_words(space, theta, path, field):
+    save_theta(path, theta, space)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {f"lidb.{field}": "[" * 200_000})
+    with pytest.raises(ValueError, match=r"describes no LiDB|no readable record of its bases"):
+        load_theta(path, space)
 
 
 def test_broken_values_are_neither_written_nor_read(space, theta, path):

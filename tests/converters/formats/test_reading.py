@@ -69,6 +69,8 @@ def test_pefts_scale_is_that_of_its_config(tmp_path, config, scale):
     ("config", "message"),
     [
         ({"r": 8}, "says rank 8 for .*to_q, whose tensors have rank 4"),
+        ({"lora_alpha": 10**400}, "a lora_alpha for .*to_q that is no number"),
+        ({"alpha_pattern": {"to_q(": 3}}, "an unreadable alpha_pattern"),
         ({"bias": "all"}, "with bias 'all', which cannot be carried"),
         ({"init_lora_weights": "pissa"}, "with init_lora_weights 'pissa'"),
         ({"modules_to_save": ["conv_in"], "fan_in_fan_out": True}, "fan_in_fan_out True, modules_to_save"),
@@ -145,6 +147,8 @@ def test_what_a_lora_cannot_hold_is_refused_by_name(tmp_path, extra, message):
         ),
         (["lora_te_text_model_encoder_layers_0_self_attn_q_proj"], 768, {}, "sd1"),
         (["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"], 768, {}, "sdxl"),
+        # Its first text encoder is as wide as Stable Diffusion 1's.
+        ([CLIP_Q], 768, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
         (["lora_te2_text_model_encoder_layers_0_self_attn_q_proj"], 1280, {}, "sdxl"),
     ],
 )

@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from converters.architectures import ARCHITECTURES, attention_shapes
+from converters.arithmetic.algebra import matrices
+from converters.arithmetic.checkpoint import differences, find_family, find_weights
+from converters.formats.lidb import skeleton_models
+from converters.formats.reading import read_lora
+from converters.lora import Lora
 from lidb_peft import LiDBConfig, project_lora
 from lidb_peft.space import LiDBSpace
 from lidb_peft.stacks import Layout
 from lidb_peft.theta import save_theta
-
-from .algebra import matrices
-from .architectures import ARCHITECTURES, attention_shapes
-from .checkpoint import differences, find_family, find_weights
-from .lidb_files import skeleton_models
-from .lora import Lora
-from .reading import read_lora
 
 
 @dataclass(frozen=True)

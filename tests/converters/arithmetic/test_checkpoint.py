@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from converters.checkpoint import extract, find_weights, merge_into
+from converters.arithmetic.checkpoint import extract, find_weights, merge_into
 from converters.key_maps import SD1_UNET, SDXL_UNET, from_checkpoint_name
 from converters.lora import Lora, LoraLayer
 

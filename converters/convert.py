@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
+from converters.formats.kohya import kohya_tensors, write_tensors
+from converters.formats.layout import SPELLINGS, read_layout
+from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
+from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
+from converters.formats.reading import find_sources, read_lora
+from converters.key_maps import FAMILIES
+from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
+from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
+from converters.sidecar import copy_preview, read_sidecar, write_sidecar
 from lidb_peft.files import atomic_path, write_safetensors
-
-from .adapter_layout import SPELLINGS, read_layout
-from .diffusers_file import diffusers_tensors, old_diffusers_tensors
-from .key_maps import FAMILIES
-from .kohya import kohya_tensors, write_tensors
-from .lidb_files import LiDBWeights, read_lidb_folder, read_theta
-from .lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
-from .metadata import KohyaMetadata, build_metadata, trigger_entries, write_sidecar
-from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
-from .reading import find_sources, read_lora
-from .safe_read import read_header
+from lidb_peft.safe_read import read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
 LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}
@@ -86,6 +86,8 @@ def prepare_conversion(
 ) -> Conversion:
     """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
 
+    What A1111 has beside a file, its sidecar and preview, comes along to a kohya file, the activation text to any.
+
     Args:
         to: one of ``FORMATS``.
         dtype: of the tensors; None keeps theirs.
@@ -109,8 +111,11 @@ def prepare_conversion(
         weights = _read_lidb(found, source, models)
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
     lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
-    lora = replace(lora, family=family or lora.family, metadata=lora.metadata | trigger_entries(trigger))
-    return _prepare(lora, found, target, to, dtype, trigger, v_prediction)
+    file = source if source.is_file() else None
+    activation = (read_sidecar(file) or {}).get("activation text") if file else None
+    metadata = trigger_entries(str(activation or "")) | lora.metadata | trigger_entries(trigger)
+    lora = replace(lora, family=family or lora.family, metadata=metadata)
+    return _prepare(lora, found, target, to, dtype, trigger, v_prediction, file)
 
 
 def prepare_writing(
@@ -138,7 +143,9 @@ def _prepare(
     dtype: torch.dtype | None,
     trigger: str,
     v_prediction: bool = False,
+    source: Path | None = None,
 ) -> Conversion:
+    """Make a `Conversion` of what was read; ``source`` is the file whose sidecar and preview come along."""
     lora, notes = _fit_to(lora, to, dtype)
     about = KohyaMetadata(
         family=lora.family or KohyaMetadata.family,
@@ -146,7 +153,7 @@ def _prepare(
         trigger=trigger,
         base_model_name=lora.metadata.get("ss_sd_model_name", ""),
     )
-    return Conversion(found, tuple(notes), _writer(target, lora, to, about))
+    return Conversion(found, tuple(notes), _writer(target, lora, to, about, source))
 
 
 def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | None, family: str) -> None:
@@ -192,24 +199,30 @@ def _stated_scale(lora: Lora) -> float | None:
     return scale if is_power_of_two(scale) and all(layer.scale == 1 for layer in lora.layers.values()) else None
 
 
-def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata) -> Callable[[], list[Path]]:
+def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata, source: Path | None) -> Callable[[], list[Path]]:
     if to == "peft":
         folders = peft_folders(lora)
         return lambda: _write_folders(target, folders, lora.metadata)
     if to == "kohya":
         if not lora.family:
             raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
-        return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about)
+        return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about, source)
     tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
     return lambda: _write_file(target, tensors, lora.metadata)
 
 
-def _write_kohya(target: Path, tensors: dict[str, Tensor], lora: Lora, about: KohyaMetadata) -> list[Path]:
+def _write_kohya(
+    target: Path, tensors: dict[str, Tensor], lora: Lora, about: KohyaMetadata, source: Path | None
+) -> list[Path]:
     first = next(iter(lora.layers.values()))
     sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
     write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
-    sidecar = write_sidecar(target, about) if about.trigger else None
-    return [target] if sidecar is None else [target, sidecar]
+    carried = (read_sidecar(source) if source else None) or {}
+    if about.trigger:
+        carried["activation text"] = about.trigger
+    sidecar = write_sidecar(target, about, carried) if carried else None
+    preview = copy_preview(source, target) if source else None
+    return [file for file in (target, sidecar, preview) if file is not None]
 
 
 def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+
+from lidb_peft.safe_read import printable
 
 # Where diffusers >= 0.34 keeps the configs of all components, as one JSON object with keys such as "unet.lora_alpha".
 METADATA_KEY = "lora_adapter_metadata"
@@ -16,6 +20,7 @@ _UNDERSTOOD = frozenset(
      "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules",
      "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config", "eva_config"}
 )  # fmt: skip
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 # Starts that are found from the base model but leave it as it is; the others change it, and the update with it.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -62,16 +67,27 @@ def layer_alpha(config: Mapping[str, object], path: str, rank: int, source: str)
     Raises:
         ValueError: the config's rank is not the tensors', or a number is none; the message begins with ``source``.
     """
-    stated, alpha = (_number(config, pattern, name, path, rank, source)
-                     for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))  # fmt: skip
-    if stated != rank:
+    stated, alpha = (stated_number(config, name, path, source) for name in ("r", "lora_alpha"))
+    if stated not in (None, rank):
         raise ValueError(f"{source} says rank {stated:g} for {path}, whose tensors have rank {rank}; it is damaged")
+    alpha = float(rank) if alpha is None else alpha
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def _number(config: Mapping, pattern: str, name: str, path: str, default: float, source: str) -> float:
-    own = config.get(pattern) or {}
-    value = own.get(get_pattern_key(own, path), config.get(name, default)) if isinstance(own, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{source} has a {name} for {path} that is no number: {value!r}; it is damaged")
+def stated_number(config: Mapping[str, object], name: str, path: str, source: str) -> float | None:
+    """Return ``r`` or ``lora_alpha`` of the layer at module ``path``, by PEFT's rules; None where nothing is said.
+
+    Raises:
+        ValueError: it is no finite number; the message begins with ``source``.
+    """
+    own = config.get(_PATTERNS[name]) or {}
+    try:
+        value = own.get(get_pattern_key(own, path), config.get(name)) if isinstance(own, dict) else own
+    except re.error as error:  # PEFT's patterns are regular expressions
+        raise ValueError(f"{source} has an unreadable {_PATTERNS[name]} ({error}); it is damaged") from error
+    if value is None:
+        return None
+    # The comparison takes integers beyond float's range, and refuses NaN.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{source} has a {name} for {path} that is no number: {printable(repr(value))}; it is damaged")
     return float(value)

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapter_checks import base_from_metadata
-from .adapter_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
-from .adapter_layout import AdapterModule, read_layout
-from .diffusers_file import DIFFUSERS_WEIGHTS
-from .key_maps import COMPONENTS, FAMILIES, from_kohya_name, from_path_name, is_sgm_name
-from .lora import Lora, LoraLayer
-from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS
-from .safe_read import PICKLE_SUFFIXES, printable, read_json_object, read_tensors
+from converters.formats.diffusers import DIFFUSERS_WEIGHTS
+from converters.formats.family import find_base
+from converters.formats.layout import AdapterModule, read_layout
+from converters.formats.lora_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
+from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from converters.key_maps import COMPONENTS, FAMILIES, from_kohya_name, from_path_name
+from converters.lora import Lora, LoraLayer
+from lidb_peft.safe_read import PICKLE_SUFFIXES, printable, read_json_object, read_tensors
 
-# Width of the prompt embeddings that cross-attention reads.
-_CROSS_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 # A LoRA of another model family has thousands of keys, all of them unknown.
 _MAX_KEYS_SHOWN = 20
 # What a format needs for itself, or computes anew.
@@ -32,6 +30,14 @@ class Source:
     config: Mapping[str, object] | None = None
     component: str = ""
 
+    def configs(self, metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, object]]:
+        """Return component -> ``LoraConfig`` fields, "" for any; from the file's ``metadata`` if none is beside it.
+
+        Raises:
+            ValueError: the metadata is not what diffusers writes.
+        """
+        return {"": self.config} if self.config else metadata_configs(metadata, str(self.file))
+
 
 def read_lora(path: str | os.PathLike) -> Lora:
     """Read a LoRA of any author: kohya's file, diffusers' (old and new names), or a folder that PEFT saved.
@@ -44,11 +50,11 @@ def read_lora(path: str | os.PathLike) -> Lora:
     """
     layers: dict[str, LoraLayer] = {}
     metadata: dict[str, str] = {}
-    is_xl = False
+    widths: list[tuple[str, str, int]] = []
     for source in find_sources(Path(path)):
         tensors, entries = read_tensors(source.file)
         modules = _read_modules(source, list(tensors))
-        configs = {"": source.config} if source.config else metadata_configs(entries, str(source.file))
+        configs = source.configs(entries)
         for component, config in configs.items():
             check_config(config, f"{source.file} {component}".rstrip())
         for module in modules:
@@ -56,11 +62,12 @@ def read_lora(path: str | os.PathLike) -> Lora:
             if name in layers:
                 raise ValueError(f"{path} holds layer {name} twice, the second time as {module.name}; remove one")
             layers[name] = _read_layer(source.file, name, module, tensors, configs)
+            widths.append((module.name, name.partition(".")[0], layers[name].down.shape[1]))
         metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
         if source.config and source.config.get("base_model_name_or_path"):
             metadata.setdefault("ss_sd_model_name", str(source.config["base_model_name_or_path"]))
-        is_xl |= any(module.name.startswith("lora_te1_") or is_sgm_name(module.name) for module in modules)
-    return Lora(layers, _find_family(layers, metadata, is_xl), metadata)
+    base = find_base(widths, metadata)
+    return Lora(layers, base if base in FAMILIES else "", metadata)
 
 
 def find_sources(path: Path) -> list[Source]:
@@ -93,20 +100,6 @@ def _peft_source(folder: Path) -> Source:
     # What is pickled is named where it is refused.
     names = [name for name in (PEFT_WEIGHTS, "adapter_model.bin") if (folder / name).is_file()] or [PEFT_WEIGHTS]
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
-
-
-def _find_family(layers: Mapping[str, LoraLayer], metadata: Mapping[str, str], has_xl_names: bool) -> str:
-    """Return the family by the layers' widths, names that SDXL alone should have, or what the file says; "" if none."""
-    width = next((layer.down.shape[1] for name, layer in layers.items() if name.endswith("attn2.to_k")), None)
-    if width in _CROSS_WIDTHS:
-        return _CROSS_WIDTHS[width]
-    if has_xl_names or any(name.startswith("text_encoder_2.") for name in layers):
-        return "sdxl"
-    named = (base_from_metadata(dict(metadata)) or "").lower()
-    if named in FAMILIES:
-        return named
-    widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith("q_proj")}
-    return _CROSS_WIDTHS.get(widths.pop(), "") if len(widths) == 1 else ""
 
 
 def _read_modules(source: Source, names: list[str]) -> list[AdapterModule]:
@@ -165,9 +158,11 @@ def _read_layer(
     component, _, path = name.partition(".")
     config = configs.get(component, configs.get(""))
     if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
-            raise ValueError(f"{where} has an alpha of shape {tuple(parts['alpha'].shape)}; it must be one number")
-        alpha = parts["alpha"].double().item()
+        alpha = parts["alpha"]
+        if alpha.numel() != 1 or alpha.is_complex():
+            raise ValueError(f"{where} has an alpha of {alpha.dtype} and shape {tuple(alpha.shape)}; it must be one"
+                             " real number")  # fmt: skip
+        alpha = alpha.double().item()
     else:
         alpha = layer_alpha(config, path, rank, str(file)) if config else float(rank)
     try:

@@ -15,18 +15,17 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from converters.architectures import ARCHITECTURES, attention_shapes
+from converters.formats.layout import read_layout
+from converters.formats.reading import Source, find_sources, layer_of
+from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
 from lidb_peft.layer import LiDBLayer
 from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS, find_layers
 from lidb_peft.relax import peft_factors
+from lidb_peft.safe_read import read_header
 from lidb_peft.space import LiDBSpace, layers_hash
 from lidb_peft.theta import ThetaFile, load_theta, save_theta
-
-from .adapter_layout import read_layout
-from .architectures import ARCHITECTURES, attention_shapes
-from .lora import Lora, LoraLayer
-from .reading import Source, find_sources, layer_of
-from .safe_read import read_header
 
 # layer name -> (in_features, out_features)
 Shapes = dict[str, tuple[int, int]]

@@ -2,10 +2,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.kohya import save_kohya
+from converters.arithmetic.project import family_models, lora_updates, model_updates, project, project_to_file
+from converters.formats.kohya import save_kohya
 from converters.lora import Lora, LoraLayer
 from converters.metadata import KohyaMetadata
-from converters.project import family_models, lora_updates, model_updates, project, project_to_file
 from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.bases import get_basis
 from lidb_peft.theta import load_theta

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from converters.algebra import find_rank, merge, relative_errors, resize, update_norms
+from converters.arithmetic.algebra import find_rank, merge, relative_errors, resize, update_norms
 from converters.lora import Lora, LoraLayer
 
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -6,8 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .diffusers_file import path_tensors
-from .lora import Lora, LoraLayer
+from converters.formats.diffusers import path_tensors
+from converters.lora import Lora, LoraLayer
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

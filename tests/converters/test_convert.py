@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from converters import FORMATS, detect_format, prepare_conversion, read_lora
-from converters.formats import LIDB_FORMATS
+from converters import FORMATS, KohyaMetadata, detect_format, prepare_conversion, read_lora, write_lora
+from converters.convert import LIDB_FORMATS
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from lidb_peft.bases import get_basis
 
@@ -492,3 +493,39 @@ def test_a_wrong_choice_is_named(tmp_path, sources, arguments, message):
     arguments = {"target": "out.safetensors"} | arguments
     with pytest.raises(ValueError, match=message):
         prepare_conversion(sources["peft"], tmp_path / arguments.pop("target"), **arguments)
+
+
+def test_sidecar_and_preview_come_along_to_kohya_and_the_trigger_to_all(tmp_path, read_raw):
+    source, out = tmp_path / "anna.safetensors", tmp_path / "out"
+    out.mkdir()
+    factors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (torch.ones(2, 4), torch.ones(4, 2))}
+    write_lora(source, factors, KohyaMetadata(), preview=Image.new("RGB", (8, 8), "red"))
+    sidecar = {"activation text": "a sks face", "negative text": "blurry", "preferred weight": 0.8, "notes": "mine"}
+    source.with_suffix(".json").write_text(json.dumps(sidecar))
+
+    written = prepare_conversion(source, out / "b.safetensors", "kohya").write()
+    assert written == [out / name for name in ("b.safetensors", "b.json", "b.png")]
+    copied = json.loads((out / "b.json").read_text())
+    assert {key: copied[key] for key in sidecar} == sidecar
+    assert (out / "b.png").read_bytes() == source.with_suffix(".png").read_bytes()
+    assert read_raw(out / "b.safetensors")[1]["modelspec.trigger_phrase"] == "a sks face"
+
+    prepare_conversion(source, out / "c.safetensors", "kohya", trigger="zwx").write()
+    assert json.loads((out / "c.json").read_text()) == copied | {"activation text": "zwx"}
+    (out / "d.png").write_bytes(b"a photo")
+    assert prepare_conversion(source, out / "d.safetensors", "kohya").write()[1:] == [out / "d.json"]
+    assert (out / "d.png").read_bytes() == b"a photo"
+    assert prepare_conversion(source, out / "e.safetensors", "diffusers").write() == [out / "e.safetensors"]
+    assert read_raw(out / "e.safetensors")[1]["modelspec.trigger_phrase"] == "a sks face"
+
+
+def test_a_sidecar_does_not_change_what_the_file_says_of_itself(tmp_path, read_raw):
+    source = tmp_path / "anna.safetensors"
+    factors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (torch.ones(2, 4), torch.ones(4, 2))}
+    write_lora(source, factors, KohyaMetadata(trigger="a sks face"))
+    source.with_suffix(".json").write_text('{"activation text": "sks, smiling"}')
+    prepare_conversion(source, tmp_path / "b.safetensors", "kohya").write()
+    metadata = read_raw(tmp_path / "b.safetensors")[1]
+    assert metadata["modelspec.trigger_phrase"] == "a sks face"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"1_a sks face": {"a sks face": 1}}
+    assert json.loads((tmp_path / "b.json").read_text())["activation text"] == "sks, smiling"

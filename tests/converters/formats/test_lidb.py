@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters import prepare_conversion
-from converters.lidb_files import read_lidb_folder, read_theta
+from converters.formats.lidb import read_lidb_folder, read_theta
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 
 

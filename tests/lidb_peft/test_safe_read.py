@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.safe_read import read_header, read_json_object, read_tensors
+from lidb_peft.safe_read import read_header, read_json_object, read_tensors
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):

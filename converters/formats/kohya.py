@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from converters.formats.layout import SPELLINGS
+from converters.formats.reading import read_lora
+from converters.key_maps import to_kohya_name
+from converters.lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
+from converters.metadata import KohyaMetadata, add_hashes, build_metadata
+from converters.sidecar import write_preview, write_sidecar
 from lidb_peft.files import write_safetensors
 from lidb_peft.relax import LoraFactors
-
-from .adapter_layout import SPELLINGS
-from .key_maps import to_kohya_name
-from .lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
-from .metadata import KohyaMetadata, add_hashes, build_metadata, write_preview, write_sidecar
-from .reading import read_lora
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from converters.formats.kohya import load_kohya, save_kohya
 from converters.key_maps import to_kohya_name
-from converters.kohya import load_kohya, save_kohya
 from converters.lora import balance
 from converters.metadata import KohyaMetadata
 
@@ -136,7 +136,8 @@ def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp
         ({"lora_up.weight": torch.ones(2, 3)}, "of no one rank"),
         ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, "of no one rank"),
         ({"alpha": torch.tensor(0.0)}, "alpha 0.0"),
-        ({"alpha": torch.ones(2)}, "must be one number"),
+        ({"alpha": torch.ones(2)}, "must be one real number"),
+        ({"alpha": torch.tensor(1 + 1j)}, "an alpha of torch.complex64 and shape .*must be one real number"),
         ({"lora_down.weight": torch.full((1, 2), torch.nan)}, "NaN or infinity"),
     ],
 )

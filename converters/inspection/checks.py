@@ -1,75 +1,21 @@
 """What is wrong with a LoRA file, in words: what makes a reader skip layers, scale them wrongly or hide the file."""
 
 import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
-from .adapter_layout import Layout
-from .key_maps import is_sgm_name
-from .safe_read import printable
+from converters.formats.family import find_base, shown_base, stated_base
+from converters.formats.layout import Layout
+from converters.inspection.facts import ModuleFacts
+from converters.key_maps import is_sgm_name
+from lidb_peft.safe_read import printable
 
-# Width of the prompt embeddings that cross-attention reads -> family, as A1111 names it.
-CROSS_WIDTHS = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
-_CROSS_KEY = re.compile(r"attn2[._](processor[._])?to_k(_lora)?$")
-_MAX_NAME_CHARS = 120
-_BLOCK = re.compile(r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block")
+_MAX_NAME_CHARS = 240
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-@dataclass(frozen=True)
-class ModuleFacts:
-    """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told.
-
-    ``norm`` is the Frobenius norm of a LoRA's update, None for other algorithms and broken layers.
-    """
-
-    name: str
-    component: str
-    rank: int
-    in_features: int
-    alpha: float | None
-    alpha_is_scalar: bool
-    has_non_finite: bool
-    is_zero: bool
-    is_complete: bool
-    norm: float | None
-
-
-def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
-    """Return the Frobenius norm of the updates of each text encoder and each block of a UNet; to see where it acts."""
-    norms: dict[str, float] = {}
-    for module in modules:
-        if module.norm is not None:
-            found = _BLOCK.search(module.name)
-            block = f"{module.component} {found[0].replace('.', '_')}" if found else module.component
-            norms[block] = math.hypot(norms.get(block, 0.0), module.norm)
-    return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
-
-
-def base_from_shapes(modules: Sequence[ModuleFacts]) -> str | None:
-    """Return ``SD1``, ``SD2`` or ``SDXL`` by the layers' widths, or None where they fit none of these."""
-    for module in modules:
-        if module.component == "unet" and _CROSS_KEY.search(module.name):
-            return CROSS_WIDTHS.get(module.in_features)
-    if any(module.component == "text_encoder_2" or is_sgm_name(module.name) for module in modules):
-        return "SDXL"
-    widths = {
-        module.in_features for module in modules if module.component == "text_encoder" and "q_proj" in module.name
-    }
-    return CROSS_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
-
-
-def base_from_metadata(metadata: dict[str, str]) -> str | None:
-    """Return the family that the metadata names: ``SD1``, ``SD2``, ``SDXL``, another model's own name, or None."""
-    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    if version.startswith("sdxl_") or architecture.startswith("stable-diffusion-xl"):
-        return "SDXL"
-    if version.startswith("sd_v2") or metadata.get("ss_v2") == "True" or architecture.startswith("stable-diffusion-v2"):
-        return "SD2"
-    if version.startswith("sd_v1") or architecture.startswith("stable-diffusion-v1"):
-        return "SD1"
-    return architecture.partition("/")[0] or version or None
+def base_of(modules: Sequence[ModuleFacts], metadata: Mapping[str, str]) -> str:
+    """Return what `find_base` does, by what the modules' tensors say."""
+    return find_base(((module.name, module.component, module.in_features) for module in modules), metadata)
 
 
 def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: dict[str, str]) -> list[str]:
@@ -80,9 +26,12 @@ def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: dict
     name = metadata.get("ss_output_name", "")
     if set(name) & set("<>:/\\") or not name.isprintable():
         found.append(f"ss_output_name is {printable(repr(name))}, which is no name for <lora:name:1>, nor for a file")
-    shapes, named = base_from_shapes(modules), base_from_metadata(metadata)
-    if shapes and named and shapes != named:
-        found.append(f"its layers are {shapes}'s but its metadata says {named}: A1111 hides it from the right model")
+    base, stated = base_of(modules, metadata), stated_base(metadata)
+    if stated and base != stated:
+        found.append(
+            f"its layers are {shown_base(base)}'s but its metadata says {shown_base(stated)}: A1111 hides it from the"
+            " right model"
+        )
     if layout.unknown:
         found.append(f"{_count(layout.unknown, 'tensor')} of unknown meaning: {_examples(layout.unknown)}")
     return found
@@ -114,6 +63,9 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[
     odd = [module.name for module in modules if module.alpha is not None and not _is_usable(module.alpha)]
     if odd:
         yield f"{_count(odd, 'layer')} with alpha 0 or not finite, which readers take differently: {_examples(odd)}"
+    contradicted = [module.config_error for module in modules if module.config_error]
+    if contradicted:
+        yield f"{_count(contradicted, 'layer')} at odds with PEFT's config: {_examples(contradicted[:1])}"
     shaped = [module.name for module in modules if not module.alpha_is_scalar]
     if shaped:
         yield f"{_count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {_examples(shaped)}"
@@ -128,17 +80,20 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: dict[str, str]) ->
             f"{_count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
             f" {_examples(bare)}"
         )
-    base = base_from_shapes(modules) or base_from_metadata(metadata)
+    base = base_of(modules, metadata)
     te1 = [name for name in clip if name.startswith("lora_te1_")]
-    if te1 and base in ("SD1", "SD2"):
-        yield f"{_count(te1, 'layer')} named lora_te1_ in a LoRA of {base}, which kohya drops: they must be lora_te_"
+    if te1 and base in ("sd1", "sd2"):
+        yield (
+            f"{_count(te1, 'layer')} named lora_te1_ in a LoRA of {shown_base(base)}, which kohya drops: they must be"
+            " lora_te_"
+        )
     te = [name for name in clip if name.startswith("lora_te_")]
-    if te and base == "SDXL":
+    if te and base == "sdxl":
         yield f"{_count(te, 'layer')} named lora_te_ in a LoRA of SDXL, which kohya drops: they must be lora_te1_"
     unet = [module.name for module in modules if module.component == "unet"]
     if len({is_sgm_name(name) for name in unet if "_blocks_" in name or "_block_" in name}) > 1:
         yield "UNet layers in both diffusers' and sgm's spelling: diffusers drops the latter"
-    if base == "SDXL" and not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+    if base == "sdxl" and not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
         yield "no ss_base_model_version of SDXL: A1111 takes it for SD1 and hides it from SDXL models"
     split = _split_attentions(clip, base)
     if split:
@@ -148,12 +103,12 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: dict[str, str]) ->
         )
 
 
-def _split_attentions(clip: Sequence[str], base: str | None) -> list[str]:
+def _split_attentions(clip: Sequence[str], base: str) -> list[str]:
     """Names of OpenCLIP attentions (SD2's encoder, SDXL's second) that lack one of the four projections."""
     groups: dict[str, set[str]] = {}
     for name in clip:
         projection = next((projection for projection in _FUSED_QKVO if name.endswith("_" + projection)), None)
-        if projection and (name.startswith("lora_te2_") or (base == "SD2" and name.startswith("lora_te_"))):
+        if projection and (name.startswith("lora_te2_") or (base == "sd2" and name.startswith("lora_te_"))):
             groups.setdefault(name.removesuffix("_" + projection), set()).add(projection)
     return [name for name, present in groups.items() if len(present) < len(_FUSED_QKVO)]
 

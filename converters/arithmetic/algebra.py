@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .lora import Lora, LoraLayer, to_dtype
+from converters.lora import Lora, LoraLayer, to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
 LayerParts = Sequence[tuple[LoraLayer, float]]

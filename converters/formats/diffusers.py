@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .adapter_layout import SPELLINGS
-from .key_maps import to_old_diffusers_name
-from .lora import Lora, LoraLayer
+from converters.formats.layout import SPELLINGS
+from converters.key_maps import to_old_diffusers_name
+from converters.lora import Lora, LoraLayer
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 

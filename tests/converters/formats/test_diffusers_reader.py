@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from converters.kohya import save_kohya
+from converters.formats.kohya import save_kohya
 from converters.metadata import KohyaMetadata
 
 

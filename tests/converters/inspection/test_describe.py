@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from converters.describe import describe
-from converters.kohya import save_kohya, write_lora
+from converters.formats.kohya import save_kohya, write_lora
+from converters.inspection.describe import describe
 from converters.metadata import KohyaMetadata
 from lidb_peft import LiDBConfig
 from lidb_peft.space import LiDBSpace
@@ -45,11 +45,27 @@ def test_a_file_of_ours_is_described_in_full_and_without_warnings(tmp_path, rand
         "sha256": hashlib.sha256(blob).hexdigest(),
         "sshs_model_hash": tensors,
         "a1111": tensors[:12],
+        "sshs_legacy_hash": hashlib.sha256(b"").hexdigest()[:8],  # of what lies beyond 1 MB
     }
     assert found.hashes["sshs_model_hash"] == found.metadata["sshs_model_hash"]
     assert found.size_bytes == len(blob)
     assert found.num_parameters == sum(5 * (a + b) + 1 for a, b in sd1_shapes.values())
     assert json.loads(json.dumps(found.to_dict()))["ranks"] == [5]
+
+
+def test_kohyas_older_hash_is_of_the_file_without_what_is_no_ss_key(tmp_path):
+    state = {f"{UNET}.lora_down.weight": torch.randn(400, 768), f"{UNET}.lora_up.weight": torch.randn(8, 400)}
+    state[f"{UNET}.alpha"] = torch.tensor(400.0)
+    blob = save(state, {"ss_base_model_version": "sd_v1", "ss_title": "é\n"})
+    stated = {"sshs_legacy_hash": hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8], "modelspec.title": "a"}
+    metadata = {"ss_base_model_version": "sd_v1", "ss_title": "é\n"} | stated
+    found = described(tmp_path, state, metadata)
+    assert found.hashes["sshs_legacy_hash"] == stated["sshs_legacy_hash"]
+    assert found.warnings == ()
+    long = described(tmp_path, state, metadata | {"ss_tags": "x" * 2**20})
+    assert "sshs_legacy_hash" not in long.hashes
+    changed = described(tmp_path, {name: tensor * 2 for name, tensor in state.items()}, metadata)
+    assert "sshs_legacy_hash in its metadata is not the hash" in " ".join(changed.warnings)
 
 
 def test_a_diffusers_folder_of_today_is_described(tmp_path):
@@ -95,6 +111,42 @@ def test_a_peft_folder_is_described_with_its_configs_alpha(tmp_path):
     assert describe(tmp_path / "adapter_model.safetensors") == found
 
 
+def test_a_folder_of_several_models_asks_for_one_of_them(tmp_path):
+    for component, layer in (("unet", "mid_block.to_q"), ("text_encoder", "encoder.layers.0.self_attn.q_proj")):
+        (tmp_path / component).mkdir()
+        state = lora(f"base_model.model.{layer}", alpha=None, down="lora_A.weight", up="lora_B.weight")
+        save_file(state, tmp_path / component / "adapter_model.safetensors")
+        (tmp_path / component / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 3}')
+    with pytest.raises(ValueError, match="several models; name one of its folders: unet, text_encoder"):
+        describe(tmp_path)
+    assert describe(tmp_path / "unet").alphas == (3.0,)
+
+
+@pytest.mark.parametrize(
+    ("config", "alphas", "norm", "message"),
+    [
+        # Every entry of the 8 x 768 update is the scale times 2.
+        ({"r": 2, "lora_alpha": 6}, (6.0,), 3 * 2 * (8 * 768) ** 0.5, ""),
+        ({"r": 2, "lora_alpha": 6, "use_rslora": True}, (6 * 2**0.5,), 6 / 2**0.5 * 2 * (8 * 768) ** 0.5, ""),
+        ({"r": 4, "lora_alpha": 6}, (), 2 * (8 * 768) ** 0.5, "1 layer at odds with PEFT's config: .*says rank 4"),
+    ],
+)
+def test_pefts_config_scales_an_update_or_is_at_odds_with_it(tmp_path, config, alphas, norm, message):
+    state = lora("base_model.model.mid_block.to_q", alpha=None, down="lora_A.weight", up="lora_B.weight")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = described(tmp_path, state, name="adapter_model.safetensors")
+    assert found.alphas == pytest.approx(alphas)
+    assert found.norms == pytest.approx({"unet mid_block": norm})
+    assert len(found.warnings) == bool(message)
+    assert re.search(message, " ".join(found.warnings))
+
+
+def test_a_text_encoder_alone_is_of_the_model_that_the_metadata_names(tmp_path):
+    found = described(tmp_path, lora(CLIP.replace("te_", "te1_", 1)), {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert (found.base, found.warnings) == ("SDXL", ())
+    assert described(tmp_path, lora(CLIP)).base == "SD1"
+
+
 def test_a_theta_file_is_described(tmp_path):
     block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 12), "to_k": torch.nn.Linear(8, 12)})
     unet = torch.nn.ModuleDict({"mid_block": block})
@@ -137,6 +189,7 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         (lora(UNET) | lora(CLIP, rank=4), {}, r"mixed ranks \(2, 4\)"),
         (lora(UNET, alpha=None), {}, "without alpha, which is read as scale 1"),
         (lora(UNET, alpha=0.0), {}, "alpha 0 or not finite"),
+        (lora(UNET, alpha=1 + 1j), {}, "alpha 0 or not finite"),
         (lora(UNET, alpha=[2.0]), {}, "alpha is not 0-d, on which kohya fails"),
         (lora(UNET, 2048), {"ss_v2": "False"}, "A1111 takes it for SD1 and hides it"),
         (lora(UNET, 1024), {"ss_base_model_version": "sd_v1"}, "layers are SD2's but its metadata says SD1"),
@@ -147,6 +200,7 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.zeros(8, 2)}, {}, "every layer changes nothing"),
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.full((8, 2), torch.inf)}, {}, f"NaN or infinity.*{UNET}"),
         (lora(UNET), {"sshs_model_hash": "0" * 64}, "not the hash of its tensors"),
+        (lora(UNET), {"sshs_legacy_hash": "0" * 8}, "not the hash of its tensors and ss_ keys"),
         (lora(UNET), {"ss_output_name": "../../x"}, "ss_output_name is '../../x', which is no name for <lora:name:1>"),
         (lora(UNET), {"ss_output_name": "a\x1b[2J"}, "ss_output_name is"),
     ],
@@ -246,7 +300,7 @@ def test_what_is_no_adapter_is_refused_and_says_what_it_is(tmp_path, state, mess
 
 
 def test_folders_and_pickles_are_refused_in_words(tmp_path):
-    with pytest.raises(ValueError, match=r"is a folder without adapter_model\.safetensors or"):
+    with pytest.raises(ValueError, match=r"is a folder without adapter_config\.json or"):
         describe(tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin is pickled and not read"):

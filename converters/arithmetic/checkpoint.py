@@ -4,7 +4,6 @@ A model is a single safetensors file, as Automatic1111 and kohya users have, or 
 names are known here, from the tables of :mod:`converters.key_maps`; nothing is instantiated.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,14 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lidb_peft.files import atomic_path, check_writable
+from converters.architectures import CROSS_WIDTHS
+from converters.arithmetic.algebra import matrices, to_layer
+from converters.key_maps import COMPONENTS, from_checkpoint_name
+from converters.lora import Lora, LoraLayer
+from lidb_peft.files import atomic_path, check_writable, header_bytes
 from lidb_peft.naming import layer_name
-
-from .adapter_checks import CROSS_WIDTHS
-from .algebra import matrices, to_layer
-from .key_maps import COMPONENTS, from_checkpoint_name
-from .lora import Lora, LoraLayer
-from .safe_read import read_header
+from lidb_peft.safe_read import read_header
 
 # Hashes of what the file held before.
 _STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
@@ -96,7 +94,7 @@ def find_family(weights: Mapping[str, Weight]) -> str:
     """
     weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
     width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
-    return CROSS_WIDTHS.get(width, "SD1").lower()
+    return CROSS_WIDTHS.get(width, "sd1")
 
 
 def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:
@@ -208,16 +206,10 @@ def rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor])
     """
     header = read_header(source)
     metadata = {key: value for key, value in header.metadata.items() if key not in _STALE_METADATA}
-    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    names = sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].end))
-    for name in names:
-        info = header.tensors[name]
-        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = dict(sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     with atomic_path(target) as temporary, open(temporary, "wb") as out, safe_open(source, "pt") as stored:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        out.write(header_bytes(tensors, metadata))
+        for name in tensors:
             out.write(change(name, stored.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8).numpy())
 
 

@@ -1,6 +1,6 @@
 """Which tensors of an adapter file belong to which layer, for every layout in use: kohya, diffusers old and new, PEFT.
 
-Only names are looked at here; what the tensors hold is :mod:`converters.describe`'s business.
+Only names are looked at here; what the tensors hold is :mod:`converters.inspection.describe`'s business.
 """
 
 import re

@@ -1,0 +1,111 @@
+"""What A1111 looks for beside a LoRA: the sidecar ``<name>.json`` and a preview ``<name>.png``.
+
+Trigger words reach its prompt only through the sidecar.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.metadata import MODEL_FAMILIES, KohyaMetadata
+from lidb_peft.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What marks a preview as ours, so that a photo of the same name is never overwritten.
+_PREVIEW_SOFTWARE = "lidb-peft"
+_SIDECAR_KEYS = frozenset(
+    {"description", "sd version", "activation text", "preferred weight", "negative text", "notes"}
+)
+
+
+def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str, object] | None = None) -> Path | None:
+    """Write A1111's ``<name>.json`` beside a LoRA; what the user has put into an earlier one stays.
+
+    Args:
+        carried: entries of another LoRA's sidecar, which count more than ``metadata``.
+
+    Returns None, with a warning, when a JSON file of that name is something else.
+    """
+    path = lora_path.with_suffix(".json")
+    earlier = read_sidecar(lora_path)
+    if earlier is None:
+        warnings.warn(
+            f"{path} is no A1111 sidecar and was left alone; the activation text was not written", stacklevel=2
+        )
+        return None
+    ours = {
+        "description": metadata.description,
+        "sd version": MODEL_FAMILIES[metadata.family].a1111_version,
+        "activation text": metadata.trigger,
+        "preferred weight": metadata.preferred_weight,
+    }
+    text = json.dumps({"notes": ""} | earlier | ours | dict(carried or {}), indent=4, ensure_ascii=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def read_sidecar(lora_path: Path) -> dict[str, object] | None:
+    """Return A1111's sidecar of a LoRA, ``{}`` where there is none, None where the file is something else."""
+    path = lora_path.with_suffix(".json")
+    if not path.exists():
+        return {}
+    if not path.is_file() or path.stat().st_size > 10_000_000:
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return entries if isinstance(entries, dict) and (not entries or _SIDECAR_KEYS & entries.keys()) else None
+
+
+def write_preview(lora_path: Path, preview: "Image") -> Path | None:
+    """Write the picture that A1111 shows for a LoRA: ``<name>.png``, or ``<name>.preview.png`` where that is taken.
+
+    A picture that this function did not write is never overwritten: it may be the photo that the LoRA was made from.
+    Returns None, with a warning, when both names are taken.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    path = next((path for path in _preview_paths(lora_path) if not path.exists() or _is_our_preview(path)), None)
+    if path is None:
+        warnings.warn(f"{lora_path.with_suffix('.png')} is another picture; the preview was not written", stacklevel=2)
+        return None
+    mark = PngInfo()
+    mark.add_text("Software", _PREVIEW_SOFTWARE)
+    with atomic_path(path) as temporary:
+        preview.convert("RGB").save(temporary, format="PNG", pnginfo=mark)
+    return path
+
+
+def copy_preview(source: Path, target: Path) -> Path | None:
+    """Copy the preview of one LoRA beside another, whose own stays; return the copy, or None if there is none."""
+    if any(path.exists() for path in _preview_paths(target)):
+        return None
+    for preview, copy in zip(_preview_paths(source), _preview_paths(target), strict=True):
+        if preview.is_file():
+            with atomic_path(copy) as temporary:
+                shutil.copyfile(preview, temporary)
+            return copy
+    return None
+
+
+def _preview_paths(lora_path: Path) -> tuple[Path, Path]:
+    return lora_path.with_suffix(".png"), lora_path.with_suffix(".preview.png")
+
+
+def _is_our_preview(path: Path) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.format == "PNG" and picture.info.get("Software") == _PREVIEW_SOFTWARE
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return False
