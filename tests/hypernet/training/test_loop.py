@@ -200,7 +200,7 @@ def but_key_biases(weights):
 
 
 def test_accumulated_passes_are_one_large_one(run):
-    config = replace(CONFIG, steps=40, lr=1e-3, checkpoint_every=40)
+    config = replace(CONFIG, steps=10, lr=1e-3, checkpoint_every=10)
     whole, _, _ = run("whole", replace(config, batch=4))
     parts, _, _ = run("parts", replace(config, accumulation=2))
     assert largest_difference(but_key_biases(weights(whole)), but_key_biases(weights(parts))) < 1e-5
