@@ -1,11 +1,16 @@
 """One thread for all tests: the models are so small that a second one costs more than it gives on a busy machine."""
 
 import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -46,3 +51,31 @@ def portrait(tmp_path_factory):
     picture, _ = draw_photos(person=3)
     picture.resize((96, 96), Image.Resampling.NEAREST).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpointing():
+    """Skips a test of a UNet's gradient checkpointing where diffusers is too old for it."""
+    if Version(version("diffusers")) < Version("0.33"):
+        pytest.skip("gradient checkpointing needs diffusers 0.33 or newer")
+
+
+@pytest.fixture(scope="session")
+def start_pair():
+    """A function: Python's arguments -> two processes that meet as those of torch's launcher do, without its start."""
+
+    def start(*arguments) -> list[subprocess.Popen]:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        path = os.pathsep.join(path for path in sys.path if path)
+        shared = os.environ | {"PYTHONPATH": path, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
+            )
+            for rank in ("0", "1")
+        ]  # fmt: skip
+
+    return start

@@ -42,7 +42,7 @@ def hdb(tmp_path, monkeypatch):
     return Hdb(tmp_path)
 
 
-QUICK = ("--base", "testbed", "--hypernet", "none", "--no-crop", "--theta-steps", 1, "--steps", 1)
+QUICK = ("--base", "testbed", "--hypernet", "none", "--no-crop", "--no-preview", "--theta-steps", 1, "--steps", 1)
 
 
 @pytest.fixture

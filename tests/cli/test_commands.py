@@ -22,8 +22,11 @@ from hypernet.sampling import generate, lora_applied
 from testbed import miniature_path
 
 
-def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait, personalize):
-    output = hdb.run(*personalize(portrait), "--preview", "a sks face at night", "--save-theta", "theta.safetensors")
+def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait):
+    output = hdb.run(
+        "personalize", portrait, "--base", "testbed", "--hypernet", "none", "--no-crop", "--theta-steps", 1,
+        "--steps", 1, "--preview", "a sks face at night", "--save-theta", "theta.safetensors",
+    )  # fmt: skip
     written = ["portrait-preview.png", "portrait.json", "portrait.png", "portrait.safetensors", "theta.safetensors"]
     assert hdb.files() == written
     assert all(f"wrote {name}" in output for name in written)
@@ -35,10 +38,10 @@ def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait
 
 
 def test_personalize_without_a_preview_draws_nothing(hdb, portrait, personalize):
-    output = hdb.run(*personalize(portrait), "--no-preview")
+    output = hdb.run(*personalize(portrait))
     assert hdb.files() == ["portrait.json", "portrait.safetensors"]
     assert "draw" not in output
-    assert "contradict" in hdb.fail(*personalize(portrait), "--no-preview", "--preview", "a face", code=2)
+    assert "contradict" in hdb.fail(*personalize(portrait), "--preview", "a face", code=2)
 
 
 def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
@@ -47,6 +50,7 @@ def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
         "personalize", portrait, "second.png", "--base", "testbed", "--hypernet", "none", "--out", "both.safetensors",
         "--theta-steps", 1, "--theta-lr", 0.01, "--steps", 1, "--lr", 0.001, "--rank", 3, "--token", "ohwx",
         "--prompt", "a photo of [V]", "--seed", 7, "--device", "cpu", "--precision", "fp32", "--no-crop",
+        "--no-preview",
     )  # fmt: skip
     description = describe("both.safetensors")
     assert description.ranks == (4,)
@@ -55,7 +59,8 @@ def test_personalize_takes_several_photos_and_every_option(hdb, portrait):
 
 def test_personalize_on_a_real_photograph_makes_a_lora_that_changes_the_picture(hdb):
     Image.fromarray(data.astronaut()).save("astronaut.jpg")
-    hdb.run("personalize", "astronaut.jpg", "--base", "testbed", "--hypernet", "none", "--theta-steps", 3, "--steps", 3)
+    hdb.run("personalize", "astronaut.jpg", "--base", "testbed", "--hypernet", "none", "--no-preview",
+            "--theta-steps", 2, "--steps", 2)  # fmt: skip
     base = load_base(str(miniature_path()), device="cpu")
     plain = generate(base, ["a sks face"], num_steps=2)[0]
     with lora_applied(base, "astronaut.safetensors"):

@@ -1,9 +1,6 @@
 """`hdb preoptimize`, in this process and in two."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -73,14 +70,12 @@ def test_preoptimize_starts_at_a_prediction(hdb, faces, make_hypernetwork, monke
     assert shards(hdb.folder / "again") == shards(hdb.folder / "targets")
 
 
-def test_two_processes_make_the_shards_of_one(hdb, faces):
+def test_two_processes_make_the_shards_of_one(hdb, faces, start_pair):
+    pair = start_pair("-m", "cli.main", "preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
     hdb.run("preoptimize", faces, *QUICK, "--out", "alone", "--batch", 1)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    command = (*launch, "-m", "cli.main", "preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
-    result = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "process 1 of 2: fitted 2 people" in result.stdout
-    assert "process 2 of 2: fitted 1 people" in result.stdout
+    told = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], told
+    assert "process 1 of 2: fitted 2 people" in told[0][0]
+    assert "process 2 of 2: fitted 1 people" in told[1][0]
     assert shards(hdb.folder / "shared") == shards(hdb.folder / "alone")
     assert json.loads((hdb.folder / "shared" / "manifest.json").read_text())["batch"] == 1

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import hypernet.personalize as personalize_module
 from converters import prepare_conversion
 from hypernet.base_models import load_base
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import check_request, make_subject, personalize, personalize_to_files
+from hypernet.personalize import Personalization, check_request, make_subject, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -97,7 +98,8 @@ def test_the_same_photo_has_the_same_noise_under_any_name(base, photo, tmp_path)
     assert keys[0] == keys[1]
 
 
-def test_all_files_are_written_and_named(base, photo, tmp_path):
+def test_all_files_are_written_and_named(base, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(Personalization, "draw", partialmethod(Personalization.draw, num_steps=1))
     out, theta = tmp_path / "me.safetensors", tmp_path / "me-theta.safetensors"
     result = personalize_to_files(
         [photo], base, out, QUICK, miniature_lidb_config(), previews=["a sks face at night"], save_theta=theta

@@ -29,8 +29,13 @@ def space(models):
     return LiDBSpace(models, CONFIG)
 
 
-def switch_on(models, reentrant):
-    """By the models' own methods, as users do."""
+@pytest.fixture
+def switch_on(checkpointing):
+    """A function: (models, reentrant) -> nothing; by the models' own methods, as users do."""
+    return _switch_on
+
+
+def _switch_on(models, reentrant):
     keywords = {"use_reentrant": reentrant}
     if reentrant:
         models["unet"].enable_gradient_checkpointing(
@@ -74,7 +79,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside the block", "backward after the block"])
-def test_gradients_are_those_without_checkpointing(models, space, reentrant, inside):
+def test_gradients_are_those_without_checkpointing(models, space, reentrant, inside, switch_on):
     expected = gradient(models, space)
     switch_on(models, reentrant)
     theta = make_theta(space, 2)
@@ -89,7 +94,7 @@ def test_gradients_are_those_without_checkpointing(models, space, reentrant, ins
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_two_forwards_with_different_weights_before_one_backward(models, space, reentrant):
+def test_two_forwards_with_different_weights_before_one_backward(models, space, reentrant, switch_on):
     expected = [gradient(models, space, seed) for seed in (1, 2)]
     switch_on(models, reentrant)
     thetas = [make_theta(space, 2, seed=seed) for seed in (1, 2)]
@@ -103,7 +108,7 @@ def test_two_forwards_with_different_weights_before_one_backward(models, space, 
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_backwards_in_the_order_of_the_forwards(models, space, reentrant):
+def test_backwards_in_the_order_of_the_forwards(models, space, reentrant, switch_on):
     expected = [gradient(models, space, seed) for seed in (1, 2)]
     switch_on(models, reentrant)
     thetas = [make_theta(space, 2, seed=seed) for seed in (1, 2)]
@@ -117,7 +122,7 @@ def test_backwards_in_the_order_of_the_forwards(models, space, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_other_blocks_and_sampling_may_come_in_between(models, space, reentrant):
+def test_other_blocks_and_sampling_may_come_in_between(models, space, reentrant, switch_on):
     expected = gradient(models, space)
     switch_on(models, reentrant)
     theta, other = make_theta(space, 2), make_theta(space, seed=9)
@@ -136,7 +141,7 @@ def test_other_blocks_and_sampling_may_come_in_between(models, space, reentrant)
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_a_batch_equals_one_at_a_time(models, space, reentrant):
+def test_a_batch_equals_one_at_a_time(models, space, reentrant, switch_on):
     switch_on(models, reentrant)
     together = gradient(models, space, samples=3)
     inputs = make_inputs(3)
@@ -149,7 +154,7 @@ def test_a_batch_equals_one_at_a_time(models, space, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_a_lora_beside_a_frozen_theta(models, space, reentrant):
+def test_a_lora_beside_a_frozen_theta(models, space, reentrant, switch_on):
     theta = make_theta(space).detach()
     generator = torch.Generator().manual_seed(0)
     flat = space.init_lora(2, generator) + 0.05 * torch.randn(2, space.lora_size(2), generator=generator)
@@ -165,7 +170,7 @@ def test_a_lora_beside_a_frozen_theta(models, space, reentrant):
     assert close(gradients[1], gradients[0])
 
 
-def test_the_models_own_checkpointing_functions_come_back(models, space):
+def test_the_models_own_checkpointing_functions_come_back(models, space, switch_on):
     switch_on(models, reentrant=False)
     owners = [m for model in models.values() for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     before = [owner._gradient_checkpointing_func for owner in owners]
@@ -191,7 +196,7 @@ def test_checkpointing_that_bypasses_the_models_is_an_error_and_not_a_wrong_grad
             sample.square().sum().backward()
 
 
-def test_training_the_base_model_after_sampling_in_the_space_is_no_concern_of_it(models, space):
+def test_training_the_base_model_after_sampling_in_the_space_is_no_concern_of_it(models, space, switch_on):
     latents, timesteps, ids = make_inputs()
     with torch.no_grad(), space.weights(space.theta_0):
         loss_of(models, latents, timesteps, ids)
@@ -202,7 +207,7 @@ def test_training_the_base_model_after_sampling_in_the_space_is_no_concern_of_it
 
 
 @pytest.mark.parametrize("reentrant", MODES.values(), ids=MODES)
-def test_backward_may_run_in_another_thread(models, space, reentrant):
+def test_backward_may_run_in_another_thread(models, space, reentrant, switch_on):
     """As autograd does for every backward on a GPU."""
     expected = gradient(models, space)
     switch_on(models, reentrant)
@@ -214,7 +219,7 @@ def test_backward_may_run_in_another_thread(models, space, reentrant):
     assert close(theta.grad, expected)
 
 
-def test_the_graph_outlives_the_space(models):
+def test_the_graph_outlives_the_space(models, switch_on):
     space = LiDBSpace(models, CONFIG)
     expected = gradient(models, space)
     switch_on(models, reentrant=False)

@@ -190,6 +190,7 @@ def test_a_shard_of_before_sizes_were_noted_is_gone_on_from(run, unbroken, base,
     assert run(tmp_path / "targets")[1].found == len(SHARDS)
 
 
+@pytest.mark.usefixtures("checkpointing")
 def test_gradient_checkpointing_may_change_on_the_way(run, unbroken):
     run(unbroken, replace(QUICK, gradient_checkpointing=True))
 

@@ -2,9 +2,6 @@
 
 import errno
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -203,7 +200,7 @@ def but_key_biases(weights):
 
 
 def test_accumulated_passes_are_one_large_one(run):
-    config = replace(CONFIG, steps=40, lr=1e-3, checkpoint_every=40)
+    config = replace(CONFIG, steps=10, lr=1e-3, checkpoint_every=10)
     whole, _, _ = run("whole", replace(config, batch=4))
     parts, _, _ = run("parts", replace(config, accumulation=2))
     assert largest_difference(but_key_biases(weights(whole)), but_key_biases(weights(parts))) < 1e-5
@@ -245,28 +242,14 @@ except ConnectionError as error:
 """
 
 
-def launch(arguments):
-    """Start two processes that train together; the first dies after step 4."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    path = os.pathsep.join(path for path in sys.path if path)
-    shared = os.environ | {"PYTHONPATH": path, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-
-
-def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_other_dies(run, space, tmp_path):
+def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_other_dies(
+    run, space, start_pair, tmp_path
+):
     """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too."""
     make_network(space, learned_bases=True).save_pretrained(tmp_path / "start")
     config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch=1)
     given = {name: value for name, value in vars(config).items() if name != "preserved"}
-    pair = launch([tmp_path, tmp_path / "shared", given])
+    pair = start_pair("-c", SCRIPT, tmp_path, tmp_path / "shared", given)
     start = HyperNetwork.from_pretrained(tmp_path / "start")
     with pytest.raises(KeyboardInterrupt):
         run("alone", replace(config, accumulation=2), start, progress=stop_at(4))
