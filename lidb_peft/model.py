@@ -187,9 +187,11 @@ class LiDBModel(BaseTuner):
             for attribute in _WEIGHTS
             if adapter_name in getattr(module, attribute)
         }
-        known = {
-            _canonical(name): name for name in model.state_dict()
-        } | wanted  # biases and whole modules are saved too
+        # Biases and whole modules are saved too; with bias="all" PEFT saves the latter's under this name as well.
+        whole = f".modules_to_save.{adapter_name}."
+        saved = {name.replace(whole, ".modules_to_save."): name for name in model.state_dict() if whole in name}
+        named = {name: name for name in model.state_dict()} | saved
+        known = {_canonical(alias): name for alias, name in named.items()} | wanted
         loaded: dict[str, Tensor] = {}
         records: dict[str, Tensor] = {}
         unexpected = []

@@ -305,12 +305,14 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_never_a_fresh_adapter(ml
         _tampered(mlp, tmp_path, lambda tensors: tensors.pop(record))
 
 
-def test_biases_and_whole_modules_are_trained_and_saved(x, tmp_path):
-    model = get_peft_model(MLP(), small(target_modules=["first"], bias="lidb_only", modules_to_save=["second"]))
+@pytest.mark.parametrize("bias", ["lidb_only", "all"])
+def test_biases_and_whole_modules_are_trained_and_saved(bias, x, tmp_path):
+    model = get_peft_model(MLP(), small(target_modules=["first"], bias=bias, modules_to_save=["second"]))
     shake(model)
     with torch.no_grad():
         model.base_model.model.first.base_layer.bias.fill_(0.5)
         model.base_model.model.second.modules_to_save["default"].weight.fill_(0.25)
+        model.base_model.model.second.modules_to_save["default"].bias.fill_(0.75)
     assert model.base_model.model.first.base_layer.bias.requires_grad
     model.save_pretrained(tmp_path)
     with torch.random.fork_rng():
