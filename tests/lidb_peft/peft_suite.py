@@ -184,6 +184,8 @@ def run(sources: Path, options: Sequence[str] = ()) -> int:
     (sources / "tests" / "__init__.py").touch()  # its modules import each other relatively, but this file is not packed
     paths = [str(sources / "tests" / module) for module in MODULES]
     search = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    # PEFT's settings make errors of those that transformers gives, and with the newest one PEFT causes some itself.
+    options = ["-W", "ignore::FutureWarning", *options]
     command = ["-q", "-p", Path(__file__).stem, "-o", "addopts=", "--rootdir", str(sources), *options, *paths]
     environment = os.environ | {"PYTHONPATH": search}
     return subprocess.run([sys.executable, "-m", "pytest", *command], env=environment, check=False).returncode
