@@ -33,7 +33,7 @@ _RECIPE = PersonalizeConfig()
     "--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning, by default half after a prediction."
 )
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
-@recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; the file's is this and LiDB's 1.")
+@recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; LiDB weights add 1 to the file's.")
 @recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
 @recipe_option("--background", "background", click.FloatRange(0), "How much the background counts; the head counts 1.")
 @click.option("--token", show_default=f"{_RECIPE.token}; a hypernetwork has its own",

@@ -143,9 +143,10 @@ def personalize(
     theta_factors = space.factors(theta, bases)
     factors = theta_factors
     if config.steps:
+        beside = None if torch.equal(theta, space.theta_0) else theta  # the identity would only add to the rank
         with _timed(seconds, "finetune LoRA"):
             (factors,), losses["finetune LoRA"] = fit_lora(
-                base, space, [subject], config.lora_fit, config.rank, theta, stage("finetune LoRA"), bases
+                base, space, [subject], config.lora_fit, config.rank, beside, stage("finetune LoRA"), bases
             )
     return Personalization(base, space, config, theta, theta_factors, factors, prepared, bases, seconds, losses)
 
