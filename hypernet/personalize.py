@@ -25,7 +25,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, check_recipe, config_of, predict_person, read_once
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig, Progress, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
-from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, load_theta, save_theta
+from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, load_theta, save_theta
 from lidb_peft.files import check_writable
 
 _NO_THETA_FILE = (
@@ -296,8 +296,10 @@ def _open_start(
 
 def _open_theta(path: str | Path, base: BaseModel) -> tuple[LiDBSpace, Tensor]:
     """A theta file's own space on ``base``, and its theta ``(L, row)``, checked against that space."""
-    space = LiDBSpace(base.adapted, load_theta(path).config)
-    return space, load_theta(path, space).theta
+    file = load_theta(path)
+    space = LiDBSpace(base.adapted, file.config)
+    check_record(file.record, space, str(path))
+    return space, file.theta
 
 
 def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMetadata:

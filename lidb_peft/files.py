@@ -74,11 +74,6 @@ def _umask() -> int:
     return mask
 
 
-def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Serialise as safetensors; see `safetensors_chunks`, which needs no memory for a second copy."""
-    return b"".join(safetensors_chunks(tensors, metadata))
-
-
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order."""
     names = sorted(tensors, key=lambda name: (-_DTYPES.index(tensors[name].dtype), name.encode()))

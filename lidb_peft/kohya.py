@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from converters.formats.kohya import load_kohya, lora_tensors, write_tensors
 from converters.key_maps import from_kohya_name
-from lidb_peft.safe_read import read_header
 
 from .bases import get_basis
 from .config import LiDBConfig
@@ -32,6 +31,7 @@ from .distance import squared_distance
 from .product import add_low_rank, lidb_to_lora
 from .projection import project_lora
 from .record import base_fingerprint, check_record, from_metadata, record_config, space_record, to_metadata
+from .safe_read import read_header
 from .space import LiDBSpace, split_theta
 from .theta import load_theta, save_theta
 

@@ -192,13 +192,14 @@ class LiDBLinear(nn.Module, LiDBLayer):
         if not names:
             return
         weight = self.get_base_weight()
-        parts = [self.get_lora_factors(name) for name in names]
-        for count, name in enumerate(names, start=1):
-            lora_A = torch.cat([part[0] for part in parts[:count]])
-            lora_B = torch.cat([part[1] for part in parts[:count]], dim=1)
-            merged = self._add_update(weight, lora_A, lora_B)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        parts = {name: self.get_lora_factors(name) for name in names}
+        lora_A = torch.cat([part[0] for part in parts.values()])
+        lora_B = torch.cat([part[1] for part in parts.values()], dim=1)
+        merged = self._add_update(weight, lora_A, lora_B)
+        if safe_merge and not torch.isfinite(merged).all():
+            broken = [name for name, part in parts.items() if not torch.isfinite(self._add_update(weight, *part)).all()]
+            culprits = ", ".join(broken or names)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {culprits} seems to be broken")
         if not self.merged:
             self._unmerged_weight = weight
         self.set_base_weight(merged)

@@ -187,11 +187,11 @@ class LiDBModel(BaseTuner):
             for attribute in _WEIGHTS
             if adapter_name in getattr(module, attribute)
         }
-        # Biases and whole modules are saved too; with bias="all" PEFT saves the latter's under this name as well.
+        # Biases and whole modules are saved too; with bias="all" PEFT saves the latter's without the adapter's name.
         whole = f".modules_to_save.{adapter_name}."
-        saved = {name.replace(whole, ".modules_to_save."): name for name in model.state_dict() if whole in name}
-        named = {name: name for name in model.state_dict()} | saved
-        known = {_canonical(alias): name for alias, name in named.items()} | wanted
+        names = {_canonical(name): name for name in model.state_dict()}
+        shortened = {name.replace(whole, ".modules_to_save."): full for name, full in names.items()}
+        known = shortened | names | wanted
         loaded: dict[str, Tensor] = {}
         records: dict[str, Tensor] = {}
         unexpected = []

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -20,9 +20,9 @@ from peft.utils.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from .config import LiDBConfig, LiDBPeftType
-from .files import to_bytes
+from .files import write_safetensors
 from .layer import LiDBLayer
-from .record import fingerprint_components
+from .record import check_record, fingerprint_components
 from .safe_read import read_tensors
 from .space import LiDBSpace
 from .theta import load_theta
@@ -71,9 +71,9 @@ def load_adapter(
         names = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
     models = _components(pipeline, names, path)
     space = LiDBSpace(models, file.config)
-    theta = load_theta(path, space).theta
+    check_record(file.record, space, str(path))
     with _added(models, dict.fromkeys(models, file.config), adapter_name, weight):
-        space.load_into_adapters(theta, adapter_name)
+        space.load_into_adapters(file.theta, adapter_name)
 
 
 def save_adapter(pipeline: "DiffusionPipeline", folder: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -99,11 +99,8 @@ def save_adapter(pipeline: "DiffusionPipeline", folder: str | os.PathLike, adapt
         for name, config in chosen.items():
             config.save_pretrained(str(whole / name))
             state = get_peft_model_state_dict(getattr(pipeline, name), adapter_name=adapter_name)
-            tensors = {
-                _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value.detach().contiguous()
-                for key, value in state.items()
-            }
-            (whole / name / SAFETENSORS_WEIGHTS_NAME).write_bytes(to_bytes(tensors, {"format": "pt"}))
+            tensors = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+            write_safetensors(whole / name / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
         whole.rename(folder)
 
 
@@ -161,26 +158,29 @@ def _added(
     models: dict[str, nn.Module], configs: dict[str, LiDBConfig], adapter_name: str, weight: float
 ) -> Iterator[None]:
     """Give each model a fresh adapter, which the block fills; activate it then, or remove it if the block fails."""
-    from diffusers.utils import delete_adapter_layers
-
     active = {name: _check_ready(name, model, adapter_name) for name, model in models.items()}
-    try:
+    with ExitStack() as undo:
         for name, model in models.items():
+            undo.callback(_remove, model, adapter_name, active[name])
             # The model keeps its config and fills it in.
             model.add_adapter(copy.deepcopy(configs[name]), adapter_name=adapter_name)
         yield
-    except BaseException:
-        for name, model in models.items():
-            if adapter_name in getattr(model, "peft_config", {}):
-                delete_adapter_layers(model, adapter_name)
-                if active[name]:
-                    model.set_adapter(active[name])
-        raise
+        undo.pop_all()
     for name, model in models.items():
         model.set_adapter([*active[name], adapter_name])
         for module in model.modules():
             if isinstance(module, LiDBLayer):
                 module.set_scale(adapter_name, weight)
+
+
+def _remove(model: nn.Module, adapter_name: str, active: list[str]) -> None:
+    """Take an adapter off, if it is there, and make those active that were."""
+    from diffusers.utils import delete_adapter_layers
+
+    if adapter_name in getattr(model, "peft_config", {}):
+        delete_adapter_layers(model, adapter_name)
+        if active:
+            model.set_adapter(active)
 
 
 def _check_ready(component: str, model: nn.Module, adapter_name: str) -> list[str]:

@@ -5,6 +5,7 @@ there; another checkpoint of the same architecture, such as a finetune of the ba
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .config import LiDBConfig
-from .files import atomic_path, to_bytes
+from .files import write_safetensors
 from .record import check_record, from_metadata, missing_fields, read_number, record_config, space_record, to_metadata
-from .safe_read import printable, read_header, read_tensors
+from .safe_read import iter_tensors, printable, read_header
 from .space import LiDBSpace
 
 FORMAT_VERSION = "1"
@@ -22,13 +23,17 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class ThetaFile:
-    """What a theta file holds: ``theta`` float32 ``(L, row_size)``, the config it belongs to, and its base model."""
+    """What a theta file holds: ``theta`` float32 ``(L, row_size)``, the config it belongs to, and its base model.
+
+    ``record`` is what `check_record` compares with a space.
+    """
 
     theta: Tensor
     config: LiDBConfig
     layers_hash: str
     base_model_name: str
     base_fingerprint: str
+    record: Mapping[str, str]
 
 
 def save_theta(
@@ -56,10 +61,7 @@ def save_theta(
     if not torch.isfinite(stored).all():
         raise ValueError(f"theta holds values that are not finite in {dtype}; the fit has diverged")
     record = {"format": FORMAT_VERSION, **space_record(space, base_model_name, base_fingerprint)}
-    # To bytes first: save_file would report a full disk as a SafetensorError.
-    blob = to_bytes({"theta": stored}, to_metadata(record))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(blob)
+    write_safetensors(path, {"theta": stored}, to_metadata(record))
 
 
 def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> ThetaFile:
@@ -71,11 +73,11 @@ def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> Theta
         ValueError: it is damaged, no theta file, or made for other layers, shapes or bases.
     """
     path = Path(path)
-    stored, metadata = _read(path)
-    if metadata["format"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {metadata['format']}; this version of lidb-peft reads 1")
-    config = record_config(metadata, str(path))
-    num_layers = read_number(metadata, "num_layers", int, str(path))
+    stored, record = _read(path)
+    if record["format"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {record['format']}; this version of lidb-peft reads 1")
+    config = record_config(record, str(path))
+    num_layers = read_number(record, "num_layers", int, str(path))
     expected = (num_layers, config.r * (config.down_dim + config.up_dim))
     if tuple(stored.shape) != expected or not stored.dtype.is_floating_point:
         raise ValueError(
@@ -85,17 +87,19 @@ def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> Theta
     if not torch.isfinite(theta).all():
         raise ValueError(f"{path} holds values that are not finite; the fit that wrote it had diverged")
     if space is not None:
-        check_record(metadata, space, str(path))
-    return ThetaFile(theta, config, metadata["layers_hash"], metadata["base_model_name"], metadata["base_fingerprint"])
+        check_record(record, space, str(path))
+    return ThetaFile(
+        theta, config, record["layers_hash"], record["base_model_name"], record["base_fingerprint"], record
+    )
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """Return the tensor and the metadata without the prefix; all keys are there."""
+    """Return the tensor and the record; all its fields are there."""
     header = read_header(path)
     found = from_metadata(header.metadata)
     missing = [name for name in ("format", *missing_fields(found)) if name not in found]
     if set(header.tensors) != {"theta"} or missing:
         names = [printable(name) for name in sorted(header.tensors)[:4]]
         raise ValueError(f"{path} is not a theta file: tensors {names}, missing metadata {missing}")
-    tensors, _ = read_tensors(path)
-    return tensors["theta"], found
+    ((_, theta),) = iter_tensors(path)
+    return theta, found

@@ -22,6 +22,7 @@ from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
 from lidb_peft.layer import LiDBLayer
 from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS, find_layers
+from lidb_peft.record import check_record
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import read_header
 from lidb_peft.space import LiDBSpace, layers_hash
@@ -93,13 +94,12 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
     """
     file = load_theta(path)
     family, shapes = ("", _shapes_of(models, file.config)) if models else _shapes_by_hash(path, file)
-    checked = LiDBSpace(models or skeleton_models(shapes, "meta"), file.config)
-    theta = load_theta(path, checked).theta
+    check_record(file.record, LiDBSpace(models or skeleton_models(shapes, "meta"), file.config), str(path))
     adapters = {}
     for component, skeleton in skeleton_models(shapes, "cpu").items():
         skeleton.name_or_path = file.base_model_name or None
         adapters[component] = get_peft_model(skeleton, file.config)
-    LiDBSpace(adapters, file.config).load_into_adapters(theta)
+    LiDBSpace(adapters, file.config).load_into_adapters(file.theta)
     return LiDBWeights(adapters, family, file.base_model_name, file.base_fingerprint)
 
 

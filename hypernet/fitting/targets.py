@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hypernet.inputs.people import Skipped
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
-from lidb_peft.files import atomic_path, to_bytes
+from lidb_peft.files import atomic_path, write_safetensors
 from lidb_peft.record import missing_fields, same_base
 from lidb_peft.safe_read import read_header, read_json_object
 
@@ -131,9 +131,7 @@ class TargetStore:
     def write(self, index: int, shard: Shard, thetas: Tensor, losses: Tensor) -> None:
         """Write a shard whole: ``thetas`` ``(n, L, row)`` and ``losses`` ``(n,)``, float32."""
         text = {name: json.dumps(value) for name, value in vars(shard).items()}
-        blob = to_bytes({"theta": thetas.contiguous(), "losses": losses.contiguous()}, text)
-        with atomic_path(self.path(index)) as temporary:
-            temporary.write_bytes(blob)
+        write_safetensors(self.path(index), {"theta": thetas, "losses": losses}, text)
 
     def read(self, index: int) -> Shard:
         """Read what a shard says, without its thetas.

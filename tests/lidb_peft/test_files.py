@@ -1,7 +1,11 @@
 import torch
 from safetensors.torch import load, save
 
-from lidb_peft.files import to_bytes, write_safetensors
+from lidb_peft.files import safetensors_chunks, write_safetensors
+
+
+def to_bytes(tensors, metadata):
+    return b"".join(safetensors_chunks(tensors, metadata))
 
 
 def test_bytes_are_the_same_for_any_order_of_metadata():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lidb_peft.files
 from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import Skipped
 from lidb_peft import LiDBConfig, LiDBSpace
@@ -169,12 +170,11 @@ def test_thetas_that_are_not_finite_are_named(store):
 def test_a_full_disk_leaves_no_half_file(store, monkeypatch):
     add(store, 0, "ann")
 
-    def full(path, data):
-        with open(path, "wb") as file:
-            file.write(data[:100])
+    def full(tensors, metadata):
+        yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(lidb_peft.files, "safetensors_chunks", full)
     with pytest.raises(OSError, match="No space left") as caught:
         add(store, 1, "bob")
     assert caught.value.filename == str(store.path(1))
