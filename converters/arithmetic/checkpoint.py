@@ -18,7 +18,7 @@ from torch import Tensor
 from converters.architectures import CROSS_WIDTHS
 from converters.arithmetic.algebra import matrices, to_layer
 from converters.key_maps import COMPONENTS, from_checkpoint_name
-from converters.lora import Lora, LoraLayer
+from converters.lora import Lora, LoraLayer, is_finite
 from lidb_peft.files import atomic_path, check_writable, header_bytes
 from lidb_peft.naming import layer_name
 from lidb_peft.safe_read import read_header
@@ -191,7 +191,7 @@ def differences(
             raise ValueError(f"{name} has shape {tuple(first.shape)} in {tuned[name].file} and {tuple(second.shape)} in"
                              f" {base[name].file}; compare models of one family")  # fmt: skip
         difference = first.float() - second.float()
-        if not torch.isfinite(difference).all():
+        if not is_finite(difference):
             raise ValueError(f"{name} holds NaN or infinity in {tuned[name].file} or {base[name].file}; it is damaged")
         if difference.any():
             yield name, difference
@@ -235,7 +235,7 @@ def _updated(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
     updated = torch.addmm(weight.float().flatten(1), up, down)
     if layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
         updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
-    if not torch.isfinite(updated.to(weight.dtype).float()).all():
+    if not is_finite(updated.to(weight.dtype)):
         raise ValueError(f"the sum of {name} is not finite in {weight.dtype}; merge with a smaller weight")
     return updated.view(weight.shape)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from converters.formats.family import find_base, shown_base, stated_base
+from converters.formats.family import shown_base, stated_base
 from converters.formats.layout import Layout
 from converters.inspection.facts import ModuleFacts
 from converters.key_maps import is_sgm_name
@@ -13,20 +13,15 @@ _MAX_NAME_CHARS = 240
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def base_of(modules: Sequence[ModuleFacts], metadata: Mapping[str, str]) -> str:
-    """Return what `find_base` does, by what the modules' tensors say."""
-    return find_base(((module.name, module.component, module.in_features) for module in modules), metadata)
-
-
-def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: dict[str, str]) -> list[str]:
-    """Return one sentence for each thing that a reader of the file would stumble over."""
+def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> list[str]:
+    """Return one sentence for each thing that a reader of the file, made for ``base``, would stumble over."""
     found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
     if layout.style == "kohya":
-        found += _kohya_warnings(modules, metadata)
+        found += _kohya_warnings(modules, metadata, base)
     name = metadata.get("ss_output_name", "")
     if set(name) & set("<>:/\\") or not name.isprintable():
         found.append(f"ss_output_name is {printable(repr(name))}, which is no name for <lora:name:1>, nor for a file")
-    base, stated = base_of(modules, metadata), stated_base(metadata)
+    stated = stated_base(metadata)
     if stated and base != stated:
         found.append(
             f"its layers are {shown_base(base)}'s but its metadata says {shown_base(stated)}: A1111 hides it from the"
@@ -71,7 +66,7 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[
         yield f"{_count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {_examples(shaped)}"
 
 
-def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: dict[str, str]) -> Iterator[str]:
+def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> Iterator[str]:
     """Names and metadata that kohya, A1111 or ComfyUI miss without a word."""
     clip = [module.name for module in modules if module.component.startswith("text_encoder")]
     bare = [name for name in clip if "_text_model_" not in name and "text_projection" not in name]
@@ -80,7 +75,6 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: dict[str, str]) ->
             f"{_count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
             f" {_examples(bare)}"
         )
-    base = base_of(modules, metadata)
     te1 = [name for name in clip if name.startswith("lora_te1_")]
     if te1 and base in ("sd1", "sd2"):
         yield (

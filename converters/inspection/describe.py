@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from converters.formats.family import shown_base, stated_base
+from converters.formats.family import find_base, shown_base, stated_base
 from converters.formats.layout import read_layout
 from converters.formats.lora_config import METADATA_KEY
 from converters.formats.reading import find_sources
-from converters.inspection.checks import base_of, find_warnings
-from converters.inspection.facts import Configs, block_norms, gather_facts, is_finite
+from converters.inspection.checks import find_warnings
+from converters.inspection.facts import Configs, block_norms, gather_facts
+from converters.lora import is_finite
 from converters.metadata import legacy_hash
 from converters.sidecar import read_sidecar
 from lidb_peft.record import from_metadata
@@ -103,9 +104,10 @@ def describe(path: str | os.PathLike) -> FileDescription:
     if not layout.modules:
         raise ValueError(f"{file} is {_what_instead(header)}; name a LoRA or theta file")
     configs = source.configs(metadata)
-    modules = gather_facts(file, header, layout, configs)
+    modules = gather_facts(dict(iter_tensors(file)), layout, configs)
+    base = find_base(((module.name, module.component, module.in_features) for module in modules), metadata)
     hashes = _hashes(file, header)
-    warnings = find_warnings(layout, modules, metadata) + _hash_warnings(hashes, metadata)
+    warnings = find_warnings(layout, modules, metadata, base) + _hash_warnings(hashes, metadata)
     sidecar = read_sidecar(file) or {}
     peft_type = next((str(config["peft_type"]) for config in configs.values() if "peft_type" in config), "")
     algorithm = layout.algorithm or peft_type
@@ -113,7 +115,7 @@ def describe(path: str | os.PathLike) -> FileDescription:
         path=str(file),
         made_by=_made_by(metadata),
         kind=f"{layout.style} {algorithm}",
-        base=shown_base(base_of(modules, metadata)) or None,
+        base=shown_base(base) or None,
         base_model_name=_base_model_name(metadata, configs),
         ranks=tuple(sorted({module.rank for module in modules if module.rank})),
         alphas=tuple(sorted({module.alpha for module in modules if module.alpha is not None})),

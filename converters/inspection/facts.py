@@ -4,19 +4,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from converters.arithmetic.algebra import update_norm
-from converters.formats.layout import Layout
+from converters.formats.layout import AdapterModule, Layout
 from converters.formats.lora_config import layer_alpha, stated_number
-from lidb_peft.safe_read import Header, iter_tensors
+from converters.lora import is_finite
 
 Configs = Mapping[str, Mapping[str, object]]
-_PIECE = 1 << 22
 _BLOCK = re.compile(r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block")
 
 
@@ -52,43 +48,41 @@ def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
     return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
 
 
-def gather_facts(file: Path, header: Header, layout: Layout, configs: Configs) -> list[ModuleFacts]:
-    """Read every tensor once, one at a time, and say what each layer's tensors hold."""
-    non_finite, zero, alphas = set(), set(), {}
-    alpha_names = {name for module in layout.modules.values() for name in module.parts.get("alpha", ())}
-    for name, tensor in iter_tensors(file):
-        if name in alpha_names:
-            is_real = tensor.numel() and not tensor.is_complex()
-            alphas[name] = tensor.flatten()[0].double().item() if is_real else math.nan
-        elif not is_finite(tensor):
-            non_finite.add(name)
-        elif not tensor.any():
-            zero.add(name)
-    facts = []
-    for module in layout.modules.values():
-        alpha_name = next(iter(module.parts.get("alpha", ())), None)
-        down, up = (next(iter(module.parts.get(role, ())), None) for role in ("down", "up"))
-        shape = header.tensors[down].shape if down else ()
-        config = configs.get(module.component, configs.get("", {}))
-        rank, alpha, config_error = _rank_and_alpha(module.name, shape, alphas.get(alpha_name), config)
-        names = [name for part in module.parts.values() for name in part]
-        factors = [name for role in ("down", "up", "lidb") for name in module.parts.get(role, ())]
-        facts.append(
-            ModuleFacts(
-                name=module.name,
-                component=module.component,
-                rank=rank,
-                in_features=shape[1] if len(shape) > 1 else 0,
-                alpha=alpha,
-                alpha_is_scalar=alpha_name is None or header.tensors[alpha_name].shape == (),
-                has_non_finite=not non_finite.isdisjoint(names),
-                is_zero=not zero.isdisjoint(factors),
-                is_complete=(down is None) == (up is None),
-                norm=_norm(file, header, down, up, alpha) if non_finite.isdisjoint(names) else None,
-                config_error=config_error,
-            )
-        )
-    return facts
+def gather_facts(tensors: Mapping[str, Tensor], layout: Layout, configs: Configs) -> list[ModuleFacts]:
+    """Say what each layer's tensors, of all those of a file, hold."""
+    return [
+        _facts(module, tensors, configs.get(module.component, configs.get("", {})))
+        for module in layout.modules.values()
+    ]
+
+
+def _facts(module: AdapterModule, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> ModuleFacts:
+    parts = {role: [tensors[name] for name in names] for role, names in module.parts.items()}
+    down, up, stored_alpha = (next(iter(parts.get(role, ())), None) for role in ("down", "up", "alpha"))
+    shape = () if down is None else down.shape
+    rank, alpha, config_error = _rank_and_alpha(module.name, shape, _number(stored_alpha), config)
+    is_sound = all(is_finite(tensor) for role, found in parts.items() if role != "alpha" for tensor in found)
+    factors = [tensor for role in ("down", "up", "lidb") for tensor in parts.get(role, ())]
+    return ModuleFacts(
+        name=module.name,
+        component=module.component,
+        rank=rank,
+        in_features=shape[1] if len(shape) > 1 else 0,
+        alpha=alpha,
+        alpha_is_scalar=stored_alpha is None or stored_alpha.dim() == 0,
+        has_non_finite=not is_sound,
+        is_zero=any(not tensor.any() for tensor in factors),
+        is_complete=(down is None) == (up is None),
+        norm=_norm(down, up, alpha) if is_sound else None,
+        config_error=config_error,
+    )
+
+
+def _number(alpha: Tensor | None) -> float | None:
+    """What readers take an alpha for; NaN if it is no real number."""
+    if alpha is None:
+        return None
+    return alpha.flatten()[0].double().item() if alpha.numel() and not alpha.is_complex() else math.nan
 
 
 def _rank_and_alpha(
@@ -106,24 +100,12 @@ def _rank_and_alpha(
     return rank, alpha, ""
 
 
-def _norm(file: Path, header: Header, down: str | None, up: str | None, alpha: float | None) -> float | None:
+def _norm(down: Tensor | None, up: Tensor | None, alpha: float | None) -> float | None:
     """The norm of ``alpha / rank * up @ down``; None if these two are no product."""
-    if down is None or up is None:
+    if down is None or up is None or down.is_complex() or up.is_complex():
         return None
-    down_shape, up_shape = header.tensors[down].shape, header.tensors[up].shape
-    if "C64" in (header.tensors[down].dtype, header.tensors[up].dtype):
+    if down.dim() < 2 or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])) or not len(down):
         return None
-    if len(down_shape) < 2 or up_shape[1:] != (down_shape[0], *(1 for _ in down_shape[2:])) or not down_shape[0]:
-        return None
-    with safe_open(file, framework="pt") as stored:
-        norm = update_norm(*(stored.get_tensor(name).double().flatten(1) for name in (down, up)))
-    norm *= 1.0 if alpha is None else abs(alpha) / down_shape[0]
+    norm = update_norm(*(tensor.double().flatten(1) for tensor in (down, up)))
+    norm *= 1.0 if alpha is None else abs(alpha) / len(down)
     return norm if math.isfinite(norm) else None
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of any dtype, float8 too, holds neither NaN nor infinity."""
-    if not tensor.is_floating_point():
-        return True
-    pieces = tensor.flatten().split(_PIECE)  # torch.isfinite makes copies, and knows no float8
-    return all(bool(torch.isfinite(piece.float() if piece.element_size() == 1 else piece).all()) for piece in pieces)
