@@ -31,8 +31,8 @@ ENDINGS = {
     ".lidb_down": "lidb",
     ".lidb_up": "lidb",
 }
-# Tensors that LiDB's layers share; they belong to no one layer.
-_SHARED_STARTS = ("lidb_basis.",)
+# Of LiDB's bases, or of what they are checked by; layers share them.
+BASIS_START = "lidb_basis."
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 
 _KOHYA_COMPONENTS = {
@@ -72,7 +72,7 @@ def read_layout(names: list[str]) -> Layout:
     modules: dict[str, AdapterModule] = {}
     unknown, styles = [], set()
     for name in names:
-        if name.removeprefix("base_model.model.").startswith(_SHARED_STARTS):
+        if name.removeprefix("base_model.model.").startswith(BASIS_START):
             continue
         ending = next((ending for ending in _BY_LENGTH if name.endswith(ending)), None)
         module = name.removesuffix(ending) if ending else ""

@@ -6,7 +6,7 @@ model where it is another.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from converters.architectures import ARCHITECTURES, attention_shapes
-from converters.formats.layout import read_layout
+from converters.formats.layout import BASIS_START, read_layout
 from converters.formats.reading import Source, find_sources, layer_of
 from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
@@ -30,7 +30,6 @@ from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
 # layer name -> (in_features, out_features)
 Shapes = dict[str, tuple[int, int]]
-_BASIS_START = "lidb_basis."
 _WHICH_BASE = "name the base model that it was made for"
 
 
@@ -83,6 +82,20 @@ class LiDBWeights:
         save_theta(path, theta, space, self.base_model_name, self.base_fingerprint, dtype)
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """What the files of one model's adapter say: its layers, by our names, and the labels of its bases."""
+
+    path: Path
+    config: LiDBConfig
+    layers: tuple[str, ...]
+    bases: frozenset[str]
+
+    @property
+    def component(self) -> str:
+        return self.layers[0].partition(".")[0]
+
+
 def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiDBWeights:
     """Read a theta file.
 
@@ -109,33 +122,31 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
     Raises:
         ValueError: a damaged adapter, or one on unknown layers.
     """
-    sources = {}
-    for source in find_sources(path):
-        names = _layer_names(source)
-        sources[names[0].partition(".")[0]] = source, names
-    configs = {component: LiDBConfig.from_pretrained(str(source.file.parent))
-               for component, (source, _) in sources.items()}  # fmt: skip
+    folders = {folder.component: folder for folder in map(_read_folder, find_sources(path))}
     if models:
         family = ""
-        shapes = {name: shape for component, config in configs.items()
-                  for name, shape in _shapes_of({component: models[component]}, config).items()}  # fmt: skip
+        shapes = {name: shape for component, folder in folders.items()
+                  for name, shape in _shapes_of({component: models[component]}, folder.config).items()}  # fmt: skip
     else:
-        family, shapes = _shapes_by_bases(path, sources, configs)
-    skeletons = skeleton_models({name: shapes[name] for _, names in sources.values() for name in names}, "cpu")
+        family, shapes = _shapes_by_bases(path, folders.values())
+    skeletons = skeleton_models({name: shapes[name] for folder in folders.values() for name in folder.layers}, "cpu")
     adapters = {
-        component: PeftModel.from_pretrained(skeletons[component], str(source.file.parent), torch_device="cpu")
-        for component, (source, _) in sources.items()
+        component: PeftModel.from_pretrained(skeletons[component], str(folder.path), torch_device="cpu")
+        for component, folder in folders.items()
     }
-    base = next((config.base_model_name_or_path for config in configs.values() if config.base_model_name_or_path), "")
-    return LiDBWeights(adapters, family, base)
+    bases = (folder.config.base_model_name_or_path for folder in folders.values())
+    return LiDBWeights(adapters, family, next(filter(None, bases), ""))
 
 
-def _layer_names(source: Source) -> list[str]:
+def _read_folder(source: Source) -> _Folder:
     names = list(read_header(source.file).tensors)
-    layers = [layer_of(source, module) for module in read_layout(names).modules.values()]
+    layers = tuple(layer_of(source, module) for module in read_layout(names).modules.values())
     if not layers:
         raise ValueError(f"{source.file} holds no LiDB layers")
-    return layers
+    # "lidb_basis.down:320:100.record", or ".values"
+    bases = frozenset(name.partition(BASIS_START)[2].rpartition(".")[0] for name in names if BASIS_START in name)
+    path = source.file.parent
+    return _Folder(path, LiDBConfig.from_pretrained(str(path)), layers, bases)
 
 
 def _shapes_of(models: Mapping[str, nn.Module], config: LiDBConfig) -> Shapes:
@@ -167,14 +178,12 @@ def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
             yield {name: shape for name, shape in shapes.items() if name.partition(".")[0] in chosen}
 
 
-def _shapes_by_bases(
-    path: Path, sources: Mapping[str, tuple[Source, Sequence[str]]], configs: Mapping[str, LiDBConfig]
-) -> tuple[str, Shapes]:
+def _shapes_by_bases(path: Path, folders: Collection[_Folder]) -> tuple[str, Shapes]:
     """Return the architecture that has the layers and, for them, needs just the bases that the adapters record."""
     fitting = {}
     for family in ARCHITECTURES:
         shapes = attention_shapes(family)
-        if all(_fits(shapes, *sources[component], config) for component, config in configs.items()):
+        if all(_fits(shapes, folder) for folder in folders):
             fitting[family] = shapes
     if not fitting:
         raise ValueError(f"{path} has layers or bases that are none of {', '.join(ARCHITECTURES)}'s; {_WHICH_BASE}")
@@ -182,12 +191,11 @@ def _shapes_by_bases(
     return first if len(fitting) == 1 else "", fitting[first]
 
 
-def _fits(shapes: Shapes, source: Source, names: Sequence[str], config: LiDBConfig) -> bool:
-    if not set(names) <= shapes.keys():
+def _fits(shapes: Shapes, folder: _Folder) -> bool:
+    if not set(folder.layers) <= shapes.keys():
         return False
-    needed = {key.label for name in names for key in config.basis_keys(*shapes[name])}
-    stored = (name.removeprefix(_BASIS_START) for name in read_header(source.file).tensors if _BASIS_START in name)
-    return needed == {name.rpartition(".")[0] for name in stored}
+    needed = {key.label for name in folder.layers for key in folder.config.basis_keys(*shapes[name])}
+    return needed == folder.bases
 
 
 def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:

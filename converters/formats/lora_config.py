@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -52,7 +51,7 @@ def check_config(config: Mapping[str, object], source: str) -> None:
     """
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{source} is {config['peft_type']}, not LoRA; it cannot be converted without loss")
-    defaults = {field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)}
+    defaults = vars(LoraConfig())
     odd = [name for name in config if name not in _UNDERSTOOD and config[name] and config[name] != defaults.get(name)]
     if config.get("init_lora_weights", True) in _HARMLESS_STARTS and "init_lora_weights" in odd:
         odd.remove("init_lora_weights")

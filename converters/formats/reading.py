@@ -57,8 +57,7 @@ def read_lora(path: str | os.PathLike) -> Lora:
         configs = source.configs(entries)
         for component, config in configs.items():
             check_config(config, f"{source.file} {component}".rstrip())
-        for module in modules:
-            name = layer_of(source, module)
+        for name, module in modules:
             if name in layers:
                 raise ValueError(f"{path} holds layer {name} twice, the second time as {module.name}; remove one")
             layers[name] = _read_layer(source.file, name, module, tensors, configs)
@@ -102,8 +101,8 @@ def _peft_source(folder: Path) -> Source:
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
 
-def _read_modules(source: Source, names: list[str]) -> list[AdapterModule]:
-    """Sort tensor names into modules of plain LoRA or DoRA; anything else is refused by name."""
+def _read_modules(source: Source, names: list[str]) -> list[tuple[str, AdapterModule]]:
+    """Sort tensor names into modules of plain LoRA or DoRA, each with our name; anything else is refused by name."""
     file, layout = source.file, read_layout(names)
     if layout.style == "PEFT" and source.config is None:
         raise ValueError(f"{file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
@@ -112,8 +111,9 @@ def _read_modules(source: Source, names: list[str]) -> list[AdapterModule]:
     known, unknown = [], [*layout.unknown, *(name for name in names if "lora_embedding_" in name)]
     for module in layout.modules.values():
         is_lora = not {"mid", "full"} & module.parts.keys() and all(len(found) == 1 for found in module.parts.values())
-        if is_lora and _is_known(module):
-            known.append(module)
+        name = _known_name(source, module) if is_lora else None
+        if name is not None:
+            known.append((name, module))
         else:
             unknown += [name for found in module.parts.values() for name in found]
     if unknown:
@@ -127,12 +127,11 @@ def _read_modules(source: Source, names: list[str]) -> list[AdapterModule]:
     return known
 
 
-def _is_known(module: AdapterModule) -> bool:
+def _known_name(source: Source, module: AdapterModule) -> str | None:
     try:
-        layer_of(Source(Path()), module)
+        return layer_of(source, module)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def layer_of(source: Source, module: AdapterModule) -> str:
