@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from converters.architectures import ARCHITECTURES, attention_shapes
 from converters.arithmetic.algebra import matrices
-from converters.arithmetic.checkpoint import differences, find_family, find_weights
+from converters.arithmetic.checkpoint import Weight, differences, find_family, find_weights
 from converters.formats.lidb import skeleton_models
 from converters.formats.reading import read_lora
 from converters.lora import Lora
@@ -58,7 +58,9 @@ def project_to_file(
         lora = read_lora(source)
         updates, family, base_name = lora_updates(lora), lora.family, lora.metadata.get("ss_sd_model_name", "")
     else:
-        updates, family, base_name = model_updates(source, minus), find_family(find_weights(minus)), Path(minus).name
+        weights = find_weights(minus)
+        updates, family = model_updates(find_weights(source), weights), find_family(weights)
+        base_name = Path(minus).name
     space = LiDBSpace(models or family_models(family, str(source)), config or LiDBConfig())
     found = project(updates, space)
     save_theta(out, found.theta, space, base_name)
@@ -112,8 +114,10 @@ def lora_updates(lora: Lora) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         yield name, matrices(layer)
 
 
-def model_updates(tuned: str | os.PathLike, base: str | os.PathLike) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield what two models differ by, layer by layer and of full rank, for `project`."""
-    for name, difference in differences(find_weights(tuned), find_weights(base)):
+def model_updates(
+    tuned: Mapping[str, Weight], base: Mapping[str, Weight]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield what two models, given by `find_weights`, differ by: layer by layer and of full rank, for `project`."""
+    for name, difference in differences(tuned, base):
         matrix = difference.flatten(1)
         yield name, (torch.eye(matrix.shape[1]), matrix)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from converters.arithmetic.checkpoint import find_weights
 from converters.arithmetic.project import family_models, lora_updates, model_updates, project, project_to_file
 from converters.formats.kohya import save_kohya
 from converters.lora import Lora, LoraLayer
@@ -73,7 +74,8 @@ def test_two_models_theta_is_that_of_their_difference(space, tmp_path):
     base, update = torch.randn(12, 16), torch.randn(12, 16)
     for file, weight in (("base", base), ("tuned", base + update)):
         save_file({name: weight, "first_stage_model.x": torch.ones(1)}, tmp_path / f"{file}.safetensors")
-    found = project(model_updates(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"), space)
+    weights = (find_weights(tmp_path / f"{file}.safetensors") for file in ("tuned", "base"))
+    found = project(model_updates(*weights), space)
     expected = nearest(update.double(), space)
     lora_A, lora_B = space.factors(found.theta)[Q]
     assert (lora_B.double() @ lora_A.double() - expected).norm() < 1e-4 * expected.norm()
