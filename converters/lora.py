@@ -183,19 +183,21 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
-    """Return ``lora`` in ``dtype``; in layers that this rounds, the norms of down and up are balanced first.
+    """Return ``lora`` in ``dtype``; see `layer_to_dtype`."""
+    return replace(lora, layers={name: layer_to_dtype(name, layer, dtype) for name, layer in lora.layers.items()})
+
+
+def layer_to_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    """Return layer ``name`` in ``dtype``; if this rounds it, the norms of down and up are balanced first.
 
     Raises:
         ValueError: a value is beyond ``dtype``.
     """
-    layers = {}
-    for name, layer in lora.layers.items():
-        down, up = layer.down, layer.up
-        if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (down, up)):
-            down, up = balance(down.float(), up.float())
-        tensors = [None if tensor is None else round_to(name, tensor, dtype) for tensor in (down, up, layer.magnitude)]
-        layers[name] = LoraLayer(tensors[0], tensors[1], layer.alpha, tensors[2])
-    return replace(lora, layers=layers)
+    down, up, magnitude = layer.down, layer.up, layer.magnitude
+    if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (down, up)):
+        down, up = balance(down.float(), up.float())
+    magnitude = None if magnitude is None else round_to(name, magnitude, dtype)
+    return LoraLayer(round_to(name, down, dtype), round_to(name, up, dtype), layer.alpha, magnitude)
 
 
 def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from converters.lora import Lora, LoraLayer, to_dtype
+from converters.lora import Lora, LoraLayer, layer_to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
 LayerParts = Sequence[tuple[LoraLayer, float]]
@@ -80,11 +80,6 @@ def find_rank(lora: Lora, energy: float) -> int:
     return rank
 
 
-def update_norms(lora: Lora) -> dict[str, float]:
-    """Return the Frobenius norm of each layer's update."""
-    return {name: update_norm(*matrices(layer)) for name, layer in lora.layers.items()}
-
-
 def relative_errors(lora: Lora, reference: Lora) -> dict[str, float]:
     """Return, for each layer of either, the norm of the difference of the two updates over that of the reference's.
 
@@ -116,7 +111,7 @@ def to_layer(
     """
     down = down.float().unflatten(1, tuple(in_shape))
     up = up.float().reshape(*up.shape, *(1 for _ in in_shape[1:]))
-    return _in_dtype(name, LoraLayer(down, up, float(len(down)), magnitude), dtype)
+    return layer_to_dtype(name, LoraLayer(down, up, float(len(down)), magnitude), dtype)
 
 
 def update_norm(down: Tensor, up: Tensor) -> float:
@@ -141,7 +136,7 @@ def singular_values(down: Tensor, up: Tensor) -> Tensor:
 def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:
     first, weight = parts[0]
     if len(parts) == 1 and weight == 1 and (rank is None or first.rank <= rank):
-        return _in_dtype(name, first, dtype), 0.0
+        return layer_to_dtype(name, first, dtype), 0.0
     down, up = _concatenate(name, parts)
     error = 0.0
     if rank is not None and len(down) > rank:
@@ -167,10 +162,6 @@ def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:
     if len(shapes) > 1:
         raise ValueError(f"the updates of {name} have shapes {sorted(shapes)}; take LoRAs of one base model")
     return torch.cat(downs), torch.cat(ups, dim=1)
-
-
-def _in_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
-    return to_dtype(Lora({name: layer}), dtype).layers[name]
 
 
 def _widest_dtype(loras: Iterable[Lora]) -> torch.dtype:
