@@ -23,7 +23,7 @@ from converters.formats.reading import find_sources, read_lora
 from converters.key_maps import FAMILIES
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
-from converters.sidecar import copy_preview, read_sidecar, write_sidecar
+from converters.sidecar import Companions, read_companions, write_companions
 from lidb_peft.files import atomic_path, write_safetensors
 from lidb_peft.safe_read import read_header
 
@@ -101,7 +101,7 @@ def prepare_conversion(
         ValueError: it cannot be read, or ``to`` cannot hold it.
     """
     source, target = Path(source), Path(target)
-    _check_choices(source, target, to, dtype, family)
+    _check_choices([source], target, to, dtype, family)
     found = detect_format(source)
     if to in LIDB_FORMATS:
         if found not in LIDB_FORMATS:
@@ -111,11 +111,9 @@ def prepare_conversion(
         weights = _read_lidb(found, source, models)
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
     lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
-    file = source if source.is_file() else None
-    activation = (read_sidecar(file) or {}).get("activation text") if file else None
-    metadata = trigger_entries(str(activation or "")) | lora.metadata | trigger_entries(trigger)
-    lora = replace(lora, family=family or lora.family, metadata=metadata)
-    return _prepare(lora, found, target, to, dtype, trigger, v_prediction, file)
+    lora, companions = _with_companions(replace(lora, family=family or lora.family), [source], trigger)
+    lora, notes = _fit_to(lora, to, dtype)
+    return Conversion(found, notes, _writer(target, lora, to, companions, v_prediction))
 
 
 def prepare_writing(
@@ -123,40 +121,24 @@ def prepare_writing(
 ) -> Conversion:
     """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
 
+    Of several sources' sidecars, what all say alike comes along, and no preview.
+
     Args:
         to: one of ``FORMATS``; that of the first source if empty.
 
     Raises:
         ValueError: the format cannot hold it, or ``target`` is one of the sources.
     """
-    target, to = Path(target), to or detect_format(sources[0])
-    for source in sources:
-        _check_choices(Path(source), target, to, None, "")
-    return _prepare(lora, to, target, to, None, lora.metadata.get("modelspec.trigger_phrase", ""))
+    sources, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
+    _check_choices(sources, target, to)
+    lora, companions = _with_companions(lora, sources)
+    lora, notes = _fit_to(lora, to)
+    return Conversion(to, notes, _writer(target, lora, to, companions))
 
 
-def _prepare(
-    lora: Lora,
-    found: str,
-    target: Path,
-    to: str,
-    dtype: torch.dtype | None,
-    trigger: str,
-    v_prediction: bool = False,
-    source: Path | None = None,
-) -> Conversion:
-    """Make a `Conversion` of what was read; ``source`` is the file whose sidecar and preview come along."""
-    lora, notes = _fit_to(lora, to, dtype)
-    about = KohyaMetadata(
-        family=lora.family or KohyaMetadata.family,
-        v_prediction=v_prediction,
-        trigger=trigger,
-        base_model_name=lora.metadata.get("ss_sd_model_name", ""),
-    )
-    return Conversion(found, tuple(notes), _writer(target, lora, to, about, source))
-
-
-def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | None, family: str) -> None:
+def _check_choices(
+    sources: Sequence[Path], target: Path, to: str, dtype: torch.dtype | None = None, family: str = ""
+) -> None:
     if to not in FORMATS:
         raise ValueError(f"the format is {to!r}; choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
@@ -165,7 +147,7 @@ def _check_choices(source: Path, target: Path, to: str, dtype: torch.dtype | Non
         raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
     if to not in _FOLDER_FORMATS and target.suffix.lower() != ".safetensors":
         raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
-    if source.resolve() == target.resolve():
+    if target.resolve() in (source.resolve() for source in sources):
         raise ValueError(f"{target} would be both what is read and what is written; choose another output")
 
 
@@ -173,7 +155,16 @@ def _read_lidb(found: str, source: Path, models: Mapping[str, nn.Module] | None)
     return (read_theta if found == "theta" else read_lidb_folder)(source, models)
 
 
-def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[str]]:
+def _with_companions(lora: Lora, sources: Sequence[Path], trigger: str = "") -> tuple[Lora, Companions]:
+    """Read what stands beside the sources; the LoRA says its activation text too, unless it says one itself."""
+    companions = read_companions(sources)
+    if trigger:
+        companions = replace(companions, entries={**companions.entries, "activation text": trigger})
+    activation = str(companions.entries.get("activation text") or "")
+    return replace(lora, metadata=trigger_entries(activation) | lora.metadata | trigger_entries(trigger)), companions
+
+
+def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora, tuple[str, ...]]:
     """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
     notes: list[str] = []
     if dtype is not None:  # folding then rounds as little as it can
@@ -187,7 +178,7 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None) -> tuple[Lora, list[
             "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
             " diffusers reads DoRA from its own format"
         )
-    return lora if dtype is None else to_dtype(lora, dtype), notes
+    return lora if dtype is None else to_dtype(lora, dtype), tuple(notes)
 
 
 def _stated_scale(lora: Lora) -> float | None:
@@ -199,30 +190,34 @@ def _stated_scale(lora: Lora) -> float | None:
     return scale if is_power_of_two(scale) and all(layer.scale == 1 for layer in lora.layers.values()) else None
 
 
-def _writer(target: Path, lora: Lora, to: str, about: KohyaMetadata, source: Path | None) -> Callable[[], list[Path]]:
+def _writer(
+    target: Path, lora: Lora, to: str, companions: Companions, v_prediction: bool = False
+) -> Callable[[], list[Path]]:
     if to == "peft":
         folders = peft_folders(lora)
         return lambda: _write_folders(target, folders, lora.metadata)
     if to == "kohya":
         if not lora.family:
             raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
-        return lambda: _write_kohya(target, kohya_tensors(lora, lora.family), lora, about, source)
+        tensors = kohya_tensors(lora, lora.family)
+        return lambda: _write_kohya(target, tensors, lora, companions, v_prediction)
     tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
     return lambda: _write_file(target, tensors, lora.metadata)
 
 
 def _write_kohya(
-    target: Path, tensors: dict[str, Tensor], lora: Lora, about: KohyaMetadata, source: Path | None
+    target: Path, tensors: dict[str, Tensor], lora: Lora, companions: Companions, v_prediction: bool
 ) -> list[Path]:
     first = next(iter(lora.layers.values()))
+    about = KohyaMetadata(
+        family=lora.family,
+        v_prediction=v_prediction,
+        trigger=lora.metadata.get("modelspec.trigger_phrase", ""),
+        base_model_name=lora.metadata.get("ss_sd_model_name", ""),
+    )
     sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
     write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
-    carried = (read_sidecar(source) if source else None) or {}
-    if about.trigger:
-        carried["activation text"] = about.trigger
-    sidecar = write_sidecar(target, about, carried) if carried else None
-    preview = copy_preview(source, target) if source else None
-    return [file for file in (target, sidecar, preview) if file is not None]
+    return [target, *write_companions(target, about, companions)]
 
 
 def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:

@@ -6,7 +6,8 @@ Trigger words reach its prompt only through the sidecar.
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,36 @@ _PREVIEW_SOFTWARE = "lidb-peft"
 _SIDECAR_KEYS = frozenset(
     {"description", "sd version", "activation text", "preferred weight", "negative text", "notes"}
 )
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What comes along from beside the LoRA files that another is made of.
+
+    Args:
+        entries: what all of their sidecars say alike.
+        pictured: the file whose preview it is; None where there are several, of which none shows the result.
+    """
+
+    entries: Mapping[str, object]
+    pictured: Path | None
+
+
+def read_companions(sources: Sequence[Path]) -> Companions:
+    """Return what stands beside all of ``sources``; beside what is no file, such as PEFT's folder, is nothing."""
+    first, *others = [(read_sidecar(path) or {}) if path.is_file() else {} for path in sources]
+    alike = {key: value for key, value in first.items() if all((key, value) in other.items() for other in others)}
+    return Companions(alike, sources[0] if not others and sources[0].is_file() else None)
+
+
+def write_companions(lora_path: Path, metadata: KohyaMetadata, companions: Companions) -> list[Path]:
+    """Put a sidecar beside a LoRA, if there is anything to say, and the preview that comes along; return the files."""
+    written = []
+    if companions.entries or metadata.trigger:
+        written.append(write_sidecar(lora_path, metadata, companions.entries))
+    if companions.pictured:
+        written.append(copy_preview(companions.pictured, lora_path))
+    return [path for path in written if path is not None]
 
 
 def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str, object] | None = None) -> Path | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from converters import FORMATS, KohyaMetadata, detect_format, prepare_conversion, read_lora, write_lora
-from converters.convert import LIDB_FORMATS
+from converters.convert import LIDB_FORMATS, prepare_writing
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from lidb_peft.bases import get_basis
 
@@ -517,6 +517,35 @@ def test_sidecar_and_preview_come_along_to_kohya_and_the_trigger_to_all(tmp_path
     assert (out / "d.png").read_bytes() == b"a photo"
     assert prepare_conversion(source, out / "e.safetensors", "diffusers").write() == [out / "e.safetensors"]
     assert read_raw(out / "e.safetensors")[1]["modelspec.trigger_phrase"] == "a sks face"
+
+
+def test_what_stands_beside_a_lora_comes_along_to_what_is_computed_from_it(tmp_path):
+    anna, ink = tmp_path / "anna.safetensors", tmp_path / "ink.safetensors"
+    factors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (torch.ones(2, 4), torch.ones(4, 2))}
+    for path in (anna, ink):
+        write_lora(path, factors, KohyaMetadata(), preview=Image.new("RGB", (8, 8), "red"))
+    sidecar = {"activation text": "a sks face", "negative text": "blurry", "preferred weight": 0.8}
+    anna.with_suffix(".json").write_text(json.dumps(sidecar))
+    ink.with_suffix(".json").write_text(json.dumps(sidecar | {"activation text": "ink", "notes": "mine"}))
+
+    small, both = tmp_path / "small.safetensors", tmp_path / "both.safetensors"
+    written = prepare_writing(read_lora(anna), [anna], small).write()
+    assert written == [small, small.with_suffix(".json"), small.with_suffix(".png")]
+    copied = json.loads(small.with_suffix(".json").read_text())
+    assert {key: copied[key] for key in sidecar} == sidecar
+    assert read_lora(small).metadata["modelspec.trigger_phrase"] == "a sks face"
+    assert prepare_writing(read_lora(anna), [anna, ink], both).write() == [both, both.with_suffix(".json")]
+    merged = json.loads(both.with_suffix(".json").read_text())
+    assert {key: merged[key] for key in sidecar} == sidecar | {"activation text": ""}
+    assert merged["notes"] == ""
+
+
+def test_a_layer_that_the_family_lacks_is_refused_before_anything_is_written(tmp_path):
+    layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file({f"{layer}.lora_A.weight": torch.ones(1, 8), f"{layer}.lora_B.weight": torch.ones(8, 1)},
+              tmp_path / "in.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="'text_encoder_2', which sd1 does not have"):
+        prepare_conversion(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "kohya", family="sd1")
 
 
 def test_a_sidecar_does_not_change_what_the_file_says_of_itself(tmp_path, read_raw):
