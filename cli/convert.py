@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.main import as_sentence
-from cli.results import DTYPES, dtype_option
+from cli.results import dtype_option
 
 if TYPE_CHECKING:
     from converters.batch import Outcome
@@ -23,7 +23,7 @@ FAMILIES = ("sd1", "sd2", "sdxl")
               help="kohya: a file for A1111, Forge, ComfyUI, kohya and diffusers. diffusers: its own file; -old: names "
               "before 0.20, which ComfyUI reads too. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's "
               "folder.")  # fmt: skip
-@dtype_option
+@dtype_option()
 @click.option("--family", type=click.Choice(FAMILIES), help="The base model's, where a LoRA does not tell.")
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
@@ -42,8 +42,6 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
     hdb convert theta.safetensors me.safetensors --trigger "a sks face"
     hdb convert loras/ converted/ --to diffusers --dry-run
     """
-    import torch
-
     from cli.progress import progress_bars
     from converters.batch import convert_batch, plan_batch
 
@@ -55,8 +53,8 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
         opened = open_base(base, device="cpu", precision="fp32").model
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
-    options = {"dtype": dtype and getattr(torch, DTYPES[dtype]), "family": family or "", "trigger": trigger,
-               "v_prediction": v_prediction, "models": models}  # fmt: skip
+    options = {"dtype": dtype, "family": family or "", "trigger": trigger, "v_prediction": v_prediction,
+               "models": models}  # fmt: skip
     outcomes = []
     with progress_bars() as report:
         for outcome in convert_batch(jobs, to, overwrite, dry_run, **options):

@@ -1,10 +1,11 @@
 """`hdb extract`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from cli.results import DTYPES, write_result
+from cli.results import dtype_option, write_result
 
 _MAX_SHOWN = 3
 
@@ -14,7 +15,7 @@ _MAX_SHOWN = 3
 @click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA to write.")
 @click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the LoRA.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True, help="Of the tensors.")
+@dtype_option("fp16")
 def command(tuned, base, out, rank, dtype) -> None:
     """Make a LoRA of what TUNED, a finetuned model, has that BASE has not, and say how much it misses.
 
@@ -24,14 +25,11 @@ def command(tuned, base, out, rank, dtype) -> None:
     hdb extract dreambooth.safetensors sd15.safetensors --out person.safetensors
     hdb extract dreambooth-folder/ sd15.safetensors --rank 64 --out person.safetensors
     """
-    import torch
-
     from cli.progress import progress_bars
     from converters.arithmetic.checkpoint import extract
 
     with progress_bars() as report:
-        found = extract(tuned, base, rank, getattr(torch, DTYPES[dtype]),
-                        progress=lambda done, total: report("extract", done, total))  # fmt: skip
+        found = extract(tuned, base, rank, dtype, partial(report, "extract"))
     write_result(found.lora, [tuned, base], out, found.errors, to="kohya")
     if found.left_out:
         click.echo(f"left out {len(found.left_out)} layers that differ and are no linear ones of attention or text "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import DTYPES, dtype_option, rank_option, write_result
+from cli.results import dtype_option, rank_option, write_result
 
 
 class WeightedPath(click.ParamType):
@@ -26,7 +26,7 @@ class WeightedPath(click.ParamType):
 @rank_option
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
               help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
-@dtype_option
+@dtype_option()
 def command(loras, out, rank, into, dtype) -> None:
     """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
 
@@ -52,5 +52,5 @@ def command(loras, out, rank, into, dtype) -> None:
         merge_into(into, merge(parts, dtype=torch.float32)[0], out)
         click.echo(f"wrote {out}")
         return
-    merged, errors = merge(parts, rank, dtype and getattr(torch, DTYPES[dtype]))
+    merged, errors = merge(parts, rank, dtype)
     write_result(merged, [path for path, _ in loras], out, errors)

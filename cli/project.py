@@ -1,9 +1,10 @@
 """`hdb project`."""
 
 from pathlib import Path
-from statistics import median
 
 import click
+
+from cli.results import what_is_missed
 
 
 @click.command(name="project")
@@ -31,7 +32,5 @@ def command(source, out, minus, base) -> None:
         opened = open_base(base, device="cpu", precision="fp32")
         options = {"models": opened.model.adapted, "config": opened.lidb_config}
     found = project_to_file(source, out, minus, **options)
-    worst = max(found.errors, key=found.errors.__getitem__)
     click.echo(f"wrote {out}")
-    click.echo(f"{len(found.errors)} layers miss {median(found.errors.values()):.1%} of their norm in the median, "
-               f"{found.errors[worst]:.1%} at most ({worst}); {len(found.left_out)} were left out")  # fmt: skip
+    click.echo(f"{len(found.errors)} {what_is_missed(found.errors)}; {len(found.left_out)} were left out")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import DTYPES, dtype_option, rank_option, write_result
+from cli.results import dtype_option, rank_option, write_result
 
 
 @click.command(name="resize")
@@ -13,7 +13,7 @@ from cli.results import DTYPES, dtype_option, rank_option, write_result
 @rank_option
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True),
               help="Or the lowest rank at which every layer keeps this share of its squared norm.")  # fmt: skip
-@dtype_option
+@dtype_option()
 def command(source, out, rank, energy, dtype) -> None:
     """Make a LoRA smaller: the nearest one of a lower rank, and how much it misses.
 
@@ -23,10 +23,8 @@ def command(source, out, rank, energy, dtype) -> None:
     """
     if (rank is None) == (energy is None):
         raise click.UsageError("pass either --rank or --energy")
-    import torch
-
     from converters import read_lora
     from converters.arithmetic.algebra import resize
 
-    lora, errors = resize(read_lora(source), rank, energy, dtype and getattr(torch, DTYPES[dtype]))
+    lora, errors = resize(read_lora(source), rank, energy, dtype)
     write_result(lora, [source], out, errors)

@@ -1,4 +1,4 @@
-"""Writing what a command computed from LoRAs, and saying what was lost."""
+"""Options of the commands that compute with LoRAs; writing what they made, and saying what was lost."""
 
 from pathlib import Path
 from statistics import median
@@ -7,11 +7,28 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    import torch
+
     from converters import Lora
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+class _Dtype(click.Choice):
+    def convert(self, value, parameter, context) -> "torch.dtype":
+        import torch
+
+        return getattr(torch, DTYPES[super().convert(value, parameter, context)])
+
+
 rank_option = click.option("--rank", type=click.IntRange(1), help="The new rank.")
-dtype_option = click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="as it is", help="Of the tensors.")
+
+
+def dtype_option(default: str | None = None):
+    """The option for the dtype of what is written, as torch's."""
+    shown = "as it is" if default is None else True
+    return click.option("--dtype", type=_Dtype(tuple(DTYPES)), default=default, show_default=shown,
+                        help="Of the tensors.")  # fmt: skip
 
 
 def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "") -> None:
@@ -24,6 +41,12 @@ def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str,
     for note in conversion.notes:
         click.echo(f"  {note}")
     if any(errors.values()):
-        rank, worst = max(layer.rank for layer in lora.layers.values()), max(errors, key=errors.__getitem__)
-        click.echo(f"rank {rank}: layers miss {median(errors.values()):.1%} of their norm in the median, "
-                   f"{errors[worst]:.1%} at most ({worst})")  # fmt: skip
+        click.echo(f"rank {max(layer.rank for layer in lora.layers.values())}: {what_is_missed(errors)}")
+
+
+def what_is_missed(errors: dict[str, float]) -> str:
+    """What layers miss, for people; ``errors`` are relative, by layer."""
+    worst = max(errors, key=errors.__getitem__)
+    return (
+        f"layers miss {median(errors.values()):.1%} of their norm in the median, {errors[worst]:.1%} at most ({worst})"
+    )

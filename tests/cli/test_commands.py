@@ -12,7 +12,7 @@ from skimage import data
 
 import converters
 import testbed.demo
-from cli import convert
+from cli import convert, results
 from cli.main import COMMANDS
 from converters import describe
 from converters.key_maps import FAMILIES
@@ -104,7 +104,7 @@ def test_convert_takes_a_folder_and_says_first_what_it_would_do(hdb, made):
 def test_convert_offers_what_the_converters_know(hdb):
     assert tuple(converters.FORMATS) == convert.FORMATS
     assert convert.FAMILIES == FAMILIES
-    assert [getattr(torch, name) for name in convert.DTYPES.values()] == list(DTYPES)
+    assert [getattr(torch, name) for name in results.DTYPES.values()] == list(DTYPES)
 
 
 def test_generate_draws_with_and_without_a_lora(hdb, made):
