@@ -82,20 +82,19 @@ def create_network(
         multiplier: strength of the update.
         network_dim: rank; None means 1.
         network_alpha: the update is multiplied by alpha / rank, as kohya's LoRA is; None means 1, 0 means the rank.
+        neuron_dropout, dropout: sd-scripts' ``--network_dropout``, under both names; the config's ``lidb_dropout``.
         network_args: ``down_dim``, ``up_dim``, ``seed`` of `LiDBConfig`; ``save_theta=True`` writes theta beside every
             LoRA; ``down_lr_weight``, ``mid_lr_weight``, ``up_lr_weight`` and ``block_lr_zero_threshold`` as in kohya's
             LoRA.
 
     Raises:
-        ValueError: an argument is unknown or has no such value, or there is dropout, which LiDB does not have.
+        ValueError: an argument is unknown or has no such value.
     """
-    if neuron_dropout or dropout:
-        raise ValueError(f"network_dropout is {neuron_dropout or dropout}, and LiDB has no dropout; leave it out")
     rank = 1 if network_dim is None else network_dim
     alpha = 1.0 if network_alpha is None else network_alpha or rank
     values = _parse(network_args, _SETTINGS | _OPTIONS)
     settings = {name: values.pop(name) for name in _SETTINGS if name in values}
-    config = LiDBConfig(r=rank, **settings)
+    config = LiDBConfig(r=rank, lidb_dropout=neuron_dropout or dropout or 0.0, **settings)
     return LiDBNetwork(text_encoder, unet, dataclasses.replace(config, scale=alpha / rank), multiplier, **values)
 
 
@@ -199,7 +198,8 @@ class LiDBNetwork(nn.Module):
 
     def _add_update(self, index: int, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         lora_A, lora_B = self._factors(index)
-        return add_low_rank(output, args[0], lora_A, lora_B * self.multiplier)
+        x = nn.functional.dropout(args[0], self.space.config.lidb_dropout, self.training)
+        return add_low_rank(output, x, lora_A, lora_B * self.multiplier)
 
     def _factors(self, index: int) -> tuple[Tensor, Tensor]:
         """Return one layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``, float32, differentiable.

@@ -527,6 +527,24 @@ def test_mixed_precision_trains_float32_weights_in_unrounded_bases(new_base, tmp
     assert torch.allclose(lora_B @ lora_A, expected[1] @ expected[0], atol=1e-7)
 
 
+def test_dropout_drops_the_input_of_the_updates_while_training(new_base):
+    base = new_base()
+    network, _ = train(base, network_dropout=0.5)
+    name, layer = next(iter(base.modules().items()))
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(1))
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        found = layer(x)
+        torch.manual_seed(3)
+        dropped = nn.functional.dropout(x, 0.5)
+    network.eval()
+    update = base.updates()[name].float()
+    assert torch.allclose(found - plain, dropped @ update.T, atol=1e-6)
+    assert torch.allclose(layer(x) - plain, x @ update.T, atol=1e-6)
+    assert (x @ update.T).abs().max() > 1e-3
+
+
 def test_weight_norms_are_limited(new_base):
     base = new_base()
     network, _ = train(base)
@@ -551,7 +569,7 @@ WRONG = [
     ({"network_args": ["mid_lr_weight=sine"]}, "mid_lr_weight is 'sine'; it takes a list of 1, with commas between$"),
     ({"network_args": ["up_lr_weight=sine+much"]}, "up_lr_weight is 'sine\\+much'; it takes a list of 12"),
     ({"network_dim": 0}, "r is 0; choose an integer of 1 or more"),
-    ({"network_dropout": 0.1}, "network_dropout is 0.1, and LiDB has no dropout"),
+    ({"network_dropout": 1.0}, "lidb_dropout is 1.0; choose a number from 0 to below 1"),
     ({"save_model_as": "ckpt"}, "save_model_as is ckpt; LoRA files are written as safetensors only"),
 ]
 
