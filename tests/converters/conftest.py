@@ -55,15 +55,26 @@ def _real_models(family):
         return _MODELS[family]()
 
 
-def _real_layers(family):
-    """Classic layer name -> (in, out) of the attention projections; transformers' own naming is undone by hand."""
-    layers = {}
-    for component, model in _real_models(family).items():
+def _attentions(models):
+    """Component -> model, as classic layer name -> module; transformers' own naming is undone by hand."""
+    found = {}
+    for component, model in models.items():
+        prefix = "" if component == "unet" else "text_model."
         for name, module in model.named_modules():
             if name.endswith(_ENDS[component[:4]]):
-                prefix = "" if component == "unet" else "text_model."
-                layers[f"{component}.{prefix}{name.removeprefix(prefix)}"] = (module.in_features, module.out_features)
-    return layers
+                found[f"{component}.{prefix}{name.removeprefix(prefix)}"] = module
+    return found
+
+
+def _real_layers(family):
+    """Classic layer name -> (in, out) of the attention projections."""
+    modules = _attentions(_real_models(family))
+    return {name: (module.in_features, module.out_features) for name, module in modules.items()}
+
+
+@pytest.fixture(scope="session")
+def attentions():
+    return _attentions
 
 
 @pytest.fixture(scope="session")

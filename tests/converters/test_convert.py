@@ -19,7 +19,6 @@ from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from lidb_peft.bases import get_basis
 
 RANK, ALPHA = 4, 2
-UNET_ENDS, CLIP_ENDS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 LORA_FORMATS = [name for name in FORMATS if name not in LIDB_FORMATS]
 
 
@@ -41,12 +40,9 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def modules(models):
-    """Classic layer name -> the real module; transformers' own naming is undone by hand."""
-    found = {f"unet.{name}": module for name, module in models["unet"].named_modules() if name.endswith(UNET_ENDS)}
-    for name, module in models["text_encoder"].named_modules():
-        if name.endswith(CLIP_ENDS):
-            found[f"text_encoder.text_model.{name.removeprefix('text_model.')}"] = module
+def modules(models, attentions):
+    """Classic layer name -> the real module."""
+    found = attentions(models)
     assert len(found) == 4 * 8 + 2 * 4
     return found
 
@@ -243,14 +239,12 @@ def pipeline(models):
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "diffusers-old"])
-def test_diffusers_loads_what_we_write(tmp_path, pipeline, modules, sources, expected, to):
+def test_diffusers_loads_what_we_write(tmp_path, pipeline, attentions, sources, expected, to):
     prepare_conversion(sources["peft"], tmp_path / "a.safetensors", to, family="sd1", dtype=torch.float32).write()
     pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+    layers = attentions({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
     for name, update in expected["peft"].items():
-        component, _, path = name.partition(".")
-        module = dict(getattr(pipeline, component).named_modules())
-        layer = module[path] if path in module else module[path.removeprefix("text_model.")]
-        found = layer.get_delta_weight("a").detach().numpy()
+        found = layers[name].get_delta_weight("a").detach().numpy()
         assert np.abs(found - update).max() < 1e-5 * np.abs(update).max(), name
 
 

@@ -44,25 +44,13 @@ def pipeline(tmp_path_factory):
     )
 
 
-def attention_shapes(pipe):
-    """Classic layer name -> (in, out); here transformers' own naming is undone by hand."""
-    shapes = {}
-    for name, module in pipe.unet.named_modules():
-        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            shapes[f"unet.{name}"] = (module.in_features, module.out_features)
-    for name, module in pipe.text_encoder.named_modules():
-        if name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")):
-            shapes[f"text_encoder.text_model.{name.removeprefix('text_model.')}"] = (
-                module.in_features,
-                module.out_features,
-            )
-    return shapes
+@pytest.fixture
+def layers_of(attentions):
+    return lambda pipe: attentions({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
 
 
-def find_module(pipe, layer):
-    component, _, path = layer.partition(".")
-    modules = dict(getattr(pipe, component).named_modules())
-    return modules[path] if path in modules else modules[path.removeprefix("text_model.")]
+def shapes_of(layers):
+    return {name: (module.in_features, module.out_features) for name, module in layers.items()}
 
 
 def embed(pipe, prompt):
@@ -71,15 +59,17 @@ def embed(pipe, prompt):
 
 
 @torch.no_grad()
-def test_diffusers_loads_every_modules_delta_of_unet_and_text_encoder(tmp_path, pipeline, random_factors):
-    shapes = attention_shapes(pipeline)
+def test_diffusers_loads_every_modules_delta_of_unet_and_text_encoder(tmp_path, pipeline, layers_of, random_factors):
+    layers = layers_of(pipeline)
+    shapes = shapes_of(layers)
     assert len(shapes) == 128 + 3 * 4
     factors = random_factors(shapes, rank=3, down_scale=0.5, up_scale=0.05)
     save_kohya(tmp_path / "a.safetensors", factors, KohyaMetadata(), torch.float32)
-    plain = {layer: find_module(pipeline, layer).weight.clone() for layer in factors}
+    plain = {layer: layers[layer].weight.clone() for layer in factors}
     pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+    loaded_layers = layers_of(pipeline)
     for layer, (lora_A, lora_B) in factors.items():
-        module = find_module(pipeline, layer)
+        module = loaded_layers[layer]
         expected = lora_B @ lora_A
         error = torch.linalg.norm(module.get_delta_weight("a") - expected) / torch.linalg.norm(expected)
         assert error < 1e-6, layer
@@ -90,7 +80,7 @@ def test_diffusers_loads_every_modules_delta_of_unet_and_text_encoder(tmp_path, 
     pipeline.unload_lora_weights()
     base = pipeline.unet(latents, timestep, embed(pipeline, "a face")).sample
     for layer, (lora_A, lora_B) in factors.items():
-        find_module(pipeline, layer).weight.copy_(plain[layer] + lora_B @ lora_A)
+        layers[layer].weight.copy_(plain[layer] + lora_B @ lora_A)
     merged = pipeline.unet(latents, timestep, embed(pipeline, "a face")).sample
     torch.testing.assert_close(embed(pipeline, "a face"), with_lora, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loaded, merged, rtol=1e-4, atol=1e-5)
@@ -98,11 +88,12 @@ def test_diffusers_loads_every_modules_delta_of_unet_and_text_encoder(tmp_path, 
 
 
 @torch.no_grad()
-def test_diffusers_loads_a_float16_file_within_rounding(tmp_path, pipeline, random_factors):
-    factors = random_factors(attention_shapes(pipeline), rank=2)
+def test_diffusers_loads_a_float16_file_within_rounding(tmp_path, pipeline, layers_of, random_factors):
+    factors = random_factors(shapes_of(layers_of(pipeline)), rank=2)
     save_kohya(tmp_path / "a.safetensors", factors, KohyaMetadata())
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    layers = layers_of(pipeline)
     for layer, (lora_A, lora_B) in factors.items():
         expected = lora_B @ lora_A
-        error = torch.linalg.norm(find_module(pipeline, layer).get_delta_weight("a") - expected)
+        error = torch.linalg.norm(layers[layer].get_delta_weight("a") - expected)
         assert error < 2**-10 * torch.linalg.norm(expected), layer
