@@ -22,7 +22,15 @@ from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
-from testbed.protocol import CALIBRATION_PEOPLE, Judge, draw_prompts, shown_photos, shown_subjects, true_picture
+from testbed.protocol import (
+    CALIBRATION_PEOPLE,
+    Judge,
+    draw_prompts,
+    own_and_others,
+    shown_photos,
+    shown_subjects,
+    true_picture,
+)
 
 CLASS_PICTURES = 200
 CLASS_SEED = 1000  # not a seed that people are drawn with
@@ -42,7 +50,7 @@ class World:
         self.base = load_base(folder or str(miniature_path()), device="cpu")
         self.space = LiDBSpace(self.base.adapted, miniature_lidb_config())
         self.judge = Judge(load_measuring_network(), split)
-        self._stranger, self._same = self._calibrate_features()
+        self._same, self._stranger = self._calibrate_features()
 
     def subjects(self, people: Sequence[int]) -> list[Subject]:
         return shown_subjects(self.base, people)
@@ -81,9 +89,7 @@ class World:
     def _calibrate_features(self) -> tuple[float, float]:
         people = SPLITS[self.split][-CALIBRATION_PEOPLE:]
         others = self._features(to_pixels([true_picture(person, "plain") for person in people]))
-        similarity = others @ self._features(shown_photos(people)).T
-        own, count = float(similarity.diagonal().sum()), len(people)
-        return (float(similarity.sum()) - own) / (count * (count - 1)), own / count
+        return own_and_others(others @ self._features(shown_photos(people)).T)
 
     @torch.no_grad()
     def _features(self, pixels: Tensor) -> Tensor:

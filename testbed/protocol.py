@@ -120,10 +120,7 @@ class Judge:
         self.stranger, self.true = {}, {}
         for prompt in self.prompts:
             embedding = self.measure([true_picture(person, prompt) for person in people]).embedding
-            similarity = embedding @ references.T
-            own = similarity.diagonal().sum()
-            self.true[prompt] = float(own / len(people))
-            self.stranger[prompt] = float((similarity.sum() - own) / (len(people) * (len(people) - 1)))
+            self.true[prompt], self.stranger[prompt] = own_and_others(embedding @ references.T)
 
     @torch.no_grad()
     def measure(self, images: Sequence[np.ndarray] | Tensor) -> Measurement:
@@ -150,6 +147,12 @@ class Judge:
             for attribute, value in PROMPTS[name][1].items():
                 right[name] = torch.tensor([float(choice == value) for choice in found.choice(attribute)])
         return Scores(identities, right, _background_copied(pictures[:, 0], shown_photos(people)))
+
+
+def own_and_others(similarity: Tensor) -> tuple[float, float]:
+    """Mean of similarities ``(n, n)`` on the diagonal, of each person with themselves, and of those beside it."""
+    count, own = len(similarity), similarity.diagonal().sum()
+    return float(own / count), float((similarity.sum() - own) / (count * (count - 1)))
 
 
 def _background_copied(pictures: Tensor, shown: Tensor) -> Tensor:

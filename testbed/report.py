@@ -23,7 +23,17 @@ from testbed.corpus import portrait
 from testbed.drawing import draw
 from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS, identity, random_scene
-from testbed.protocol import PROMPTS, Judge, Scores, draw_prompts, photo, shown_photos, shown_subjects, true_picture
+from testbed.protocol import (
+    PROMPTS,
+    Judge,
+    Scores,
+    draw_prompts,
+    own_and_others,
+    photo,
+    shown_photos,
+    shown_subjects,
+    true_picture,
+)
 from testbed.train import psnr_db
 
 TEST = SPLITS["test"]
@@ -87,8 +97,7 @@ def prompts_obeyed(scores: Scores) -> dict[str, float]:
 
 def identity_spread(embedding: Tensor) -> float:
     """Mean of 1 - cosine over all pairs."""
-    count = len(embedding)
-    return float(1 - ((embedding @ embedding.T).sum() - count) / (count * (count - 1)))
+    return 1 - own_and_others(embedding @ embedding.T)[1]
 
 
 def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tensor]:
