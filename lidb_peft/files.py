@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside the target, flushed, renamed."""
+"""Files and folders that appear whole or not at all: written beside the target, flushed, renamed."""
 
 import json
 import os
@@ -66,6 +66,25 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from error  # a full disk names no file
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder; rename it to ``target``, which is not there yet, when the block ends well.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+        OSError: as `check_writable`.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name a new folder, or remove it first")
+    check_writable(target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        yield folder
+        folder.rename(target)
 
 
 def _umask() -> int:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from peft import PeftModel
@@ -20,7 +19,7 @@ from peft.utils.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from .config import LiDBConfig, LiDBPeftType
-from .files import write_safetensors
+from .files import atomic_folder, write_safetensors
 from .layer import LiDBLayer
 from .record import check_record, fingerprint_components
 from .safe_read import read_tensors
@@ -84,24 +83,17 @@ def save_adapter(pipeline: "DiffusionPipeline", folder: str | os.PathLike, adapt
         FileNotFoundError: the folder that it shall be in does not exist.
         ValueError: the pipeline has no LiDB adapter of that name.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; name a new folder, or remove it first")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"{folder.parent} does not exist; make the folder first")
     configs = {name: getattr(model, "peft_config", {}) for name, model in pipeline.components.items()}
     chosen = {name: found[adapter_name] for name, found in configs.items() if adapter_name in found}
     if not chosen or not all(isinstance(config, LiDBConfig) for config in chosen.values()):
         names = sorted({n for found in configs.values() for n, c in found.items() if isinstance(c, LiDBConfig)})
         raise ValueError(f"the pipeline has no LiDB adapter called {adapter_name!r}; it has {names}")
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        whole = Path(temporary) / folder.name
+    with atomic_folder(folder) as whole:
         for name, config in chosen.items():
             config.save_pretrained(str(whole / name))
             state = get_peft_model_state_dict(getattr(pipeline, name), adapter_name=adapter_name)
             tensors = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
             write_safetensors(whole / name / SAFETENSORS_WEIGHTS_NAME, tensors, {"format": "pt"})
-        whole.rename(folder)
 
 
 def _part_folders(path: Path) -> list[Path]:

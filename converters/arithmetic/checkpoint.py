@@ -6,7 +6,6 @@ names are known here, from the tables of :mod:`converters.key_maps`; nothing is 
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from converters.architectures import CROSS_WIDTHS
 from converters.arithmetic.algebra import matrices, to_layer
 from converters.key_maps import COMPONENTS, from_checkpoint_name
 from converters.lora import Lora, LoraLayer, is_finite
-from lidb_peft.files import atomic_path, check_writable, header_bytes
+from lidb_peft.files import atomic_folder, atomic_path, header_bytes
 from lidb_peft.naming import layer_name
 from lidb_peft.safe_read import read_header
 
@@ -132,15 +131,11 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> 
     if not model.is_dir():
         write(model, out)
         return
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name a new folder")
-    check_writable(out)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        staged = Path(temporary, "model")
-        shutil.copytree(model, staged, ignore=lambda folder, names: {n for n in names if Path(folder, n) in changes})
+    with atomic_folder(out) as folder:
+        shutil.copytree(model, folder, dirs_exist_ok=True,
+                        ignore=lambda parent, names: {n for n in names if Path(parent, n) in changes})  # fmt: skip
         for file in changes:
-            write(file, staged / file.relative_to(model))
-        staged.rename(out)
+            write(file, folder / file.relative_to(model))
 
 
 def extract(

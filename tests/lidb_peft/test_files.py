@@ -1,7 +1,8 @@
+import pytest
 import torch
 from safetensors.torch import load, save
 
-from lidb_peft.files import safetensors_chunks, write_safetensors
+from lidb_peft.files import atomic_folder, safetensors_chunks, write_safetensors
 
 
 def to_bytes(tensors, metadata):
@@ -27,3 +28,22 @@ def test_the_bytes_are_the_librarys_own(tmp_path):
     assert to_bytes(tensors, {}) == save(contiguous)
     write_safetensors(tmp_path / "a.safetensors", tensors, {})
     assert (tmp_path / "a.safetensors").read_bytes() == save(contiguous)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def write(target, error=None):
+        with atomic_folder(target) as folder:
+            (folder / "a").write_text("new")
+            assert not target.exists()
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", KeyboardInterrupt())
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+    with pytest.raises(FileExistsError, match="out exists; name a new folder"):
+        write(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; make the folder first"):
+        write(tmp_path / "nowhere/out")
