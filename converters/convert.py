@@ -24,7 +24,7 @@ from converters.key_maps import FAMILIES
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
 from converters.sidecar import Companions, read_companions, write_companions
-from lidb_peft.files import atomic_path, write_safetensors
+from lidb_peft.files import atomic_path, check_suffix, write_safetensors
 from lidb_peft.safe_read import read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
@@ -145,8 +145,8 @@ def _check_choices(
         raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
     if family and family not in FAMILIES:
         raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
-    if to not in _FOLDER_FORMATS and target.suffix.lower() != ".safetensors":
-        raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+    if to not in _FOLDER_FORMATS:
+        check_suffix(target)
     if target.resolve() in (source.resolve() for source in sources):
         raise ValueError(f"{target} would be both what is read and what is written; choose another output")
 

@@ -37,6 +37,12 @@ def check_writable(target: str | os.PathLike) -> None:
         raise PermissionError(f"{target.parent} is not writable; choose another output folder")
 
 
+def check_suffix(target: str | os.PathLike) -> None:
+    """Raise ValueError unless the name of a file to write ends in ``.safetensors``."""
+    if Path(target).suffix.lower() != ".safetensors":
+        raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+
+
 @contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; rename it onto ``target`` when the block ends well.

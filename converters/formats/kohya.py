@@ -17,7 +17,7 @@ from converters.key_maps import to_kohya_name
 from converters.lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, add_hashes, build_metadata
 from converters.sidecar import write_preview, write_sidecar
-from lidb_peft.files import write_safetensors
+from lidb_peft.files import check_suffix, write_safetensors
 from lidb_peft.relax import LoraFactors
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     Raises:
         ValueError: a file name without ``.safetensors``.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path} does not end in .safetensors; name the LoRA file so, or readers will not find it")
+    check_suffix(path)
     write_safetensors(path, tensors, add_hashes(tensors, metadata))
 
 
