@@ -34,7 +34,7 @@ def test_a_photo_that_is_none_is_named(hdb, personalize, portrait):
     assert "notes.jpg" in hdb.fail(*personalize(portrait, "notes.jpg"))  # one bad photo among good ones
 
 
-def test_a_photo_without_a_face_names_the_way_out(hdb, portrait):
+def test_a_photo_without_a_face_names_the_way_out(hdb):
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save("wall.png")
     message = hdb.fail("personalize", "wall.png", "--base", "testbed", "--hypernet", "none", "--theta-steps", 1)
     assert "wall.png: no face found" in message

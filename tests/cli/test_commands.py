@@ -101,7 +101,7 @@ def test_convert_takes_a_folder_and_says_first_what_it_would_do(hdb, made):
     assert output.endswith("Error: 1 of 3 were not converted; see above\n")
 
 
-def test_convert_offers_what_the_converters_know(hdb):
+def test_convert_offers_what_the_converters_know():
     assert tuple(converters.FORMATS) == convert.FORMATS
     assert convert.FAMILIES == FAMILIES
     assert [getattr(torch, name) for name in results.DTYPES.values()] == list(DTYPES)
