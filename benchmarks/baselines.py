@@ -38,7 +38,7 @@ def dreambooth(
         moments = torch.cat([subject.moments, class_moments[chosen]])
         clean, noise, timesteps = draw_noise(base, moments, [generator, generator])
         noisy, target = question(base, clean, noise, timesteps)
-        answers = predict(base, noisy, timesteps, base.text_encoder(prompt_ids)[0])
+        answers = predict(base, noisy, timesteps, base.encode(prompt_ids))
         return (weights * denoising_error(answers, target)).sum()
 
     with _restored(base.unet, base.text_encoder):
@@ -77,7 +77,7 @@ def textual_inversion(
     def loss() -> Tensor:
         clean, noise, timesteps = draw_noise(base, moments, generators)
         noisy, target = question(base, clean, noise, timesteps)
-        answers = predict(base, noisy, timesteps, base.text_encoder(prompt_ids)[0])
+        answers = predict(base, noisy, timesteps, base.encode(prompt_ids))
         return denoising_error(answers, target).sum()
 
     hook = embedding.register_forward_hook(read_as_vectors)

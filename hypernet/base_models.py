@@ -4,10 +4,11 @@ A base is a Hugging Face id, a folder in diffusers' layout, or a single-file che
 and kohya users have.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,39 @@ from lidb_peft.safe_read import PICKLE_SUFFIXES
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+class PromptEmbeds(NamedTuple):
+    """What a UNet is told of n prompts.
+
+    Attributes:
+        hidden: the text encoders' states, ``(n, tokens, width)``.
+        pooled: SDXL's summary of each prompt, ``(n, width)``; None for others.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def rows(self, index: Tensor) -> "PromptEmbeds":
+        """The prompts at ``index`` ``(m,)``, in its order."""
+        return PromptEmbeds(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    @staticmethod
+    def concatenate(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
+        """The prompts of all parts, one part after the other; all are of one base."""
+        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
+        return PromptEmbeds(torch.cat([part.hidden for part in parts]), pooled)
 
 
 @dataclass
 class BaseModel:
-    """A frozen Stable Diffusion 1.x or 2.x, its parts as diffusers and transformers classes.
+    """A frozen Stable Diffusion 1.x, 2.x or XL, its parts as diffusers and transformers classes.
 
     Attributes:
         name: the id, folder or file it came from.
-        family: ``sd1`` or ``sd2``, as `converters` names the architectures.
+        family: ``sd1``, ``sd2`` or ``sdxl``, as `converters` names the architectures.
+        text_encoder_2, tokenizer_2: SDXL's second ones; None for others.
     """
 
     name: str
@@ -40,6 +64,8 @@ class BaseModel:
     tokenizer: "CLIPTokenizer"
     vae: "AutoencoderKL"
     scheduler: "SchedulerMixin"
+    text_encoder_2: "CLIPTextModelWithProjection | None" = None
+    tokenizer_2: "CLIPTokenizer | None" = None
 
     @property
     def device(self) -> torch.device:
@@ -50,9 +76,14 @@ class BaseModel:
         return self.unet.dtype
 
     @property
+    def text_encoders(self) -> "list[CLIPTextModel | CLIPTextModelWithProjection]":
+        """Those there are, one or two."""
+        return [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
+
+    @property
     def adapted(self) -> dict[str, nn.Module]:
         """The models whose attention projections are adapted, by component name."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.unet} | dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
 
     @property
     def prediction_type(self) -> str:
@@ -70,11 +101,31 @@ class BaseModel:
         return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
 
     def token_ids(self, prompt: str) -> Tensor:
-        """Token ids ``(1, model_max_length)``, padded as the pipeline pads them."""
-        encoded = self.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length
+        """Token ids ``(1, E, model_max_length)`` for E text encoders, padded as the pipeline pads them."""
+        tokenizers = [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
+        ids = [
+            tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+            for tokenizer in tokenizers
+        ]
+        return torch.tensor([ids], device=self.device)
+
+    def encode(self, ids: Tensor) -> PromptEmbeds:
+        """What the text encoders make of token ids ``(n, E, tokens)``, as the pipeline asks them; differentiable."""
+        if self.text_encoder_2 is None:
+            return PromptEmbeds(self.text_encoder(ids[:, 0])[0])
+        first, second = (
+            encoder(part, output_hidden_states=True)
+            for encoder, part in zip(self.text_encoders, ids.unbind(1), strict=True)
         )
-        return torch.tensor([encoded["input_ids"]], device=self.device)
+        # SDXL was trained on the last but one layer of both.
+        return PromptEmbeds(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
+
+    @cached_property
+    def time_ids(self) -> Tensor:
+        """What SDXL's UNet is told of a picture: that it is whole and of the trained size, ``(6,)`` on the device."""
+        original = target = (self.size_px, self.size_px)
+        crop_top_left = (0, 0)
+        return torch.tensor([*original, *crop_top_left, *target], dtype=self.dtype, device=self.device)
 
     def pipeline(self) -> "StableDiffusionPipeline":
         """The same parts, not copies, as a pipeline that draws pictures."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
+from hypernet.base_models import BaseModel, PromptEmbeds
 
 # Of a portrait as `prepare_photo` crops it, in halves of the picture.
 HEAD_HALF_WIDTH, HEAD_HALF_HEIGHT = 0.725, 0.9
@@ -35,15 +35,18 @@ def question(base: BaseModel, clean: Tensor, noise: Tensor, timesteps: Tensor) -
     return add_noise(clean, noise, alphas), prediction_target(clean, noise, alphas, base.prediction_type)
 
 
-def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
     """The UNet's answer ``(n, 4, h, w)`` in float32.
 
     Args:
         noisy: ``(n, 4, h, w)``.
         timesteps: ``(n,)`` integers.
-        prompt_embeds: ``(n, tokens, width)``.
+        embeds: of n prompts.
     """
-    return base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample.float()
+    added = None
+    if embeds.pooled is not None:
+        added = {"text_embeds": embeds.pooled, "time_ids": base.time_ids.expand(len(noisy), -1)}
+    return base.unet(noisy.to(base.dtype), timesteps, embeds.hidden, added_cond_kwargs=added).sample.float()
 
 
 def denoising_error(prediction: Tensor, target: Tensor, background: float = 1.0) -> Tensor:

@@ -188,8 +188,8 @@ def draw_prompts(
     start = seed * 1_000_003 + first * len(prompts)
     noise = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
     with space.apply(_stacked(factors)) if factors is not None else nullcontext():
-        asked = base.text_encoder(torch.cat([base.token_ids(text) for text in texts]))[0]
-        nothing = base.text_encoder(base.token_ids("").expand(len(texts), -1))[0]
+        asked = base.encode(torch.cat([base.token_ids(text) for text in texts])).hidden
+        nothing = base.encode(base.token_ids("").expand(len(texts), -1, -1)).hidden
     # Guidance puts all negative prompts before all positive ones, so the UNet sees the people twice.
     with space.apply(_stacked([*factors, *factors])) if factors is not None else nullcontext():
         latents = base.pipeline()(

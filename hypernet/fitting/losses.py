@@ -48,7 +48,7 @@ def base_losses(
     Both come from one pass of the base. The second is None if nothing is preserved.
 
     Args:
-        prompt_ids: ``(B, tokens)``.
+        prompt_ids: ``(B, E, tokens)``.
         noisy, target: as `hypernet.diffusion.question` gives them, ``(B * k, 4, h, w)``, person by person.
         timesteps: ``(B * k,)``.
     """
@@ -57,8 +57,9 @@ def base_losses(
     if preserved is not None:
         ids = torch.cat([ids, preserved.token_ids.unflatten(0, (len(ids), -1))], dim=1)
         rows = torch.cat([rows, preserved.rows.view(len(ids), -1)], dim=1)
-    embeds = base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2])
-    embeds = torch.cat([embeds[:, :1].expand(-1, copies, -1, -1), embeds[:, 1:]], dim=1).flatten(0, 1)
+    prompts = torch.arange(ids.shape[0] * ids.shape[1], device=ids.device).view(ids.shape[:2])
+    prompts = torch.cat([prompts[:, :1].expand(-1, copies), prompts[:, 1:]], dim=1)
+    embeds = base.encode(ids.flatten(0, 1)).rows(prompts.flatten())
     answers = predict(base, noisy[rows.flatten()], timesteps[rows.flatten()], embeds).unflatten(0, rows.shape)
     plain, styled = answers[:, :copies].flatten(0, 1), answers[:, copies:].flatten(0, 1)
     denoising = denoising_error(plain, target, background).view(-1, copies).mean(dim=1)
@@ -76,14 +77,17 @@ def checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    models = base.adapted.values()
     base.unet.enable_gradient_checkpointing()
-    base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    base.unet.train()
-    base.text_encoder.train()
+    for encoder in base.text_encoders:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in models:
+        model.train()
     try:
         yield
     finally:
         base.unet.disable_gradient_checkpointing()
-        base.text_encoder.gradient_checkpointing_disable()
-        base.unet.eval()
-        base.text_encoder.eval()
+        for encoder in base.text_encoders:
+            encoder.gradient_checkpointing_disable()
+        for model in models:
+            model.eval()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
+from hypernet.base_models import BaseModel, PromptEmbeds
 from hypernet.diffusion import predict
 
 
@@ -24,7 +24,7 @@ class Preserved:
     """What one step preserves: N subjects, m prompts each.
 
     Attributes:
-        token_ids: the subjects' styled prompts, ``(N * m, tokens)``, subject by subject.
+        token_ids: the subjects' styled prompts, ``(N * m, E, tokens)``, subject by subject.
         rows: which noisy latents of the step's batch they are asked at, ``(N * m,)``.
         change: by how much the base's answer changes there, ``(N * m, 4, h, w)`` float32.
     """
@@ -55,7 +55,7 @@ class PromptPreservation:
         self.token_ids = {t.format(prompt): base.token_ids(t.format(prompt)) for prompt in prompts for t in templates}
         texts = dict.fromkeys(t.format(prompt) for prompt in class_prompts for t in ("{}", *templates))
         with torch.no_grad():
-            self.embeds = {text: base.text_encoder(base.token_ids(text))[0] for text in texts}
+            self.embeds = {text: base.encode(base.token_ids(text)) for text in texts}
 
     @torch.no_grad()
     def draw(self, noisy: Tensor, timesteps: Tensor, generators: Sequence[torch.Generator]) -> Preserved:
@@ -78,5 +78,7 @@ class PromptPreservation:
                 styled.append(self.embeds[template.format(class_prompt)])
         chosen = torch.cat(rows).to(noisy.device)
         twice = torch.cat([chosen, chosen])
-        before, after = predict(self.base, noisy[twice], timesteps[twice], torch.cat(plain + styled)).chunk(2)
+        before, after = predict(
+            self.base, noisy[twice], timesteps[twice], PromptEmbeds.concatenate(plain + styled)
+        ).chunk(2)
         return Preserved(torch.cat(token_ids), chosen, after - before)

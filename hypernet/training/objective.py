@@ -127,7 +127,7 @@ class Objective(nn.Module):
     def _base_terms(
         self, theta: Tensor, batch: Batch, noisy: Tensor, timesteps: Tensor, target: Tensor, preserved: Preserved | None
     ) -> dict[str, Tensor]:
-        ids = torch.where(batch.drops_caption[:, None], self.empty_ids, self.prompt_ids)
+        ids = torch.where(batch.drops_caption[:, None, None], self.empty_ids, self.prompt_ids)
         with self.space.apply(self.space.expand(theta, self.network.bases)):
             denoising, change = base_losses(self.base, ids, noisy, timesteps, target, self.config.background, preserved)
         if change is None:

@@ -66,9 +66,9 @@ def test_a_folder_loads_frozen(base):
 def test_prompts_become_the_pipelines_tokens(base):
     prompt = "a pencil drawing of a sks face"
     expected = base.tokenizer(prompt, padding="max_length", max_length=base.tokenizer.model_max_length)["input_ids"]
-    assert base.token_ids(prompt).tolist() == [expected]
+    assert base.token_ids(prompt).tolist() == [[expected]]
     long = base.token_ids("a face " * 200)
-    assert long.shape == (1, base.tokenizer.model_max_length)
+    assert long.shape == (1, 1, base.tokenizer.model_max_length)
 
 
 def test_the_precision_is_the_bases(folder):

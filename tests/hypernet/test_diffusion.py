@@ -68,11 +68,11 @@ def test_the_loss_is_per_sample(base, pair, prediction_type):
     typed = replace(base, scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type=prediction_type))
     timesteps = torch.tensor([10, 500, 990])
     with torch.no_grad():
-        embeds = base.text_encoder(base.token_ids("a face"))[0].expand(3, -1, -1)
+        embeds = base.encode(base.token_ids("a face").expand(3, -1, -1))
 
         def losses(rows):
             noisy, target = question(typed, clean[rows], noise[rows], timesteps[rows])
-            return denoising_error(predict(typed, noisy, timesteps[rows], embeds[rows]), target)
+            return denoising_error(predict(typed, noisy, timesteps[rows], embeds.rows(torch.arange(3)[rows])), target)
 
         together, alone = losses(slice(3)), [losses(slice(i, i + 1)) for i in range(3)]
     assert together.shape == (3,)

@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_merged_weights_under_diffusers_own_scheduler(
             component, path = name.split(".", 1)
             modules = dict(merged.adapted[component].named_modules())
             (modules.get(path) or modules[path.removeprefix("text_model.")]).weight += lora_B @ lora_A
-        embeds = merged.text_encoder(merged.token_ids("a sks face"))[0].expand(3, -1, -1)
+        embeds = merged.encode(merged.token_ids("a sks face").expand(3, -1, -1)).hidden
         noisy = scheduler.add_noise(clean, noise, timesteps)
         expected = torch.nn.functional.mse_loss(merged.unet(noisy, timesteps, embeds).sample, target)
     assert losses[0, 0].item() == pytest.approx(expected.item(), rel=1e-5)

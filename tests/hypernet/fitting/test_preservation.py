@@ -22,14 +22,14 @@ def test_what_is_preserved_is_the_base_s_own_change(base):
     drawn = preservation.draw(noisy, timesteps, generators(2))
     assert drawn.rows.shape == (4,)  # two of each subject's three
     assert sorted(row // 3 for row in drawn.rows.tolist()) == [0, 0, 1, 1]
-    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.token_ids]
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.token_ids[:, 0]]
     assert all("sks face" in text for text in texts[:2])
     assert all("zwx man" in text for text in texts[2:])
     with torch.no_grad():
         for row, text, change in zip(drawn.rows, texts, drawn.change, strict=True):
             subject, plain = ("sks face", "face") if row < 3 else ("zwx man", "man")
             answers = [
-                predict(base, noisy[row, None], timesteps[row, None], base.text_encoder(base.token_ids(prompt))[0])
+                predict(base, noisy[row, None], timesteps[row, None], base.encode(base.token_ids(prompt)))
                 for prompt in (f"a {plain}", text.replace(subject, plain))
             ]
             torch.testing.assert_close(change, (answers[1] - answers[0])[0], atol=1e-4, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_a_prompt_keeps_its_effect(base, space, new_subject):
 
     @torch.no_grad()
     def change(prompt, styled):
-        embeds = [base.text_encoder(base.token_ids(text))[0].expand(8, -1, -1) for text in (prompt, styled)]
+        embeds = [base.encode(base.token_ids(text).expand(8, -1, -1)) for text in (prompt, styled)]
         return predict(base, noisy, timesteps, embeds[1]) - predict(base, noisy, timesteps, embeds[0])
 
     expected = change("a face", "a pencil drawing of a face")

@@ -86,7 +86,7 @@ def test_the_first_gradient_reaches_both_halves_of_theta_and_everything_before(b
     noisy, target = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
     ids = torch.cat([base.token_ids(net.config.trigger)] * 2)
     with space.apply(space.expand(net(pixels))):
-        answer = predict(base, noisy, torch.tensor([100, 700]), base.text_encoder(ids)[0])
+        answer = predict(base, noisy, torch.tensor([100, 700]), base.encode(ids))
     (answer - target).square().mean().backward()
     layers = [space.layer_names.index(name) for name in taught]
     for half in split_theta(net.heads.weight.grad[layers], space.config):
@@ -422,11 +422,11 @@ def test_learned_bases_start_at_the_frozen_ones_and_leave_in_the_lora(base, padd
     ids = base.token_ids(net.config.trigger)
     with torch.no_grad():
         with padded_space.apply(padded_space.expand(theta[0], net.bases)):
-            used = base.text_encoder(ids)[0]
+            used = base.encode(ids).hidden
         with padded_space.apply(lora):
-            exported = base.text_encoder(ids)[0]
+            exported = base.encode(ids).hidden
         with padded_space.weights(theta[0]):
-            by_frozen = base.text_encoder(ids)[0]
+            by_frozen = base.encode(ids).hidden
     assert torch.equal(used, exported)
     assert not torch.allclose(used, by_frozen, atol=1e-4)
     assert make(padded_space).bases is None

@@ -101,7 +101,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
         theta = network(batch.seen[person : person + 1])[0]
         rows = slice(2 * person, 2 * person + 2)
         with space.weights(theta):
-            embeds = base.text_encoder(prompt)[0].expand(2, -1, -1)
+            embeds = base.encode(prompt.expand(2, -1, -1))
             denoising = (predict(base, noisy[rows], timesteps[rows], embeds) - target[rows]).square().mean()
         distance = (squared_distance(space, theta, batch.targets[person]) / scale).mean()
         expected.append(torch.stack([denoising, distance]))
@@ -138,7 +138,7 @@ def test_without_its_caption_a_person_answers_to_the_empty_prompt(base, space, b
     _, sums = Objective(base, space, network, CONFIG)(replace(batch, drops_caption=torch.tensor([True, True])))
     noisy, timesteps, target = asked(base, batch)
     with space.weights(network(batch.seen)):
-        embeds = base.text_encoder(base.token_ids("").expand(2, -1))[0].repeat_interleave(2, dim=0)
+        embeds = base.encode(base.token_ids("").expand(2, -1, -1)).rows(torch.tensor([0, 0, 1, 1]))
         error = predict(base, noisy, timesteps, embeds) - target
     expected = error.square().mean(dim=(1, 2, 3)).view(2, 2).mean(dim=1).sum()
     assert torch.allclose(sums[0], expected, rtol=1e-5)
