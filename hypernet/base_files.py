@@ -6,61 +6,84 @@ encoder without some of its weights loads without a word, and a truncated file i
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lidb_peft.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header, read_json_object
 
-PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_WEIGHTED_PARTS = ("unet", "vae", "text_encoder")
-_CONFIG_FILES = (
-    *(f"{part}/config.json" for part in _WEIGHTED_PARTS),
-    "scheduler/scheduler_config.json",
-)
+TEXT_ENCODERS = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+"""The pipelines that bases are loaded as, and their text encoders."""
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _CLIP_LEVEL = "text_model."
 _CHECKPOINT_UNET = "model.diffusion_model.input_blocks.0.0.weight"
-_CHECKPOINT_PARTS = {"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
+_REFINER = "conditioner.embedders.0.model."
+_SAYS_V_PREDICTION = "v_pred"  # an empty tensor by which SDXL models tell ComfyUI and Automatic1111
+_CHECKPOINT_PARTS = {
+    "StableDiffusionPipeline": {"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"},
+    "StableDiffusionXLPipeline": {
+        "first_stage_model.": "VAE",
+        "conditioner.embedders.0.transformer.": "first text encoder",
+        "conditioner.embedders.1.model.": "second text encoder",
+    },
+}
 
 
-def check_folder(folder: Path) -> str | None:
-    """Check a folder in diffusers' layout; return the variant that its weights are stored as: None or ``fp16``.
+def check_folder(folder: Path) -> tuple[str, str | None]:
+    """Check a folder in diffusers' layout.
+
+    Returns:
+        The class of pipeline to load it as, and the variant that its weights are stored as: None or ``fp16``.
 
     Raises:
-        ValueError: it is no Stable Diffusion 1.x or 2.x, is not complete, or a file in it is damaged.
+        ValueError: it is no Stable Diffusion 1.x, 2.x or XL, is not complete, or a file in it is damaged.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} is not a Stable Diffusion in diffusers' layout: it has no model_index.json; "
             f"pass the folder that holds unet/, vae/ and text_encoder/"
         )
-    check_pipeline_class(str(folder), _read_json(folder / "model_index.json").get("_class_name"))
-    for part in (*_WEIGHTED_PARTS, "tokenizer", "scheduler"):
+    kind = pipeline_class(str(folder), _read_json(folder / "model_index.json"))
+    weighted = ("unet", "vae", *TEXT_ENCODERS[kind])
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS[kind]]
+    for part in (*weighted, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
-    for name in _CONFIG_FILES:
+    for name in (*(f"{part}/config.json" for part in weighted), "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not complete: it has no {name}; download the base model again")
         _read_json(folder / name)
-    _check_tokenizer(folder / "tokenizer")
+    for name in tokenizers:
+        _check_tokenizer(folder / name)
     for variant in (None, "fp16"):
-        found = [weight_files(folder / part, variant) for part in _WEIGHTED_PARTS]
+        found = [weight_files(folder / part, variant) for part in weighted]
         if all(found):
             for files in found:
                 for file in files:
                     read_header(file)
-            return variant
-    missing = next(part for part in _WEIGHTED_PARTS if not weight_files(folder / part))
+            return kind, variant
+    missing = next(part for part in weighted if not weight_files(folder / part))
     pickled = [file.name for file in sorted((folder / missing).iterdir()) if file.suffix in PICKLE_SUFFIXES]
     hint = f" ({pickled[0]} is a pickle, which can run code and is never read)" if pickled else ""
     raise ValueError(f"{folder / missing} has no weights in safetensors{hint}; download the base model again")
 
 
-def check_pipeline_class(source: str, name: str | None) -> None:
-    """Raise ValueError unless ``name`` is that of a plain Stable Diffusion 1.x or 2.x pipeline."""
-    if name not in PIPELINE_CLASSES:
-        hint = "; SDXL is not supported yet" if "XL" in str(name) else ""
-        raise ValueError(f"{source} holds a {name}; expected a StableDiffusionPipeline (SD 1.x or 2.x){hint}")
+def pipeline_class(source: str, index: dict[str, Any]) -> str:
+    """The class of pipeline to load, by what ``model_index.json`` says.
+
+    Raises:
+        ValueError: it is no plain Stable Diffusion 1.x, 2.x or XL.
+    """
+    name = str(index.get("_class_name"))
+    if index.get("requires_aesthetics_score"):
+        raise ValueError(f"{source} is an SDXL refiner, which has one text encoder only; pass an SDXL base")
+    kind = name.replace("Img2Img", "")
+    if kind not in TEXT_ENCODERS:
+        raise ValueError(f"{source} holds a {name}; expected a {' or '.join(TEXT_ENCODERS)}")
+    return kind
 
 
 def weight_files(part: Path, variant: str | None = None) -> list[Path]:
@@ -89,11 +112,11 @@ def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module
         text_encoder.load_state_dict({name: weights[_bare(name)] for name in named}, strict=False)
 
 
-def check_checkpoint(path: Path) -> None:
-    """Check a single-file checkpoint by the names and shapes in its header.
+def check_checkpoint(path: Path) -> str:
+    """Check a single-file checkpoint by the names and shapes in its header; return the class of pipeline it makes.
 
     Raises:
-        ValueError: a pickle, a damaged file, a LoRA, an SDXL or inpainting model, or no whole Stable Diffusion.
+        ValueError: a pickle, a damaged file, a LoRA, a refiner or inpainting model, or no whole Stable Diffusion.
     """
     if path.suffix.lower() != ".safetensors":
         raise ValueError(
@@ -103,17 +126,23 @@ def check_checkpoint(path: Path) -> None:
     tensors = read_header(path).tensors
     if any("lora_" in name or ".lora." in name for name in tensors):
         raise ValueError(f"{path} is a LoRA, not a base model; pass the checkpoint that it belongs to as --base")
-    if any(name.startswith("conditioner.") for name in tensors):
-        raise ValueError(f"{path} is an SDXL model, which is not supported yet; pass an SD 1.x or 2.x base")
     if _CHECKPOINT_UNET not in tensors:
         raise ValueError(
             f"{path} is not a Stable Diffusion checkpoint: it holds {', '.join(sorted(tensors)[:2]) or 'no tensors'}; "
-            f"pass a whole SD 1.x or 2.x model"
+            f"pass a whole SD 1.x, 2.x or SDXL model"
         )
-    for prefix, part in _CHECKPOINT_PARTS.items():
+    if any(name.startswith(_REFINER) for name in tensors):
+        raise ValueError(f"{path} is an SDXL refiner, which has one text encoder only; pass an SDXL base")
+    if _SAYS_V_PREDICTION in tensors:
+        raise ValueError(f"{path} predicts v, which diffusers does not see in a single file; pass the model as a "
+                         f"diffusers folder")  # fmt: skip
+    is_xl = any(name.startswith("conditioner.") for name in tensors)
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    for prefix, part in _CHECKPOINT_PARTS[kind].items():
         if not any(name.startswith(prefix) for name in tensors):
-            raise ValueError(f"{path} has no {part}; pass a checkpoint with UNet, VAE and text encoder")
+            raise ValueError(f"{path} has no {part}; pass a checkpoint with UNet, VAE and all text encoders")
     check_channels(str(path), tensors[_CHECKPOINT_UNET].shape[1], 4)
+    return kind
 
 
 def check_channels(source: str, channels: int, latent_channels: int) -> None:

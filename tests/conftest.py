@@ -43,6 +43,55 @@ def make_hypernetwork():
 
 
 @pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A narrow SDXL of random weights in diffusers' layout: its blocks' places, 152 layers, 32 x 32 pixels."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from testbed import miniature_path
+
+    first, second = (
+        CLIPTokenizer.from_pretrained(miniature_path() / "tokenizer", pad_token=pad) for pad in ("<|endoftext|>", "!")
+    )  # SDXL's differ in that alone
+
+    def text_config(width: int, **settings) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(first), bos_token_id=first.bos_token_id, eos_token_id=first.eos_token_id,
+            max_position_embeddings=first.model_max_length, hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=2, num_attention_heads=2, **settings,
+        )  # fmt: skip
+
+    attended, plain = "CrossAttn{}Block2D".format, "{}Block2D".format
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            unet=diffusers.UNet2DConditionModel(
+                sample_size=8, block_out_channels=(16, 32, 32), norm_num_groups=8, attention_head_dim=(2, 2, 4),
+                down_block_types=(plain("Down"), attended("Down"), attended("Down")),
+                up_block_types=(attended("Up"), attended("Up"), plain("Up")),
+                transformer_layers_per_block=(1, 1, 2), use_linear_projection=True, cross_attention_dim=16 + 24,
+                addition_embed_type="text_time", addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 20,
+            ),
+            text_encoder=CLIPTextModel(text_config(16)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(24, projection_dim=20, hidden_act="gelu")),
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(8, 8, 16), down_block_types=(plain("DownEncoder"),) * 3,
+                up_block_types=(plain("UpDecoder"),) * 3, norm_num_groups=8, mid_block_add_attention=False,
+                sample_size=32, scaling_factor=0.13025,
+            ),
+            tokenizer=first, tokenizer_2=second, add_watermarker=False,
+            scheduler=diffusers.EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                timestep_spacing="leading",
+            ),
+        )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bases") / "narrow-sdxl"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def portrait(tmp_path_factory):
     """A drawn portrait in a file, to be used with ``crop=False``: a drawing is no face to the detector."""
     from testbed.demo import draw_photos

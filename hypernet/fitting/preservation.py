@@ -78,7 +78,6 @@ class PromptPreservation:
                 styled.append(self.embeds[template.format(class_prompt)])
         chosen = torch.cat(rows).to(noisy.device)
         twice = torch.cat([chosen, chosen])
-        before, after = predict(
-            self.base, noisy[twice], timesteps[twice], PromptEmbeds.concatenate(plain + styled)
-        ).chunk(2)
+        embeds = PromptEmbeds.concatenate(plain + styled)
+        before, after = predict(self.base, noisy[twice], timesteps[twice], embeds).chunk(2)
         return Preserved(torch.cat(token_ids), chosen, after - before)

@@ -22,6 +22,11 @@ def base():
 
 
 @pytest.fixture(scope="package")
+def sdxl(sdxl_folder):
+    return load_base(str(sdxl_folder), device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="package")
 def space(base):
     return LiDBSpace(base.adapted, miniature_lidb_config())
 

@@ -1,10 +1,12 @@
-"""Write the bundled miniature's weights as a single-file checkpoint, as Automatic1111 and kohya users have them.
+"""Write a base's weights as a single-file checkpoint, as Automatic1111 and kohya users have them.
 
-Names from CompVis' latent diffusion (``openaimodel.py``, ``ldm/modules/diffusionmodules/model.py``).
+Names from CompVis' latent diffusion (``openaimodel.py``, ``ldm/modules/diffusionmodules/model.py``), SDXL's from
+Stability's generative-models and OpenCLIP.
 """
 
 import re
 
+import torch
 from safetensors.torch import save_file
 
 _RESNET = {
@@ -18,13 +20,27 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 
 
-def unet_name(name: str) -> str:
+_OPENCLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm": "ln_",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def unet_name(name: str, is_xl: bool) -> str:
     for ours, theirs in _UNET_ENDS.items():
         if name.startswith(ours + "."):
             return name.replace(ours, theirs)
@@ -39,7 +55,8 @@ def unet_name(name: str) -> str:
     if kind == "downsamplers":
         return f"{stage}.{3 * block + 3}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":
-        return f"{stage}.{3 * block + 2}.{1 if block == 0 else 2}.{rest}"  # the first up block has no attention
+        has_attention = is_xl or block > 0
+        return f"{stage}.{3 * block + 2}.{1 + has_attention}.{rest}"
     return f"{stage}.{number}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
 
 
@@ -66,19 +83,38 @@ def clip_name(name: str) -> str:
     return "transformer.text_model." + name.removeprefix("text_model.")
 
 
+def openclip_tensors(state: dict) -> dict:
+    """OpenCLIP stacks q, k and v, and has its projection the other way round."""
+    state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    found = {"text_projection": state.pop("text_projection.weight").T}
+    for name in [name for name in state if ".self_attn.q_proj." in name]:
+        layer, kind = name.split(".self_attn.q_proj.")
+        stacked = torch.cat([state.pop(f"{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"])
+        found[f"{layer}.attn.in_proj_{kind}"] = stacked
+    renamed = {}
+    for name, value in (found | state).items():
+        for ours, theirs in _OPENCLIP.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    return renamed
+
+
 def checkpoint_tensors(base) -> dict:
     """Every tensor of a base, by its name in a checkpoint."""
-    num_blocks = len(base.vae.config.block_out_channels)
+    num_blocks, is_xl = len(base.vae.config.block_out_channels), base.text_encoder_2 is not None
+    clip = "conditioner.embedders.0." if is_xl else "cond_stage_model."
     parts = [
-        ("model.diffusion_model.", base.unet, unet_name),
+        ("model.diffusion_model.", base.unet, lambda name: unet_name(name, is_xl)),
         ("first_stage_model.", base.vae, lambda name: vae_name(name, num_blocks)),
-        ("cond_stage_model.", base.text_encoder, clip_name),
+        (clip, base.text_encoder, clip_name),
     ]
-    return {
-        prefix + rename(name): value.contiguous()
-        for prefix, model, rename in parts
-        for name, value in model.state_dict().items()
+    tensors = {
+        prefix + rename(name): value for prefix, model, rename in parts for name, value in model.state_dict().items()
     }
+    if is_xl:
+        second = openclip_tensors(base.text_encoder_2.state_dict())
+        tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}
 
 
 def write_checkpoint(base, path) -> None:

@@ -1,14 +1,13 @@
 import json
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-import hypernet.base_models as base_models
+import hypernet.base_loading as base_loading
 from hypernet.base_models import load_base
 from testbed import miniature_path
 
@@ -63,6 +62,15 @@ def test_a_folder_loads_frozen(base):
     assert torch.equal(base.unet.conv_in.weight, stored.float())
 
 
+def test_an_sdxl_folder_loads_frozen(sdxl):
+    assert sdxl.family == "sdxl"
+    assert sdxl.size_px == 32
+    assert list(sdxl.adapted) == ["unet", "text_encoder", "text_encoder_2"]
+    for model in sdxl.adapted.values():
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_prompts_become_the_pipelines_tokens(base):
     prompt = "a pencil drawing of a sks face"
     expected = base.tokenizer(prompt, padding="max_length", max_length=base.tokenizer.model_max_length)["input_ids"]
@@ -96,18 +104,21 @@ def test_text_encoder_weights_load_with_and_without_the_text_model_level(folder,
         assert all(torch.equal(value, loaded[name]) for name, value in base.text_encoder.state_dict().items())
 
 
-def test_a_single_file_checkpoint_loads(base, tmp_path, monkeypatch, import_helper):
-    file = tmp_path / "miniature.safetensors"
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline])
+def test_a_single_file_checkpoint_loads(request, tmp_path, monkeypatch, import_helper, kind):
+    base = request.getfixturevalue("base" if kind is StableDiffusionPipeline else "sdxl")
+    file = tmp_path / "checkpoint.safetensors"
     import_helper("ldm_checkpoint").write_checkpoint(base, file)
     # Offline, the configuration comes from the folder instead of the hub.
-    local = partial(StableDiffusionPipeline.from_single_file, config=str(miniature_path()))
-    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", local)
+    monkeypatch.setattr(kind, "from_single_file", partial(kind.from_single_file, config=base.name))
     loaded = load_base(str(file), device="cpu", precision="fp32")
-    for part in ("unet", "text_encoder", "vae"):
+    assert loaded.family == base.family
+    for part in (*base.adapted, "vae"):
         expected = getattr(base, part).state_dict()
         found = getattr(loaded, part).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), part
+    assert torch.equal(loaded.token_ids("a sks face"), base.token_ids("a sks face"))
 
 
 # ---- folders that are no Stable Diffusion ----
@@ -117,10 +128,35 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
     refused(tmp_path, "not a Stable Diffusion in diffusers' layout.*pass the folder that holds unet/")
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FluxPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        None,
+    ],
+)
 def test_another_kind_of_pipeline_is_refused(folder, name):
     edit_json(folder / "model_index.json", _class_name=name)
-    refused(folder, f"holds a {name}; expected a StableDiffusionPipeline")
+    refused(folder, f"holds a {name}; expected a StableDiffusionPipeline or StableDiffusionXLPipeline")
+
+
+def test_an_sdxl_refiner_is_refused(folder):
+    nothing = [None, None]
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline",
+              requires_aesthetics_score=True, text_encoder=nothing, tokenizer=nothing)  # fmt: skip
+    shutil.rmtree(folder / "text_encoder")
+    refused(folder, "is an SDXL refiner.*pass an SDXL base")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_missing_part_of_sdxl_is_named(folder, part):
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    for name in {"text_encoder_2", "tokenizer_2"} - {part}:
+        (folder / name).mkdir()
+    refused(folder, f"has no {part}/ folder")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -196,6 +232,21 @@ def test_an_inpainting_unet_is_refused(folder):
     refused(folder, "9 input channels")
 
 
+def test_text_encoders_that_are_not_the_unets_are_refused(folder):
+    edit_json(folder / "unet/config.json", cross_attention_dim=80)
+    tensors = load_file(folder / UNET)
+    for name in [name for name in tensors if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]:
+        tensors[name] = torch.zeros(len(tensors[name]), 80)
+    save_file(tensors, folder / UNET, metadata={"format": "pt"})
+    refused(folder, "reads prompts of width 80 and text encoders of width 64")
+
+
+def test_a_scheduler_of_another_kind_of_diffusion_is_refused(folder):
+    edit_json(folder / "model_index.json", scheduler=["diffusers", "EDMDPMSolverMultistepScheduler"])
+    (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "EDMDPMSolverMultistepScheduler"}')
+    refused(folder, "EDMDPMSolverMultistepScheduler, which adds noise otherwise")
+
+
 def test_another_prediction_is_refused(folder):
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
     refused(folder, "predicts 'sample'")
@@ -205,42 +256,46 @@ def test_another_prediction_is_refused(folder):
 
 
 def test_an_id_that_cannot_be_had_says_the_three_ways_on(monkeypatch):
-    def offline(source, dtype):
+    def offline(source):
         raise OSError("Cannot load model nobody/nothing: not cached locally.\nSee the documentation.")
 
-    monkeypatch.setattr(base_models, "_load_pretrained", offline)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", offline)
     refused("nobody/nothing", "connect to the internet.*diffusers folder.*--base testbed", FileNotFoundError)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "a b", "~/models/sd15"])
 def test_a_path_that_is_not_there_asks_no_hub(source, monkeypatch):
-    monkeypatch.setattr(base_models, "_load_pretrained", None)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", None)
     refused(source, "is not a folder or file here", FileNotFoundError)
 
 
 @pytest.mark.parametrize("source", ["v1-5.safetensors", "models/v1-5.ckpt"])
 def test_a_checkpoint_that_is_not_there_asks_no_hub(source, monkeypatch):
-    monkeypatch.setattr(base_models, "_load_pretrained", None)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", None)
     refused(source, "does not exist", FileNotFoundError)
 
 
 def test_a_full_disk_during_the_download_is_said(monkeypatch):
-    def full(source, dtype):
+    def full(source, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(base_models, "_load_pretrained", full)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source: {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", full)
     refused("some/model", "No space left on device", FileNotFoundError)
 
 
-def test_an_sdxl_model_from_the_hub_is_refused(monkeypatch):
-    config = SimpleNamespace
-    pipeline = SimpleNamespace(
-        unet=SimpleNamespace(config=config(cross_attention_dim=2048)),
-        text_encoder=SimpleNamespace(config=config(hidden_size=768)),
-        scheduler=DDIMScheduler(),
-    )
-    monkeypatch.setattr(base_models, "_load_pretrained", lambda source, dtype: pipeline)
-    refused("some/xl", "SDXL")
+def test_another_kind_of_pipeline_is_not_downloaded(monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source: {"_class_name": "FluxPipeline"})
+    monkeypatch.setattr(base_loading, "_load_pretrained", None)
+    refused("some/flux", "holds a FluxPipeline")
+
+
+def test_an_sdxl_model_from_the_hub_loads_as_one(sdxl_folder, monkeypatch):
+    index = json.loads((sdxl_folder / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source: index)
+    from_folder = partial(StableDiffusionXLPipeline.from_pretrained, str(sdxl_folder))
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", lambda source, **given: from_folder(**given))
+    assert load_base("some/xl", device="cpu").family == "sdxl"
 
 
 # ---- single files ----
@@ -262,7 +317,12 @@ def test_a_pickle_under_another_name_is_refused(tmp_path):
     [
         ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (1, 2)}, "is a LoRA, not a base model"),
         ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (1, 2)}, "is a LoRA, not a base model"),
-        ({"conditioner.embedders.1.model.ln_final.weight": (1,), CHECKPOINT_HEAD: (1, 4, 1, 1)}, "SDXL"),
+        ({"conditioner.embedders.0.model.ln_final.weight": (1,), CHECKPOINT_HEAD: (1, 4, 1, 1)}, "is an SDXL refiner"),
+        (
+            {CHECKPOINT_HEAD: (1, 4, 1, 1), "first_stage_model.x": (1,), "conditioner.embedders.0.transformer.x": (1,)},
+            "has no second text encoder",
+        ),
+        ({CHECKPOINT_HEAD: (1, 4, 1, 1), "conditioner.embedders.1.model.x": (1,), "v_pred": ()}, "predicts v"),
         ({"conv_in.weight": (1,), "conv_out.bias": (1,)}, "not a Stable Diffusion checkpoint: it holds conv_in.weight"),
         ({}, "it holds no tensors"),
         ({CHECKPOINT_HEAD: (1, 4, 1, 1), "cond_stage_model.x": (1,)}, "has no VAE"),
