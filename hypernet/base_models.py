@@ -74,11 +74,11 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device  # its own property goes through all of its modules
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return next(self.unet.parameters()).dtype
 
     @property
     def text_encoders(self) -> "list[CLIPTextModel | CLIPTextModelWithProjection]":
