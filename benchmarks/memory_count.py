@@ -1,0 +1,150 @@
+"""Does it fit onto the card? ``python benchmarks/memory_count.py --family sdxl``
+
+Counts, without a GPU and without weights, what personalising a full-size base allocates: the models and every step run
+on tensors that have shapes and no numbers (torch's fake tensors), and the peak of what is alive at once is written
+down. bf16 base, float32 LoRA of rank 4. Attention counts as flash attention, which keeps no scores; what CUDA, cuDNN
+and the allocator take beside that is not in it.
+"""
+
+import argparse
+import weakref
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from hypernet.base_models import BaseModel
+from hypernet.diffusion import predict
+from hypernet.fitting.losses import checkpointed
+from lidb_peft import LiDBConfig, LiDBSpace
+
+RANK = 4
+TOKENS = 77
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
+UNETS = {
+    "sd1": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+    },
+}  # fmt: skip
+
+
+class Peak(TorchDispatchMode):
+    """Inside, ``bytes`` grows to the most that was alive at once, beside ``models``."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.bytes = self.alive = 0
+        tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in tensors)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.bytes = max(self.bytes, self.alive)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A frozen model of ``dtype``; fake tensors cannot be cast in place."""
+    torch.set_default_dtype(dtype)
+    try:
+        return make().requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def build_vae(size_px: int, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
+    settings = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": size_px,
+    }  # fmt: skip
+    return build(lambda: AutoencoderKL(**settings), dtype)
+
+
+def build_base(family: str) -> BaseModel:
+    """A base of a family at full size, without tokenizers and scheduler."""
+    unet = build(lambda: UNet2DConditionModel(**UNETS[family]))
+    first = build(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
+    second = build(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))) if family == "sdxl" else None
+    base = BaseModel(family, unet, first, None, build_vae(8 * unet.config.sample_size), None, second)
+    base.time_ids = torch.zeros(6, dtype=base.dtype)  # its own would ask real tensors
+    return base
+
+
+def count_encoding(base: BaseModel) -> int:
+    """Bytes that encoding a photo takes beside UNet and text encoders, the float32 VAE included."""
+    vae = build_vae(base.size_px, torch.float32)
+    with Peak(vae) as peak, torch.no_grad():
+        vae.encode(torch.zeros(1, 3, base.size_px, base.size_px))
+    return peak.bytes + model_bytes(vae)
+
+
+def count_drawing(base: BaseModel) -> int:
+    """Bytes that decoding a picture takes beside UNet and text encoders, the VAE included."""
+    side = base.unet.config.sample_size
+    with Peak(base.vae) as peak, torch.no_grad():
+        base.vae.decode(torch.zeros(1, 4, side, side, dtype=base.dtype))
+    return peak.bytes + model_bytes(base.vae)
+
+
+def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
+    """Bytes that a step of finetuning takes beside UNet and text encoders, with a prompt for each noisy latent."""
+    space, side = LiDBSpace(base.adapted, LiDBConfig()), base.unet.config.sample_size
+    values = torch.zeros_like(space.init_lora(RANK, torch.Generator()))[None].requires_grad_()
+    ids = torch.ones(latents, len(base.text_encoders), TOKENS, dtype=torch.long)
+    with Peak(*base.adapted.values()) as peak, checkpointed(base, checkpointing):
+        optimizer = torch.optim.AdamW([values])
+        with space.apply(space.split_lora(values, RANK)):
+            noisy, timesteps = torch.zeros(latents, 4, side, side), torch.zeros(latents, dtype=torch.long)
+            loss = predict(base, noisy, timesteps, base.encode(ids)).square().mean()
+        loss.backward()
+        optimizer.step()
+    return peak.bytes + values.untyped_storage().nbytes()
+
+
+def model_bytes(*models: nn.Module) -> int:
+    return sum(parameter.nbytes for model in models for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", choices=list(UNETS), default="sdxl")
+    parser.add_argument("--latents", type=int, nargs="+", default=[1, 2], help="noisy latents in a step")
+    options = parser.parse_args()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = build_base(options.family)
+        weights = model_bytes(*base.adapted.values())
+        rows = {"encode a photo": count_encoding(base), "decode a picture": count_drawing(base)}
+        for latents in options.latents:
+            for checkpointing in (False, True):
+                name = f"a step of {latents} noisy latents{', gradient checkpointing' * checkpointing}"
+                rows[name] = count_step(base, latents, checkpointing)
+    print(f"{options.family} at {base.size_px} px, GB; UNet and text encoders {weights / 1e9:.2f}\n")
+    print("| | beside them | together |\n|---|---|---|")
+    for name, size in rows.items():
+        print(f"| {name} | {size / 1e9:.2f} | {(weights + size) / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
