@@ -61,7 +61,7 @@ def test_a_base_that_cannot_be_had_says_the_three_ways_on(hdb, portrait, monkeyp
     def offline(*args, **options):
         raise OSError("no connection")
 
-    monkeypatch.setattr("hypernet.base_models._load_pretrained", offline)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", offline)
     message = hdb.fail("personalize", portrait, "--no-crop")
     assert "'stable-diffusion-v1-5/stable-diffusion-v1-5'" in message
     assert "connect to the internet" in message
