@@ -55,7 +55,7 @@ def as_text(description: "FileDescription") -> str:
         *((f"hash {name}", value) for name, value in description.hashes.items()),
         *(("warning", warning) for warning in description.warnings),
     ]
-    return "\n".join(f"{topic:24}{printable(finding, _MAX_CHARS)}" for topic, finding in rows if finding)
+    return "\n".join(f"{topic:26}{printable(finding, _MAX_CHARS)}" for topic, finding in rows if finding)
 
 
 def _in_brackets(text: str) -> str:

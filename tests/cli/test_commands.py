@@ -133,7 +133,7 @@ def test_doctor_says_what_auto_chooses(hdb):
 
 def test_inspect_describes_a_lora_for_people(hdb, made):
     lines = hdb.run("inspect", made / "me.safetensors").splitlines()
-    found = {line[:24].strip(): line[24:] for line in lines}
+    found = {line[:26].strip(): line[26:] for line in lines}
     assert found["kind"] == "kohya LoRA"
     assert found["base"] == "SD1 (miniature)"
     assert found["rank"] == found["alpha"] == "9"
@@ -147,7 +147,7 @@ def test_inspect_describes_a_lora_for_people(hdb, made):
 
 def test_inspect_describes_a_theta_for_people(hdb, made):
     lines = hdb.run("inspect", made / "theta.safetensors").splitlines()
-    found = {line[:24].strip(): line[24:] for line in lines}
+    found = {line[:26].strip(): line[26:] for line in lines}
     assert found["kind"] == "LiDB theta"
     assert found["base"] == "(miniature)"
     assert found["layers"] == "176"
