@@ -1,7 +1,7 @@
 """From a Hugging Face id, a folder or a checkpoint to diffusers' pipeline: whole, of a kind we know, or a sentence."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -82,10 +82,7 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
     try:
         validate_repo_id(source)
-        from diffusers import DiffusionPipeline
-
-        kind = pipeline_class(source, DiffusionPipeline.load_config(source))
-        return _load_pretrained(source, kind, dtype)
+        return _load_pretrained(source, pipeline_class(source, _load_index(source)), dtype)
     except (HFValidationError, OSError) as error:
         is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
         reason = f" ({first_sentence(error)})" if is_telling else ""
@@ -96,6 +93,13 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
         ) from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
+
+
+def _load_index(source: str) -> dict[str, Any]:
+    """A hub's ``model_index.json``: what it is, before gigabytes are downloaded."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.load_config(source)
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> "Pipeline":
