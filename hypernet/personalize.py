@@ -3,9 +3,7 @@
 theta starts at a hypernetwork's prediction, at a theta file, or at the shared starting vector.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,15 +14,16 @@ from torch import Tensor
 
 from converters import KohyaMetadata, write_lora
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import encode_photos
-from hypernet.fitting.engine import Subject, fit_lora, fit_theta
-from hypernet.inputs.people import identity_key
+from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import Photo, load_photo, read_image
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.network.prediction import Hypernet, check_recipe, config_of, predict_person, read_once
+from hypernet.network.prediction import Hypernet, check_recipe, config_of, load_network, predict_people, read_once
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig, Progress, StageProgress
 from hypernet.sampling import contact_sheet, generate, save_picture
+from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, load_theta, save_theta
 from lidb_peft.files import check_writable
 
@@ -42,10 +41,10 @@ class Personalization:
         theta: ``(L, row)``.
         theta_factors: theta as LoRA factors.
         factors: theta and the finetuned LoRA as one set of factors, what the LoRA file holds.
-        photos: the prepared photos.
+        photos: the prepared photos, at least one.
         bases: the learned bases of ``theta``, by label; None if they are the frozen ones.
-        seconds: time of each stage.
-        losses: mean denoising loss of each step, by stage.
+        seconds: time of each stage; people who are fitted together share it.
+        losses: mean denoising loss of each step, ``(steps, 1)``, by stage.
         files: what was written.
     """
 
@@ -55,7 +54,7 @@ class Personalization:
     theta: Tensor
     theta_factors: LoraFactors
     factors: LoraFactors
-    photos: list[Photo]
+    photos: Sequence[Photo]
     bases: dict[str, Tensor] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -119,36 +118,72 @@ def personalize(
             the message names it.
     """
     hypernet = read_once(hypernet)
-    config = _choose_recipe(config, from_theta, config_of(hypernet))
-    space, theta, network = _open_start(base, lidb_config, from_theta, hypernet)
-    bases = None
+    config = choose_recipe(config, from_theta, config_of(hypernet))
+    if not photos:
+        raise ValueError("there is no photo; pass at least one")
     seconds: dict[str, float] = {}
+    with timed(seconds, "prepare photos"):
+        person = PreparedPerson("", tuple(load_photo(photo, base.size_px, crop=config.crop) for photo in photos))
+    if isinstance(hypernet, HyperNetworkConfig):
+        with timed(seconds, "load hypernetwork"):
+            hypernet = load_network(hypernet).to(base.device)
+    space, theta = open_start(base, lidb_config, from_theta, hypernet)
+    bases = None
+    if hypernet is not None:
+        with timed(seconds, "predict"):
+            report = None if progress is None else partial(progress, "predict")
+            theta, bases = predict_people(hypernet, [person], base.device, report)
+        del hypernet  # it may be larger than the base
+    (result,) = fit_people([person], base, space, config, theta, bases, seconds, progress)
+    return result
+
+
+def fit_people(
+    people: Sequence[PreparedPerson],
+    base: BaseModel,
+    space: LiDBSpace,
+    config: PersonalizeConfig,
+    theta: Tensor,
+    bases: dict[str, Tensor] | None,
+    seconds: dict[str, float],
+    progress: StageProgress | None = None,
+) -> list[Personalization]:
+    """Fit people at once, each with weights of their own.
+
+    Args:
+        theta: where they start, ``(L, row)`` or ``(N, L, row)``.
+        bases: learned ones that theta is in, by label; None takes the frozen ones.
+        seconds: the time of each stage is added to this, which becomes every result's.
+    """
     losses: dict[str, Tensor] = {}
 
-    def stage(name: str):
+    def stage(name: str) -> Progress | None:
         return None if progress is None else partial(progress, name)
 
-    with _timed(seconds, "prepare photos"):
-        prepared = [load_photo(photo, base.size_px, crop=config.crop) for photo in photos]
-        subject = make_subject(base, prepared, config.trigger, config.class_prompt)
-    if network is not None:
-        with _timed(seconds, "predict"):
-            theta, bases = predict_person(network, prepared, base.device, stage("predict"))
-        del network  # it may be larger than the base
+    with timed(seconds, "prepare photos"):
+        subjects = make_subjects(base, people, config.trigger, config.class_prompt)
     if config.theta_steps:
-        with _timed(seconds, "fit theta"):
-            (theta,), losses["fit theta"] = fit_theta(
-                base, space, [subject], config.theta_fit, theta, stage("fit theta"), bases
+        with timed(seconds, "fit theta"):
+            theta, losses["fit theta"] = fit_theta(
+                base, space, subjects, config.theta_fit, theta, stage("fit theta"), bases
             )
-    theta_factors = space.factors(theta, bases)
+    theta = theta.expand(len(people), *space.theta_0.shape)
+    theta_factors = [space.factors(own, bases) for own in theta]
     factors = theta_factors
     if config.steps:
-        beside = None if torch.equal(theta, space.theta_0) else theta  # the identity would only add to the rank
-        with _timed(seconds, "finetune LoRA"):
-            (factors,), losses["finetune LoRA"] = fit_lora(
-                base, space, [subject], config.lora_fit, config.rank, beside, stage("finetune LoRA"), bases
-            )
-    return Personalization(base, space, config, theta, theta_factors, factors, prepared, bases, seconds, losses)
+        is_identity = torch.equal(theta, space.theta_0.expand_as(theta))  # which would only add to the rank
+        with timed(seconds, "finetune LoRA"):
+            factors, losses["finetune LoRA"] = fit_lora(
+                base, space, subjects, config.lora_fit, config.rank, None if is_identity else theta,
+                stage("finetune LoRA"), bases,
+            )  # fmt: skip
+    return [
+        Personalization(
+            base, space, config, theta[i], theta_factors[i], factors[i], person.photos, bases, seconds,
+            {name: values[:, i : i + 1] for name, values in losses.items()},
+        )
+        for i, person in enumerate(people)
+    ]  # fmt: skip
 
 
 def personalize_to_files(
@@ -175,34 +210,46 @@ def personalize_to_files(
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
     out, hypernet = Path(out), read_once(hypernet)
-    config = _choose_recipe(config, from_theta, config_of(hypernet))
+    config = choose_recipe(config, from_theta, config_of(hypernet))
     check_outputs(out, config, save_theta, from_theta, config_of(hypernet))
     result = personalize(photos, base, config, lidb_config, from_theta, hypernet, progress)
-    if previews is None:
-        result.save(out)
-    else:
-        _save_with_pictures(result, out, [result.config.trigger, *previews], progress)
+    base_pictures = draw_base(result, previews, progress)
+    write_result(result, out, previews, base_pictures, progress)
     if save_theta is not None:
         result.save_theta(save_theta)
     return result
 
 
-def _save_with_pictures(
-    result: Personalization, out: Path, prompts: Sequence[str], progress: StageProgress | None
+def draw_base(
+    result: Personalization, previews: Sequence[str] | None, progress: StageProgress | None = None
+) -> list[Image.Image]:
+    """Draw what a sheet of ``previews`` shows below anybody's own pictures; nothing if there is to be no sheet."""
+    if not previews:
+        return []
+    with timed(result.seconds, "draw"):
+        report = None if progress is None else partial(progress, "draw base")
+        return result.draw([result.config.trigger, *previews], None, progress=report)
+
+
+def write_result(
+    result: Personalization,
+    out: Path,
+    previews: Sequence[str] | None,
+    base_pictures: Sequence[Image.Image],
+    progress: StageProgress | None = None,
 ) -> None:
-    """Draw the prompts; the first is the LoRA's preview, and all of them, if there are more, make a sheet."""
-
-    def draw(stage: str, factors: LoraFactors | None) -> list[Image.Image]:
-        report = None if progress is None else partial(progress, stage)
-        return result.draw(prompts, factors, progress=report)
-
-    with _timed(result.seconds, "draw preview"):
-        pictures = draw("draw preview", result.factors)
-    result.save(out, preview=pictures[0])
-    if len(prompts) > 1:
-        file = out.with_name(f"{out.stem}-preview.png")
-        save_picture(contact_sheet([("LoRA", pictures), ("base", draw("draw base", None))], prompts), file)
-        result.files.append(file)
+    """Draw a person and write the pictures and, last, the LoRA; see `personalize_to_files`."""
+    preview, prompts = None, [result.config.trigger, *(previews or ())]
+    if previews is not None:
+        with timed(result.seconds, "draw"):
+            report = None if progress is None else partial(progress, "draw preview")
+            preview, *_ = pictures = result.draw(prompts, result.factors, progress=report)
+    with timed(result.seconds, "export"):
+        if base_pictures:
+            file = out.with_name(f"{out.stem}-preview.png")
+            save_picture(contact_sheet([("LoRA", pictures), ("base", base_pictures)], prompts), file)
+            result.files.append(file)
+        result.save(out, preview)
 
 
 def check_request(
@@ -220,7 +267,7 @@ def check_request(
             ``config``, or an output cannot be written.
     """
     network = config_of(read_once(hypernet))
-    config = _choose_recipe(config, from_theta, network)
+    config = choose_recipe(config, from_theta, network)
     check_outputs(out, config, save_theta, from_theta, network)
     if from_theta is not None:
         load_theta(from_theta)
@@ -259,10 +306,10 @@ def check_outputs(
         )
 
 
-def _choose_recipe(
+def choose_recipe(
     config: PersonalizeConfig | None, from_theta: str | Path | None, network: HyperNetworkConfig | None
 ) -> PersonalizeConfig:
-    """The recipe that is meant, checked against where theta starts."""
+    """Return the recipe that is meant, checked against where theta starts."""
     if from_theta is not None and network is not None:
         raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
     if network is not None:
@@ -275,23 +322,14 @@ def _choose_recipe(
     return config
 
 
-def _open_start(
-    base: BaseModel,
-    lidb_config: LiDBConfig | None,
-    from_theta: str | Path | None,
-    hypernet: HyperNetwork | HyperNetworkConfig | None,
-) -> tuple[LiDBSpace, Tensor, HyperNetwork | None]:
-    """The space of theta, where it starts ``(L, row)``, and the hypernetwork that will say better."""
-    if hypernet is not None:
-        network = hypernet
-        if isinstance(hypernet, HyperNetworkConfig):
-            network = HyperNetwork.from_pretrained(hypernet.name_or_path, config=hypernet)
-        space = network.space_on(base.adapted)
-        return space, space.theta_0, network
+def open_start(
+    base: BaseModel, lidb_config: LiDBConfig | None, from_theta: str | Path | None, network: HyperNetwork | None
+) -> tuple[LiDBSpace, Tensor]:
+    """Return the space of theta and where it starts ``(L, row)``, unless ``network`` says better."""
     if from_theta is not None:
-        return *_open_theta(from_theta, base), None
-    space = LiDBSpace(base.adapted, lidb_config or LiDBConfig())
-    return space, space.theta_0, None
+        return _open_theta(from_theta, base)
+    space = LiDBSpace(base.adapted, lidb_config or LiDBConfig()) if network is None else network.space_on(base.adapted)
+    return space, space.theta_0
 
 
 def _open_theta(path: str | Path, base: BaseModel) -> tuple[LiDBSpace, Tensor]:
@@ -312,20 +350,3 @@ def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMe
         resolution_px=base.size_px,
         num_photos=num_photos,
     )
-
-
-def make_subject(base: BaseModel, photos: Sequence[Photo], prompt: str, class_prompt: str = "") -> Subject:
-    """One identity from its prepared photos; the key is a digest of their pixels, so a photo has one noise stream."""
-    if not photos:
-        raise ValueError("there is no photo; pass at least one")
-    pixels = torch.stack([photo.to_tensor() for photo in photos])
-    return Subject(
-        key=identity_key(pixels), moments=encode_photos(base, pixels), prompt=prompt, class_prompt=class_prompt
-    )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import encode_photos
 from hypernet.fitting.batch_size import choose_batch
-from hypernet.fitting.engine import Subject, fit_theta
+from hypernet.fitting.engine import fit_theta
+from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
 from hypernet.network.prediction import Start
@@ -214,15 +214,11 @@ def _fit_people(
     report: Callable[[float], None],
 ) -> tuple[Tensor, Tensor]:
     """Thetas ``(n, L, row)`` and final losses ``(n,)``: the mean of the last tenth of the steps."""
-    pixels = torch.cat([person.pixels for person in people])
-    counts = [len(person.pixels) for person in people]
-    subjects = [
-        Subject(person.key, moments, config.recipe.trigger, config.recipe.class_prompt)
-        for person, moments in zip(people, encode_photos(base, pixels).split(counts), strict=True)
-    ]
+    subjects = make_subjects(base, people, config.recipe.trigger, config.recipe.class_prompt)
     first = None
     if start is not None:
-        first = torch.stack([thetas.mean(0) for thetas in start(pixels).split(counts)])
+        thetas = start(torch.cat([person.pixels for person in people]))
+        first = torch.stack([own.mean(0) for own in thetas.split([len(person.photos) for person in people])])
     try:
         theta, losses = fit_theta(
             base, space, subjects, config.fit, first, lambda _, steps: report(len(people) / steps)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hypernet.errors import first_line
 from hypernet.inputs.faces import find_faces
-from hypernet.inputs.photos import decode_image, prepare_photo, read_image
+from hypernet.inputs.photos import Photo, decode_image, prepare_photo, read_image
 
 if TYPE_CHECKING:
     import datasets
@@ -49,12 +49,22 @@ class Person(NamedTuple):
         return sum(map(_num_bytes, self.photos))
 
 
-class PreparedPerson(NamedTuple):
-    """A person ready to be fitted: ``pixels`` ``(photos, 3, size_px, size_px)`` in [-1, 1] and their `identity_key`."""
+@dataclass(frozen=True)
+class PreparedPerson:
+    """A person ready to be fitted: a name, and photos of one size."""
 
-    key: str
     name: str
-    pixels: Tensor
+    photos: tuple[Photo, ...]
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The photos as ``(photos, 3, size_px, size_px)`` in [-1, 1]."""
+        return torch.stack([photo.to_tensor() for photo in self.photos])
+
+    @cached_property
+    def key(self) -> str:
+        """The `identity_key` of the photos: whatever they are called, they have one noise stream."""
+        return identity_key(self.pixels)
 
 
 class Skipped(NamedTuple):
@@ -205,19 +215,16 @@ def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPe
     Returns:
         The person on the photos that can be used, None if none can be; and the photos that cannot.
     """
-    pixels, skipped = [], []
+    photos, skipped = [], []
     for photo in person.photos:
         is_file = isinstance(photo.data, str) and "://" not in photo.data
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
             image = decode_image(file, photo.name) if file else read_image(photo.data)
-            pixels.append(prepare_photo(image, size_px, crop, photo.name).to_tensor())
+            photos.append(prepare_photo(image, size_px, crop, photo.name))
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
-    if not pixels:
-        return None, skipped
-    stacked = torch.stack(pixels)
-    return PreparedPerson(identity_key(stacked), person.name, stacked), skipped
+    return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
 
 
 def _num_bytes(photo: RawPhoto) -> int:

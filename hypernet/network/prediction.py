@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypernet.inputs.photos import Photo
+from hypernet.inputs.people import PreparedPerson
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.recipe import PersonalizeConfig, Progress
@@ -22,28 +22,33 @@ Hypernet = HyperNetwork | HyperNetworkConfig | str | Path
 """A hypernetwork, or its id or folder, or what `read_config` has read there; the weights are loaded when needed."""
 
 
-def predict_person(
-    network: HyperNetwork, photos: Sequence[Photo], device: torch.device, progress: Progress | None = None
+def predict_people(
+    network: HyperNetwork, people: Sequence[PreparedPerson], device: torch.device, progress: Progress | None = None
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Predict the person in all of ``photos``.
+    """Predict each person from all of their photos; people of equally many photos in one pass.
 
     The hypernetwork is moved to ``device`` for this and back, so that it holds no memory there while fitting.
 
     Returns:
-        theta ``(L, row)``, and copies by label of the bases that were learned for it, None if they are the frozen ones;
-        on the CPU.
+        thetas ``(N, L, row)``, and copies by label of the bases that were learned for them, None if they are the frozen
+        ones; on the CPU.
     """
+    rows_by_count: dict[int, list[int]] = {}
+    for row, person in enumerate(people):
+        rows_by_count.setdefault(len(person.photos), []).append(row)
+    thetas = torch.empty(len(people), *network.theta_0.shape)
     home, was_training = network.device, network.training
     network.to(device).eval()
     try:
-        theta = network.predict(torch.stack([photo.to_tensor() for photo in photos])[None])[0]
+        for rows in rows_by_count.values():
+            thetas[rows] = network.predict(torch.stack([people[row].pixels for row in rows]))
     finally:
         network.to(home).train(was_training)
     if progress is not None:
         progress(1, 1)
     if network.bases is None:
-        return theta, None
-    return theta, {label: basis.detach().to("cpu", copy=True) for label, basis in network.bases.items()}
+        return thetas, None
+    return thetas, {label: basis.detach().to("cpu", copy=True) for label, basis in network.bases.items()}
 
 
 def predicted_start(source: str | Path, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
@@ -93,3 +98,8 @@ def read_once(hypernet: Hypernet | None) -> HyperNetwork | HyperNetworkConfig | 
 
 def config_of(hypernet: HyperNetwork | HyperNetworkConfig | None) -> HyperNetworkConfig | None:
     return hypernet.config if isinstance(hypernet, HyperNetwork) else hypernet
+
+
+def load_network(config: HyperNetworkConfig) -> HyperNetwork:
+    """Load the weights of the hypernetwork that ``config`` was read from."""
+    return HyperNetwork.from_pretrained(config.name_or_path, config=config)

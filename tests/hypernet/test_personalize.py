@@ -12,8 +12,10 @@ from PIL import Image
 import hypernet.personalize as personalize_module
 from converters import prepare_conversion
 from hypernet.base_models import load_base
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import Personalization, check_request, make_subject, personalize, personalize_to_files
+from hypernet.personalize import Personalization, check_request, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -95,7 +97,8 @@ def test_several_photos_are_one_person(base, photo, tmp_path):
 def test_the_same_photo_has_the_same_noise_under_any_name(base, photo, tmp_path):
     copy = tmp_path / "another name.png"
     copy.write_bytes(photo.read_bytes())
-    keys = [make_subject(base, [load_photo(file, 32, crop=False)], "a face").key for file in (photo, copy)]
+    people = [PreparedPerson(file.name, (load_photo(file, 32, crop=False),)) for file in (photo, copy)]
+    keys = [subject.key for subject in make_subjects(base, people, "a face")]
     assert keys[0] == keys[1]
 
 

@@ -9,11 +9,13 @@ from PIL import Image
 
 import hypernet.personalize as personalize_module
 from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import check_recipe, predicted_recipe
-from hypernet.personalize import check_request, make_subject, personalize, personalize_to_files
+from hypernet.personalize import check_request, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta
 from lidb_peft.bases import get_basis
@@ -103,10 +105,11 @@ def test_the_lora_joins_the_frozen_prediction(base, space, network, photo, tmp_p
 def test_both_fits_go_on_from_the_prediction_in_its_bases(base, space, network, photo):
     config = replace(RELAXED, theta_steps=2, theta_lr=0.02)
     result = personalize([photo], base, config, hypernet=network)
-    subject = make_subject(base, [load_photo(photo, 32, crop=False)], config.trigger, config.class_prompt)
+    person = PreparedPerson("me", (load_photo(photo, 32, crop=False),))
+    subjects = make_subjects(base, [person], config.trigger, config.class_prompt)
     start = predicted(network, photo)
-    thetas, _ = fit_theta(base, space, [subject], config.theta_fit, start, bases=network.bases)
-    (factors,), losses = fit_lora(base, space, [subject], config.lora_fit, 2, thetas, bases=network.bases)
+    thetas, _ = fit_theta(base, space, subjects, config.theta_fit, start, bases=network.bases)
+    (factors,), losses = fit_lora(base, space, subjects, config.lora_fit, 2, thetas, bases=network.bases)
     assert not torch.equal(thetas[0], start)
     assert torch.equal(result.theta, thetas[0])
     assert torch.equal(result.losses["finetune LoRA"], losses)

@@ -15,10 +15,10 @@ import hypernet.fitting.preoptimize as preoptimize_module
 from hypernet.fitting.batch_size import LARGEST_BATCH, _largest_batch, choose_batch
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
-from hypernet.inputs.people import People, open_people
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import People, PreparedPerson, identity_key, open_people
 from hypernet.inputs.photos import load_photo
 from hypernet.network.prediction import predicted_start
-from hypernet.personalize import make_subject
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -86,7 +86,7 @@ def test_the_targets_are_the_fits_of_the_people_in_the_data_sets_order(unbroken,
     store = open_targets(unbroken, base, space, open_people(face_folder), QUICK)
     assert [store.read(index).names for index in store.shards()] == [("0.png", "1.png"), ("2.png", "3.png"), ("4.png",)]
     photos = [load_photo(face_folder / name, base.size_px, crop=False) for name in ("2.png", "3.png")]
-    subjects = [make_subject(base, [photo], RECIPE.trigger) for photo in photos]
+    subjects = make_subjects(base, [PreparedPerson(photo.name, (photo,)) for photo in photos], RECIPE.trigger)
     thetas, _ = fit_theta(base, space, subjects, QUICK.fit)
     assert torch.equal(store.thetas([subject.key for subject in subjects]), thetas)
     assert not torch.equal(thetas[0], space.theta_0)
@@ -108,9 +108,8 @@ def test_several_photos_are_one_person(run, face_folder, base, space):
         (face_folder / name).rename(face_folder / "Ann" / name)
     store, _ = run(face_folder.parent / "targets")
     photos = [load_photo(face_folder / "Ann" / name, base.size_px, crop=False) for name in ("3.png", "4.png")]
-    subject = make_subject(base, photos, RECIPE.trigger)
     assert store.read(1).names == ("2.png", "Ann")
-    assert store.read(1).keys[1] == subject.key
+    assert store.read(1).keys[1] == identity_key(torch.stack([photo.to_tensor() for photo in photos]))
 
 
 # ---- stopped, shared, resumed ----

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hypernet.inputs.people import Person, RawPhoto, identity_key, open_people, prepare_person
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import Person, PreparedPerson, RawPhoto, identity_key, open_people, prepare_person
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import make_subject
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -141,7 +141,8 @@ def test_a_damaged_parquet_is_no_traceback(drawn_faces, tmp_path):
 def test_the_key_is_that_of_a_subject_of_the_same_photos(base, face_folder):
     photos = [load_photo(face_folder / name, 32, crop=False) for name in ("0.png", "1.png")]
     pixels = torch.stack([photo.to_tensor() for photo in photos])
-    assert identity_key(pixels) == make_subject(base, photos, "a sks face").key
+    (subject,) = make_subjects(base, [PreparedPerson("ann", tuple(photos))], "a sks face")
+    assert identity_key(pixels) == subject.key
 
 
 def test_what_cannot_be_used_is_skipped_with_its_reason(drawn_faces, tmp_path):
