@@ -50,6 +50,18 @@ prompt_option = click.option(
 no_crop_option = click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
 
 
+class _CountOrAuto(click.IntRange):
+    name = "auto|count"
+
+    def convert(self, value, param, ctx):
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
+def batch_option(text: str):
+    """An option for how many people are fitted at once; ``auto`` is None."""
+    return click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True, help=text)
+
+
 def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):
     """An option for a field of `PersonalizeConfig` whose default is that of the base's own recipe."""
     default, miniature = getattr(PersonalizeConfig, field), getattr(MINIATURE_RECIPE, field)

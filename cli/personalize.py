@@ -1,7 +1,9 @@
 """`hdb personalize`."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +11,7 @@ from cli.bases import (
     base_hypernet,
     base_option,
     base_recipe,
+    batch_option,
     device_option,
     hypernet_option,
     hypernet_source,
@@ -18,15 +21,25 @@ from cli.bases import (
     seed_option,
 )
 from hypernet.recipe import PersonalizeConfig
+from hypernet.timing import timed
+
+if TYPE_CHECKING:
+    from hypernet.network.config import HyperNetworkConfig
+    from hypernet.personalize import Personalization
+    from hypernet.personalize_each import PersonalizedEach
 
 _RECIPE = PersonalizeConfig()
 
 
 @click.command(name="personalize")
-@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--each", metavar="DIR",
+              help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
+@batch_option("People fitted at once with --each; auto is as many as the memory allows.")
 @base_option
 @hypernet_option
-@click.option("--out", type=click.Path(path_type=Path), help="LoRA to write.  [default: the photo's name .safetensors]")
+@click.option("--out", type=click.Path(path_type=Path), show_default="the photo's name .safetensors; of DIR, DIR-loras",
+              help="LoRA to write; with --each the folder of the LoRAs, where an earlier run goes on.")  # fmt: skip
 @recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of a LiDB fit before the finetuning.")
 @recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
 @recipe_option(
@@ -49,9 +62,22 @@ _RECIPE = PersonalizeConfig()
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
 def command(
-    photos, base, hypernet, out, previews, no_preview, device, precision, no_crop, save_theta, from_theta, **options
+    photos,
+    each,
+    batch,
+    base,
+    hypernet,
+    out,
+    previews,
+    no_preview,
+    device,
+    precision,
+    no_crop,
+    save_theta,
+    from_theta,
+    **options,
 ) -> None:
-    """Make a LoRA of the person in PHOTOS; several photos are one person.
+    """Make a LoRA of the person in PHOTOS; several photos are one person. With --each, of many people at once.
 
     \b
     hdb personalize me.jpg
@@ -59,39 +85,91 @@ def command(
     hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
     hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 160
     hdb personalize portrait.png --base testbed --no-crop --no-preview
-    """
-    from cli.progress import progress_bars
+    hdb personalize --each faces/ --out loras
+    """  # fmt: skip
+    _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "import"):
+        from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
+
+        from cli.progress import progress_bars
+        from hypernet.inputs.people import open_people
+        from hypernet.personalize import check_request, personalize_to_files
+        from hypernet.personalize_each import check_each, personalize_each
+
+    recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})
+    if each is None:
+        out = out or Path(Path(photos[0]).stem + ".safetensors")
+        check_request(photos, out, recipe, save_theta, from_theta, network)
+        run = partial(personalize_to_files, photos, save_theta=save_theta, from_theta=from_theta)
+    else:
+        people, out = open_people(each), out or Path(f"{Path(each).resolve().stem}-loras")
+        check_each(people, out, recipe, network)
+        run = partial(personalize_each, people, batch=batch)
+    with timed(seconds, "load base"):
+        opened = open_base(base, device, precision)
+    with progress_bars(per_hour="" if each is None else "people") as report:
+        result = run(
+            base=opened.model, out=out, config=recipe, lidb_config=opened.lidb_config,
+            previews=None if no_preview else previews, hypernet=network, progress=report,
+        )  # fmt: skip
+    (_tell_person if each is None else _tell_people)(result, out)
+    seconds |= result.seconds
+    click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+    where, name = (out.name, out.stem) if each is None else ("the files", "NAME")
+    click.echo(f'use it: put {where} into models/Lora and write "{recipe.trigger} <lora:{name}:1>"')
+    if each is not None:
+        click.echo(f'all of them answer to "{recipe.trigger}": take one at a time')
+
+
+def _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta) -> None:
+    if each is None and not photos:
+        raise click.UsageError("PHOTOS are missing; pass at least one photo, or --each with a folder of people")
+    contradictions = {
+        "PHOTOS and --each": photos and each,
+        "--save-theta and --each": save_theta and each,
+        "--from-theta and --each": from_theta and each,
+        "--preview and --no-preview": previews and no_preview,
+        "--hypernet and --from-theta": from_theta and hypernet not in (None, "none"),
+    }
+    for both, are_given in contradictions.items():
+        if are_given:
+            raise click.UsageError(f"{both} contradict each other; pass one of them")
+    if batch is not None and each is None:
+        raise click.UsageError("--batch is for many people; pass them with --each")
+
+
+def _choose_recipe(
+    base: str, hypernet: str | None, options: dict
+) -> "tuple[PersonalizeConfig, HyperNetworkConfig | None]":
+    """The recipe of the base, or of the hypernetwork, with the options that are given; and that hypernetwork."""
     from hypernet.network.hypernetwork import read_config
     from hypernet.network.prediction import predicted_recipe
-    from hypernet.personalize import check_request, personalize_to_files
 
-    if previews and no_preview:
-        raise click.UsageError("--preview and --no-preview contradict each other; pass one of them")
-    if from_theta is not None:
-        if hypernet not in (None, "none"):
-            raise click.UsageError("--hypernet and --from-theta contradict each other; pass one of them")
-        hypernet = "none"
-    source = hypernet_source(hypernet or base_hypernet(base))
     recipe, network = base_recipe(base), None
+    source = hypernet_source(hypernet or base_hypernet(base))
     if source is not None:
         network = read_config(source)
         recipe = predicted_recipe(network, recipe)
         click.echo(f"starting at the prediction of the hypernetwork {source}", err=True)
-    out = out or Path(Path(photos[0]).stem + ".safetensors")
-    given = {name: value for name, value in options.items() if value is not None}
-    recipe = replace(recipe, **given, crop=not no_crop)
-    check_request(photos, out, recipe, save_theta, from_theta, network)
-    opened = open_base(base, device, precision)
-    with progress_bars() as report:
-        result = personalize_to_files(
-            photos, opened.model, out, recipe, opened.lidb_config,
-            previews=None if no_preview else previews, save_theta=save_theta, from_theta=from_theta, hypernet=network,
-            progress=report,
-        )  # fmt: skip
+    return replace(recipe, **{name: value for name, value in options.items() if value is not None}), network
+
+
+def _tell_person(result: "Personalization", out: Path) -> None:
     for photo in result.photos:
         if photo.note:
             click.echo(photo.note, err=True)
     for file in result.files:
         click.echo(f"wrote {file}")
-    click.echo("took " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
-    click.echo(f'use it: put {out.name} into models/Lora and write "{recipe.trigger} <lora:{out.stem}:1>"')
+
+
+def _tell_people(result: "PersonalizedEach", out: Path) -> None:
+    for note in result.notes:
+        click.echo(note, err=True)
+    for name, reason in result.skipped:
+        click.echo(f"skipped {name}: {reason}")
+    if not result.made and not result.kept:
+        raise ValueError(f"there is nobody that a LoRA could be made of; {len(result.skipped)} were skipped, see above")
+    click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")
+    if result.kept:
+        click.echo(f"kept {len(result.kept)} that were there; delete a file to have it made anew")

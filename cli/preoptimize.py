@@ -8,6 +8,7 @@ import click
 from cli.bases import (
     base_option,
     base_recipe,
+    batch_option,
     device_option,
     hypernet_source,
     join_and_open,
@@ -21,13 +22,6 @@ from cli.bases import (
 from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
 
 
-class _CountOrAuto(click.IntRange):
-    name = "auto|count"
-
-    def convert(self, value, param, ctx):
-        return None if value == "auto" else super().convert(value, param, ctx)
-
-
 @click.command(name="preoptimize")
 @click.argument("images")
 @base_option
@@ -37,8 +31,7 @@ class _CountOrAuto(click.IntRange):
               help="Steps of each fit.")  # fmt: skip
 @recipe_option("--lr", "theta_lr", float, "Learning rate.")
 @recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
-@click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True,
-              help="People fitted at once; auto is as many as the memory allows.")  # fmt: skip
+@batch_option("People fitted at once; auto is as many as the memory allows.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Take less memory for each of them, and longer.")
 @click.option("--init-from", metavar="ID|DIR|testbed", help="Start each fit at the prediction of this hypernetwork.")
 @token_option

@@ -22,9 +22,9 @@ has r * (a + b) numbers. `*batch` may be empty. What is not listed here may chan
 # What hypernet is used by from Python; the other two packages say so in __all__.
 HYPERNET = (
     "load_base", "BaseModel", "personalize", "personalize_to_files", "Personalization", "PersonalizeConfig",
-    "FitConfig", "Subject", "fit_theta", "fit_lora", "generate", "generate_to_file", "load_photo", "open_people",
-    "preoptimize.open_targets", "preoptimize", "PreoptimizeConfig", "TargetStore", "HyperNetwork", "HyperNetworkConfig",
-    "predicted_recipe", "train", "TrainConfig",
+    "personalize_each", "PersonalizedEach", "FitConfig", "Subject", "fit_theta", "fit_lora", "generate",
+    "generate_to_file", "load_photo", "open_people", "preoptimize.open_targets", "preoptimize", "PreoptimizeConfig",
+    "TargetStore", "HyperNetwork", "HyperNetworkConfig", "predicted_recipe", "train", "TrainConfig",
 )  # fmt: skip
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$", re.MULTILINE)
 

@@ -1,0 +1,200 @@
+"""A folder of people in, a LoRA of each out: many are fitted at once, and each is written when its batch is done.
+
+The fitting engine keeps people apart, so that a LoRA is the one that `personalize` makes of the same photos alone.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from hypernet.base_models import BaseModel
+from hypernet.fitting.batch_size import choose_batch
+from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.prediction import Hypernet, config_of, load_network, predict_people, read_once
+from hypernet.personalize import choose_recipe, draw_base, fit_people, open_start, write_result
+from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.timing import timed
+from lidb_peft import LiDBConfig
+from lidb_peft.files import check_writable
+
+_NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in Windows; and in a prompt ":" and ">" end a LoRA's name
+_LONGEST_NAME = 200  # bytes; file systems take 255, with the suffix and that of the temporary file
+
+
+@dataclass
+class PersonalizedEach:
+    """What became of the people.
+
+    Attributes:
+        made: a LoRA for each person.
+        kept: LoRAs that an earlier run had written.
+        skipped: photos and people that were left out.
+        notes: what to know of photos that were taken (several faces, a face too small).
+        seconds: time of each stage, all people together.
+    """
+
+    made: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def per_hour(self) -> float:
+        """People made in an hour."""
+        return 3600 * len(self.made) / max(sum(self.seconds.values()), 1e-9)
+
+
+def personalize_each(
+    people: People,
+    base: BaseModel,
+    out: str | Path,
+    config: PersonalizeConfig | None = None,
+    lidb_config: LiDBConfig | None = None,
+    previews: Sequence[str] | None = (),
+    batch: int | None = None,
+    hypernet: Hypernet | None = None,
+    progress: StageProgress | None = None,
+) -> PersonalizedEach:
+    """Personalise a base model on each person of a data set; write ``<out>/<name>.safetensors`` and what goes with it.
+
+    Who has a LoRA there is not done again, so that a run that was stopped goes on. Left out are photos that cannot be
+    used, photos that an earlier person of this run has, and names that make no file name or that of an earlier person.
+
+    Args:
+        people: of `open_people`; a name is that of the person's photo or folder.
+        batch: people fitted at once; None is as many as the memory allows.
+        config, lidb_config, previews, hypernet: as for `personalize_to_files`.
+        progress: called with (stage, people done, people in all or None if that is not known).
+
+    Raises:
+        ValueError, OSError: as `check_each`, or a fit or an output fails; what is written stays.
+    """
+    out, hypernet = Path(out), read_once(hypernet)
+    check_each(people, out, config, hypernet)
+    config = choose_recipe(config, None, config_of(hypernet))
+    result = PersonalizedEach()
+    if isinstance(hypernet, HyperNetworkConfig):
+        with timed(result.seconds, "load hypernetwork"):
+            hypernet = load_network(hypernet)
+    space, theta = open_start(base, lidb_config, None, hypernet)
+    batch = batch or choose_batch(base, space, config.lora_fit)
+    out.mkdir(parents=True, exist_ok=True)
+    report = _people_done(result, people.count(), progress)
+    stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
+
+    def share(num_people: int) -> StageProgress:
+        return lambda stage, done, total: report(num_people / (stages * total))
+
+    bases, base_pictures = None, []
+    unmade = _without_lora(people, out, result, report)
+    usable = _prepared(unmade, base.size_px, config.crop, result, report)
+    while group := list(islice(usable, batch)):
+        prepared = [person for person, _ in group]
+        if hypernet is not None:
+            with timed(result.seconds, "predict"):
+                theta, bases = predict_people(hypernet, prepared, base.device)
+        results = fit_people(prepared, base, space, config, theta, bases, result.seconds, share(len(group)))
+        base_pictures = base_pictures or draw_base(results[0], previews)
+        for personalization, (_, file) in zip(results, group, strict=True):
+            write_result(personalization, file, previews, base_pictures, share(1))
+            result.made.append(file)
+            report(1 / stages)
+    report(0)
+    return result
+
+
+def check_each(people: People, out: str | Path, config: PersonalizeConfig | None, hypernet: Hypernet | None) -> None:
+    """Find what is wrong before a base model is loaded.
+
+    Raises:
+        ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are
+            to be found and cannot be.
+        OSError: ``out`` is a file, or cannot be written.
+    """
+    config = choose_recipe(config, None, config_of(read_once(hypernet)))
+    if config.crop:
+        check_detector()
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder for the LoRAs")
+    if out.resolve().is_relative_to(Path(people.source).resolve()):
+        raise ValueError(f"{out} is in {people.source}, where its previews would be people; choose another --out")
+    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()) / "name.safetensors")
+
+
+def _without_lora(
+    people: Iterable[Person], out: Path, result: PersonalizedEach, report: Callable[[float], None]
+) -> Iterator[tuple[Person, Path]]:
+    """Yield who has no LoRA yet, with the file to write; note whose name can be none of a file of their own."""
+    owners: dict[str, str] = {}
+    for person in people:
+        name = lora_name(person)
+        file = out / f"{name}.safetensors"
+        key = unicodedata.normalize("NFC", name).casefold()  # what some file systems take for the same name
+        reason = ""
+        if not 0 < len(os.fsencode(name)) <= _LONGEST_NAME:
+            reason = f"its name makes no file name of 1 to {_LONGEST_NAME} bytes; rename it"
+        elif key in owners:
+            reason = f"its LoRA would be {file.name}, as that of {owners[key]}; rename one of them"
+        owners.setdefault(key, person.name)
+        if reason:
+            result.skipped.append(Skipped(person.name, reason))
+            report(1)
+        elif file.exists():
+            result.kept.append(file)
+        else:
+            yield person, file
+
+
+def lora_name(person: Person) -> str:
+    """Return what a person's LoRA is called: their name, without the suffix if it is that of a photo."""
+    is_photo = [photo.name for photo in person.photos] == [person.name]
+    name = os.path.splitext(person.name)[0] if is_photo else person.name
+    return _NO_FILE_NAME.sub("-", name).strip(". ")
+
+
+def _prepared(
+    unmade: Iterable[tuple[Person, Path]],
+    size_px: int,
+    crop: bool,
+    result: PersonalizedEach,
+    report: Callable[[float], None],
+) -> Iterator[tuple[PreparedPerson, Path]]:
+    """Yield the people who can be fitted, no two of them with the same photos; note who is left out."""
+    names: dict[str, str] = {}
+    for person, file in unmade:
+        report(0)
+        with timed(result.seconds, "prepare photos"):
+            prepared, skipped = prepare_person(person, size_px, crop)
+        result.skipped += skipped
+        if prepared is None:
+            report(1)
+        elif prepared.key in names:
+            reason = f"its photo is the same as that of {names[prepared.key]}"
+            result.skipped.append(Skipped(person.name, reason))
+            report(1)
+        else:
+            names[prepared.key] = person.name
+            result.notes += [photo.note for photo in prepared.photos if photo.note]
+            yield prepared, file
+
+
+def _people_done(
+    result: PersonalizedEach, num_people: int | None, progress: StageProgress | None
+) -> Callable[[float], None]:
+    """Return a function that adds to the people done, beside those whose LoRA was there, and reports them."""
+    done = 0.0
+
+    def report(more: float) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress("personalize", round(done) + len(result.kept), num_people)
+
+    return report

@@ -1,0 +1,216 @@
+"""A folder of people, each with a LoRA of their own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hypernet.inputs.people import Person, RawPhoto, open_people, prepare_person
+from hypernet.network.prediction import predict_people
+from hypernet.personalize import Personalization, fit_people, personalize
+from hypernet.personalize_each import check_each, lora_name, personalize_each
+from lidb_peft import LiDBSpace
+from testbed import MINIATURE_RECIPE, miniature_lidb_config
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+QUICK = replace(MINIATURE_RECIPE, steps=2, lr=0.02, rank=2, timesteps_per_step=1, preservation=0.0, crop=False)
+LORAS = [f"{name}.safetensors" for name in ("0", "1", "2", "Ann")]
+
+
+@pytest.fixture
+def people_folder(face_folder):
+    """Three people of one photo, and Ann of two."""
+    (face_folder / "Ann").mkdir()
+    for name in ("3.png", "4.png"):
+        (face_folder / name).rename(face_folder / "Ann" / name)
+    return face_folder
+
+
+@pytest.fixture
+def run(base, people_folder, tmp_path):
+    """A function: (options) -> what became of the people; the LoRAs are in ``loras``."""
+
+    def make(out=tmp_path / "loras", config=QUICK, previews=None, **options):
+        people = open_people(people_folder)
+        return personalize_each(people, base, out, config, miniature_lidb_config(), previews, **options)
+
+    return make
+
+
+def names(files):
+    return [file.name for file in files]
+
+
+def photos_of(folder, name):
+    return sorted(folder.glob(f"{name}.png")) or sorted((folder / name).iterdir())
+
+
+# ---- whom, and what ----
+
+
+def read_people(folder):
+    return [prepare_person(person, 32, crop=False)[0] for person in open_people(folder)]
+
+
+@pytest.mark.parametrize("theta_steps", [0, 1])
+@pytest.mark.parametrize("is_given", [False, True], ids=["from theta_0", "from thetas of their own"])
+def test_nobodys_weights_depend_on_who_shares_the_batch(base, space, people_folder, theta_steps, is_given):
+    config = replace(QUICK, theta_steps=theta_steps, theta_lr=0.02)
+    noise = torch.randn(4, *space.theta_0.shape, generator=torch.Generator().manual_seed(0))
+    thetas = space.theta_0 + 0.03 * is_given * noise * space.mask
+    people = read_people(people_folder)
+    together = fit_people(people, base, space, config, thetas, None, {})
+    for person, theta, result in zip(people, thetas, together, strict=True):
+        (alone,) = fit_people([person], base, space, config, theta, None, {})
+        assert result.photos == alone.photos == person.photos
+        for stage, losses in alone.losses.items():
+            assert torch.allclose(result.losses[stage][0], losses[0], rtol=1e-5)
+        found, expected = (torch.cat([(B @ A).flatten() for A, B in one.factors.values()]) for one in (result, alone))
+        assert (found - expected).norm() < 1e-3 * expected.norm()  # Adam blows float noise up
+
+
+def test_everybody_is_predicted_from_all_photos_of_theirs(space, people_folder, make_hypernetwork):
+    network = make_hypernetwork(space, learned_bases=True)
+    people = read_people(people_folder)
+    thetas, bases = predict_people(network, people, network.device)
+    with torch.no_grad():
+        expected = torch.cat([network(person.pixels[None]) for person in people])
+    assert (thetas - expected).norm() < 1e-5 * (expected - space.theta_0).norm()
+    assert all(torch.equal(bases[label], basis) for label, basis in network.bases.items())
+
+
+def test_everybodys_file_holds_the_lora_of_their_photos(run, base, people_folder, tmp_path, assert_same_deltas):
+    result = run(batch=3)
+    assert names(result.made) == LORAS
+    assert sorted(names((tmp_path / "loras").iterdir())) == sorted([*LORAS, "0.json", "1.json", "2.json", "Ann.json"])
+    assert result.kept == result.skipped == result.notes == []
+    for file in result.made:
+        alone = personalize(photos_of(people_folder, file.stem), base, QUICK, miniature_lidb_config())
+        assert_same_deltas(file, alone.factors, 1e-2, floor=1e-3)
+
+
+def test_a_hypernetwork_is_loaded_once_and_starts_everybody(run, base, people_folder, tmp_path, make_hypernetwork):
+    network = make_hypernetwork(LiDBSpace(base.adapted, miniature_lidb_config()))
+    network.save_pretrained(tmp_path / "net")
+    result = run(config=replace(QUICK, steps=0), hypernet=tmp_path / "net")
+    assert {"load hypernetwork", "predict"} <= result.seconds.keys()
+    alone = personalize([people_folder / "1.png"], base, replace(QUICK, steps=0), hypernet=network)
+    alone.save(tmp_path / "alone.safetensors")
+    expected = load_file(tmp_path / "alone.safetensors")
+    for name, tensor in load_file(tmp_path / "loras" / "1.safetensors").items():
+        assert torch.allclose(tensor, expected[name], rtol=2e-3, atol=1e-6)
+
+
+def test_everybody_is_drawn_and_the_base_once(run, tmp_path, monkeypatch):
+    drawn, draw = [], Personalization.draw
+
+    def record(self, prompts, factors, **options):
+        drawn.append(factors)
+        return draw(self, prompts, factors, num_steps=1, **options)
+
+    monkeypatch.setattr(Personalization, "draw", record)
+    run(config=replace(QUICK, steps=1), previews=["a sks face at night"], batch=2)
+    assert [factors is None for factors in drawn] == [True, False, False, False, False]
+    for name in ("0", "Ann"):
+        assert Image.open(tmp_path / "loras" / f"{name}.png").size == (32, 32)
+        assert Image.open(tmp_path / "loras" / f"{name}-preview.png").width > 2 * 192
+
+
+def test_progress_counts_people_and_ends_with_all_of_them(run, people_folder):
+    (people_folder / "9.png").write_bytes(b"no picture")
+    told = []
+    run(batch=2, progress=lambda *step: told.append(step))
+    assert {(stage, total) for stage, _, total in told} == {("personalize", 5)}
+    done = [count for _, count, _ in told]
+    assert done == sorted(done)
+    assert set(done) == {0, 1, 2, 3, 4, 5}
+
+
+# ---- stopped, and again ----
+
+
+def test_a_run_that_was_killed_goes_on_with_those_who_are_missing(run, tmp_path):
+    def die(stage, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(batch=2, progress=die)
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "loras").iterdir()}
+    assert sorted(names(first)) == ["0.json", "0.safetensors", "1.json", "1.safetensors"]
+    told = []
+    result = run(batch=2, progress=lambda *step: told.append(step))
+    assert (names(result.kept), names(result.made)) == (LORAS[:2], LORAS[2:])
+    assert told[0] == ("personalize", 2, 4)
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    run(tmp_path / "unbroken", batch=2)
+    for name in LORAS:
+        expected = load_file(tmp_path / "unbroken" / name)
+        found = load_file(tmp_path / "loras" / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# ---- left out ----
+
+
+def test_who_cannot_be_used_is_left_out_with_the_reason(run, people_folder, drawn_faces):
+    (people_folder / "00.png").write_bytes(drawn_faces[0])
+    (people_folder / "1.jpg").write_bytes(drawn_faces[4])
+    (people_folder / "ann.png").write_bytes(drawn_faces[3])
+    (people_folder / " .png").write_bytes(drawn_faces[3])
+    (people_folder / f"{'n' * 240}.png").write_bytes(drawn_faces[3])
+    (people_folder / "Ann" / "5.png").write_bytes(b"no picture")
+    (people_folder / "text.png").write_bytes(b"no picture")
+    result = run()
+    assert names(result.made) == LORAS
+    reasons = dict(result.skipped)
+    assert reasons.pop("00.png") == "its photo is the same as that of 0.png"
+    assert reasons.pop("1.png") == "its LoRA would be 1.safetensors, as that of 1.jpg; rename one of them"
+    assert reasons.pop("ann.png") == "its LoRA would be ann.safetensors, as that of Ann; rename one of them"
+    assert "makes no file name" in reasons.pop(" .png")
+    assert "makes no file name" in reasons.pop(f"{'n' * 240}.png")
+    assert "not an image" in reasons.pop("Ann/5.png")
+    assert "not an image" in reasons.pop("text.png")
+    assert not reasons
+
+
+@pytest.mark.parametrize(
+    ("person", "photo", "expected"),
+    [
+        ("ann.b.jpg", "ann.b.jpg", "ann.b"),
+        ("Dr. Who", "Dr. Who/1.png", "Dr. Who"),
+        ("0.tar/ann.png", "0.tar/ann.png", "0.tar-ann"),
+        ("a<b>:c.png", "a<b>:c.png", "a-b--c"),
+        (" .png", " .png", ""),
+    ],
+)
+def test_names_of_files_are_those_of_people(person, photo, expected):
+    assert lora_name(Person(person, (RawPhoto(photo, b""),))) == expected
+
+
+def test_bad_outputs_are_found_before_any_work(people_folder, tmp_path, monkeypatch):
+    people = open_people(people_folder)
+
+    def check(out):
+        check_each(people, out, QUICK, None)
+
+    check(tmp_path / "a/new/folder")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file; name a folder for the LoRAs"):
+        check(tmp_path / "file")
+    for inside in (people_folder, people_folder / "loras"):
+        with pytest.raises(ValueError, match="where its previews would be people; choose another --out"):
+            check(inside)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError, match="is not writable"):
+        check(tmp_path / "new/folder")
+
+
+def test_faces_that_cannot_be_looked_for_are_no_reason_to_leave_everybody_out(people_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="here is no OpenCV"):
+        check_each(open_people(people_folder), tmp_path / "loras", replace(QUICK, crop=True), None)
