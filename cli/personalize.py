@@ -170,6 +170,7 @@ def _tell_people(result: "PersonalizedEach", out: Path) -> None:
         click.echo(f"skipped {name}: {reason}")
     if not result.made and not result.kept:
         raise ValueError(f"there is nobody that a LoRA could be made of; {len(result.skipped)} were skipped, see above")
-    click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")
+    if result.made:
+        click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")
     if result.kept:
-        click.echo(f"kept {len(result.kept)} that were there; delete a file to have it made anew")
+        click.echo(f"kept {len(result.kept)} LoRAs that were in {out}; delete one to have it made anew")

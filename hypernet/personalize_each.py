@@ -1,6 +1,6 @@
 """A folder of people in, a LoRA of each out: many are fitted at once, and each is written when its batch is done.
 
-The fitting engine keeps people apart, so that a LoRA is the one that `personalize` makes of the same photos alone.
+The fitting engine keeps people apart: up to rounding a LoRA is the one that `personalize` makes of the same photos.
 """
 
 import os
@@ -46,8 +46,8 @@ class PersonalizedEach:
 
     @property
     def per_hour(self) -> float:
-        """People made in an hour."""
-        return 3600 * len(self.made) / max(sum(self.seconds.values()), 1e-9)
+        """People in an hour; somebody must have been made."""
+        return 3600 * len(self.made) / sum(self.seconds.values())
 
 
 def personalize_each(
