@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from costs import CLIP_L, SD15_UNET, VAE, table
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,11 +26,10 @@ from lidb_peft import LiDBConfig, LiDBSpace
 
 RANK = 4
 TOKENS = 77
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
           "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
 UNETS = {
-    "sd1": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd1": SD15_UNET,
     "sdxl": {
         "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
         "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
@@ -75,11 +75,7 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.bfloat16) ->
 
 
 def build_vae(size_px: int, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
-    settings = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": size_px,
-    }  # fmt: skip
-    return build(lambda: AutoencoderKL(**settings), dtype)
+    return build(lambda: AutoencoderKL(**VAE, sample_size=size_px), dtype)
 
 
 def build_base(family: str) -> BaseModel:
@@ -141,9 +137,11 @@ def main() -> None:
                 name = f"a step of {latents} noisy latents{', gradient checkpointing' * checkpointing}"
                 rows[name] = count_step(base, latents, checkpointing)
     print(f"{options.family} at {base.size_px} px, GB; UNet and text encoders {weights / 1e9:.2f}\n")
-    print("| | beside them | together |\n|---|---|---|")
-    for name, size in rows.items():
-        print(f"| {name} | {size / 1e9:.2f} | {(weights + size) / 1e9:.2f} |")
+    print(
+        table(
+            [{"": name, "beside them": size / 1e9, "together": (weights + size) / 1e9} for name, size in rows.items()]
+        )
+    )
 
 
 if __name__ == "__main__":

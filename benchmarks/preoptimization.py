@@ -1,64 +1,44 @@
 """What do pre-optimisation and training cost? ``python benchmarks/preoptimization.py``
 
 Identities an hour of the LiDB fits of a base's own recipe, N of them in one batch beside one at a time, and peak memory
-against N; then steps a second of a hypernetwork's training. Photos are noise, which costs the same. Steps are timed one
-by one and their median counts, so that loading, warming up and saving do not: on a processor by its own seconds, which
-other programs do not lengthen, elsewhere by the clock. Peak memory is CUDA's, or on a processor the whole process's,
-which only grows: so the fits go first, from few people to many.
+against N; beside them what the base itself takes for as many samples, with no adapter, of which no engine can take
+less. Then steps a second of a hypernetwork's training. Photos are noise, which costs the same. On a processor the peak
+is the whole process's, which only grows: so the fits go first, from few people to many.
 
 Predicted: on one thread of a processor the miniature gains five times at most (fewer, larger matrix products); on a GPU
 it gains until its arithmetic is full, beyond the largest N here.
 """
 
-import argparse
-import json
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import diffusers
 import numpy as np
 import torch
-import transformers
+from costs import (
+    Passes,
+    bare_passes,
+    base_folder,
+    lidb_config_for,
+    measure,
+    new_parser,
+    recipe_for,
+    report,
+)
 from PIL import Image
 
 from hypernet.base_models import BaseModel, load_base
-from hypernet.devices import describe_choice
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.recipe import TARGET_STEPS, FitConfig, PersonalizeConfig, TrainConfig
+from hypernet.recipe import TARGET_STEPS, FitConfig, TrainConfig
 from hypernet.training.loop import train
-from lidb_peft import LiDBConfig, LiDBSpace
-from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_lidb_config, miniature_path
+from lidb_peft import LiDBSpace
+from testbed import miniature_hypernetwork_path
 from testbed.train_hypernetwork import KEEP_PROMPTS, LEARN_PEOPLE
 
 TRAININGS = {"denoising": LEARN_PEOPLE, "denoising and preservation": KEEP_PROMPTS}
-
-
-def measure(run: Callable[[Callable], object], device: torch.device) -> tuple[float, int]:
-    """Call ``run`` with a progress callback; returns the seconds of a step and the peak memory in bytes."""
-    on_cuda, times = device.type == "cuda", []
-
-    def tick(*_) -> None:
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.process_time() if device.type == "cpu" else time.perf_counter())
-
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    run(tick)
-    peak = torch.cuda.max_memory_allocated(device) if on_cuda else _max_rss_bytes()
-    return statistics.median(after - before for before, after in pairwise(times)), peak
-
-
-def _max_rss_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 
 def fit_rows(base: BaseModel, space: LiDBSpace, fit: FitConfig, sizes: list[int], steps: int) -> list[dict]:
@@ -70,8 +50,9 @@ def fit_rows(base: BaseModel, space: LiDBSpace, fit: FitConfig, sizes: list[int]
         few = replace(fit, steps=steps)
         seconds, peak = measure(lambda tick, n=size, few=few: fit_theta(base, space, people[:n], few, progress=tick),
                                 base.device)  # fmt: skip
+        bare, _ = measure(bare_passes(base, Passes.of(fit, size), steps), base.device)
         an_hour = 3600 * size / (seconds * fit.steps)
-        rows.append({"N": size, "s a step": seconds, "identities an hour": an_hour,
+        rows.append({"N": size, "s a step": seconds, "the base's own": bare, "identities an hour": an_hour,
                      "x one at a time": an_hour / (rows[0]["identities an hour"] if rows else an_hour),
                      "peak memory, MB": peak / 1e6})  # fmt: skip
     return rows
@@ -107,35 +88,27 @@ def _people_of_noise(folder: Path, count: int, size_px: int) -> People:
     return open_people(folder)
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    cells = [[value if isinstance(value, str) else f"{value:,.4g}" for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="testbed")
-    parser.add_argument("--hypernet", help="To train, on another base than testbed; without one no training is timed.")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="People fitted at once.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="People a training step.")
-    parser.add_argument("--steps", type=int, default=6, help="Timed of each; the first is left out.")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = new_parser(__doc__)
+    parser.add_argument("--hypernet", help="to train, on another base than testbed; without one no training is timed")
+    parser.add_argument("--copies", type=int, help="noisy copies of a photo in each step of a fit, not the recipe's")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="people fitted at once")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="people a training step")
+    parser.add_argument("--steps", type=int, default=6, help="timed of each; the first is left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    is_testbed = arguments.base == "testbed"
-    base = load_base(str(miniature_path()) if is_testbed else arguments.base, arguments.device)
-    space = LiDBSpace(base.adapted, miniature_lidb_config() if is_testbed else LiDBConfig())
-    recipe = replace(MINIATURE_RECIPE if is_testbed else PersonalizeConfig(), theta_steps=TARGET_STEPS)
-    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-    print(json.dumps({"base": arguments.base, "device": describe_choice(base.device, base.dtype),
-                      "threads": torch.get_num_threads(), **versions}))  # fmt: skip
-    print(table(fit_rows(base, space, recipe.theta_fit, sorted({1, *arguments.sizes}), arguments.steps)), flush=True)
-    hypernet = miniature_hypernetwork_path() if is_testbed else arguments.hypernet
+    recipe = replace(recipe_for(arguments.base), theta_steps=TARGET_STEPS)
+    if arguments.copies:
+        recipe = replace(recipe, timesteps_per_step=arguments.copies)
+    with base_folder(arguments.base) as folder:
+        base = load_base(folder, arguments.device, arguments.precision)
+    space = LiDBSpace(base.adapted, lidb_config_for(arguments.base))
+    sizes = sorted({1, *arguments.sizes})
+    tables = {"LiDB fits of N people at once": fit_rows(base, space, recipe.theta_fit, sizes, arguments.steps)}
+    hypernet = miniature_hypernetwork_path() if arguments.base == "testbed" else arguments.hypernet
     if hypernet:
-        print(table(train_rows(base, hypernet, arguments.batches, arguments.steps)))
+        tables["Training the hypernetwork"] = train_rows(base, hypernet, arguments.batches, arguments.steps)
+    report(arguments, tables)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the latents) of the whole bare UNet. On a processor the seconds are of processor
 import argparse
 import copy
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import diffusers
 import peft
 import torch
+from costs import SD15_UNET, clock
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
@@ -36,13 +36,6 @@ METHODS: dict[str, PeftConfig] = {
     "TinyLoRA": TinyLoraConfig(target_modules=TARGETS),
 }
 MEGABYTE = 2**20
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -131,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device, size = torch.device(arguments.device), arguments.latents
     torch.manual_seed(0)
-    base = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).to(device).requires_grad_(False)
+    base = UNet2DConditionModel(**SD15_UNET).to(device).requires_grad_(False)
     inputs = tuple(t.to(device) for t in (torch.randn(1, 4, size, size), torch.tensor([500]), torch.randn(1, 77, 768)))
     calls = find_calls(base, inputs)
     whole = {"forward": partial(infer, base, *inputs), "step": partial(train, base, *inputs)}

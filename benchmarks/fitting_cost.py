@@ -1,0 +1,156 @@
+"""What does a step of finetuning cost, in time and memory, and what changes it? ``python benchmarks/fitting_cost.py``
+
+`fit_lora` with the base's own recipe and one change at a time, every row in a process of its own:
+
+- ``memory``: pictures of 1/2, 1 and 3/2 of the base's side, 1 to 4 noisy copies a step, gradient checkpointing; and
+  the row that needs least at the base's own side.
+- ``variants``: the step run operator by operator, replayed as a CUDA graph, or compiled; attention by SDPA or
+  xformers; AdamW with states of 32 or 8 bits; channels-last convolutions.
+- ``scaling``: people at once, adapted layers, rank.
+
+Rows that need a package or device that is not here say so. ``--base sd15-random`` is Stable Diffusion 1.5's full size.
+Predicted: memory grows with pixels and copies, and checkpointing gives most of that back for half more time; people
+cost less than in proportion; neither layers nor rank cost much; 8-bit states save a few MB.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from costs import alone, base_folder, lidb_config_for, measure, new_parser, recipe_for, report
+
+from hypernet.base_models import BaseModel, load_base
+from hypernet.devices import choose_device, limit_memory
+from hypernet.fitting.engine import Subject, fit_lora
+from lidb_peft import LiDBSpace
+from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS
+
+SIDES = (0.5, 1.0, 1.5)
+COPIES = (1, 2, 4)
+PEOPLE = (1, 2, 4, 8, 16)
+LAYERS = {"queries": {"to_q", "q_proj"}, "queries and keys": {"to_q", "to_k", "q_proj", "k_proj"},
+          "all attention": UNET_TARGETS | CLIP_TARGETS}  # fmt: skip
+RANKS = (1, 4, 16, 64)
+LIMITS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the peak, to look for what works
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what it changes.
+
+    Attributes:
+        labels: the row's columns that say what it is.
+        side: of the pictures, in sides of the base's own.
+        load, fit: what changes in `load_base` and in the recipe's `FitConfig`.
+        limit_bytes: of a CUDA device's memory.
+    """
+
+    labels: dict[str, Any]
+    people: int = 1
+    side: float = 1.0
+    rank: int | None = None
+    layers: frozenset[str] | None = None
+    channels_last: bool = False
+    load: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    limit_bytes: int | None = None
+
+
+def memory_cases() -> list[Case]:
+    return [
+        Case({"side": side, "copies": copies, "checkpointing": checkpointing}, side=side,
+             fit={"timesteps_per_step": copies, "gradient_checkpointing": checkpointing})
+        for side in SIDES for copies in COPIES for checkpointing in ("off", "on")
+    ]  # fmt: skip
+
+
+def variant_cases() -> list[Case]:
+    eager = {"graph": "off"}
+    changes: dict[str, dict[str, Any]] = {
+        "as the recipe chooses": {},
+        "eager": {"fit": eager},
+        "CUDA graph": {"fit": {"graph": "on"}},
+        "torch.compile": {"fit": eager, "load": {"compile": True}},
+        "attention sdpa, eager": {"fit": eager, "load": {"attention": "sdpa"}},
+        "attention xformers, eager": {"fit": eager, "load": {"attention": "xformers"}},
+        "adamw, eager": {"fit": eager | {"optimizer": "adamw"}},
+        "adamw8bit, eager": {"fit": eager | {"optimizer": "adamw8bit"}},
+        "channels-last, eager": {"fit": eager, "channels_last": True},
+    }
+    return [Case({"variant": name}, **options) for name, options in changes.items()]
+
+
+def scaling_cases() -> list[Case]:
+    people = [Case({"changed": "people", "to": str(count)}, people=count) for count in PEOPLE]
+    layers = [Case({"changed": "layers", "to": name}, layers=frozenset(each)) for name, each in LAYERS.items()]
+    return people + layers + [Case({"changed": "rank", "to": str(rank)}, rank=rank) for rank in RANKS]
+
+
+QUESTIONS: dict[str, Callable[[], list[Case]]] = {
+    "memory": memory_cases, "variants": variant_cases, "scaling": scaling_cases,
+}  # fmt: skip
+
+
+def measure_case(case: Case, name: str, folder: str, device: str, precision: str, steps: int) -> dict:
+    if case.limit_bytes:
+        limit_memory(choose_device(device), case.limit_bytes)
+    base, recipe = load_base(folder, device, precision, **case.load), recipe_for(name)
+    if case.channels_last:
+        base.unet.to(memory_format=torch.channels_last)
+    config = lidb_config_for(name)
+    if case.layers is not None:
+        config = replace(config, target_modules=set(case.layers))
+    space = LiDBSpace(base.adapted, config)
+    subjects = [_subject(base, index, case.side) for index in range(case.people)]
+    fit, rank = replace(recipe.lora_fit, steps=steps, **case.fit), case.rank or recipe.rank
+    seconds, peak = measure(lambda tick: fit_lora(base, space, subjects, fit, rank, progress=tick), base.device)
+    return {"s a step": seconds, "s a step and person": seconds / case.people, "peak memory, GB": peak / 1e9}
+
+
+def _subject(base: BaseModel, index: int, side: float) -> Subject:
+    latents = int(base.unet.config.sample_size * side)
+    return Subject(str(index), torch.randn(1, 2 * base.vae.config.latent_channels, latents, latents), "a sks face",
+                   "a face")  # fmt: skip
+
+
+def find_least(cases: list[Case], rows: list[dict], measure_row: Callable[[Case], dict], on_cuda: bool) -> list[dict]:
+    """The row at the base's own side that needs least; on CUDA with the least memory that it works in.
+
+    That is a little more than its peak: torch takes memory by the block.
+    """
+    own = [i for i, row in enumerate(rows) if row["side"] == 1 and "peak memory, GB" in row]
+    if not own:
+        return []
+    index = min(own, key=lambda i: rows[i]["peak memory, GB"])
+    for share in LIMITS if on_cuda else ():
+        limit = int(share * 1e9 * rows[index]["peak memory, GB"])
+        row = measure_row(replace(cases[index], limit_bytes=limit))
+        if "not available" not in row:
+            return [row | {"works within, GB": limit / 1e9}]
+    return [rows[index]]
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("question", choices=list(QUESTIONS))
+    parser.add_argument("--steps", type=int, default=6, help="timed of each; the first is left out")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    name, device, precision, steps = arguments.base, arguments.device, arguments.precision, arguments.steps
+    cases = QUESTIONS[arguments.question]()
+    with base_folder(name) as folder:
+
+        def measure_row(case: Case) -> dict:
+            return case.labels | alone(measure_case, case, name, folder, device, precision, steps)
+
+        rows = [measure_row(case) for case in cases]
+        tables = {f"{arguments.question}, {name}": rows}
+        if arguments.question == "memory":
+            least = find_least(cases, rows, measure_row, choose_device(device).type == "cuda")
+            tables["The least that the base's own side needs"] = least
+    report(arguments, tables)
+
+
+if __name__ == "__main__":
+    main()
