@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_error, predict, question
+from hypernet.diffusion import denoising_error, predict
 from hypernet.fitting.engine import Subject
-from hypernet.fitting.losses import draw_noise
+from hypernet.fitting.losses import ask, draw_noise
 from hypernet.inputs.people import derive_seed
 
 PRIOR_WEIGHT = 1.0
@@ -36,9 +36,9 @@ def dreambooth(
     def loss() -> Tensor:
         chosen = torch.randint(len(class_moments), (1,), generator=generator)
         moments = torch.cat([subject.moments, class_moments[chosen]])
-        clean, noise, timesteps = draw_noise(base, moments, [generator, generator])
-        noisy, target = question(base, clean, noise, timesteps)
-        answers = predict(base, noisy, timesteps, base.encode(prompt_ids))
+        noise = draw_noise(base, moments.shape, [generator, generator])
+        noisy, target = ask(base, moments, noise)
+        answers = predict(base, noisy, noise.timesteps, base.encode(prompt_ids))
         return (weights * denoising_error(answers, target)).sum()
 
     with _restored(base.unet, base.text_encoder):
@@ -75,9 +75,9 @@ def textual_inversion(
         return torch.where((ids == token_id)[..., None], own, output)
 
     def loss() -> Tensor:
-        clean, noise, timesteps = draw_noise(base, moments, generators)
-        noisy, target = question(base, clean, noise, timesteps)
-        answers = predict(base, noisy, timesteps, base.encode(prompt_ids))
+        noise = draw_noise(base, moments.shape, generators)
+        noisy, target = ask(base, moments, noise)
+        answers = predict(base, noisy, noise.timesteps, base.encode(prompt_ids))
         return denoising_error(answers, target).sum()
 
     hook = embedding.register_forward_hook(read_as_vectors)

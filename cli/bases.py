@@ -4,12 +4,13 @@
 anything else.
 """
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig
+from hypernet.recipe import ATTENTIONS, AUTO, DEFAULT_BASE, OPTIMIZERS, PersonalizeConfig
 from testbed import MINIATURE_RECIPE
 
 if TYPE_CHECKING:
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
     from hypernet.base_models import BaseModel
     from lidb_peft import LiDBConfig
+
+
+class MemorySize(click.ParamType):
+    """``4GB``, ``3.5 GB``, ``800MB`` in bytes."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])B?", str(value), flags=re.IGNORECASE)
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no size; write it as 4GB or 800MB", param, ctx)
+        return round(float(match[1]) * {"G": 1e9, "M": 1e6}[match[2].upper()])
+
 
 base_option = click.option(
     "--base",
@@ -33,6 +47,35 @@ device_option = click.option("--device", default="auto", show_default=True, help
 precision_option = click.option(
     "--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16: the base model's dtype."
 )
+_LOADING = {
+    "device": device_option,
+    "precision": precision_option,
+    "attention": click.option(
+        "--attention", default="auto", show_default=True, type=click.Choice(ATTENTIONS),
+        help="The UNet's: torch's own (sdpa) or xformers'; auto is sdpa.",
+    ),
+    "compile": click.option(
+        "--compile", is_flag=True, help="Compile the UNet at first use, which takes minutes; for thousands of people."
+    ),
+    "max_vram": click.option(
+        "--max-vram", type=MemorySize(), metavar="SIZE",
+        help="Let torch take no more than this of the card, such as 4GB; CUDA's own share comes on top.",
+    ),
+}  # fmt: skip
+
+
+def loading_options(command):
+    """Add the options of `open_base`; `pop_loading` takes their values out of a command's arguments."""
+    for option in reversed(_LOADING.values()):
+        command = option(command)
+    return command
+
+
+def pop_loading(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take what `loading_options` gave out of ``arguments``, as `open_base` takes it."""
+    return {name: arguments.pop(name) for name in _LOADING}
+
+
 hypernet_option = click.option(
     "--hypernet",
     metavar="ID|DIR|testbed|none",
@@ -69,6 +112,15 @@ def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str
     return click.option(flag, field, type=kind, default=None, help=text, show_default=default)
 
 
+optimizer_option = recipe_option(
+    "--optimizer", "optimizer", click.Choice(OPTIMIZERS), "adamw8bit takes bitsandbytes; auto is adamw."
+)
+checkpointing_option = recipe_option(
+    "--gradient-checkpointing", "gradient_checkpointing", click.Choice(AUTO),
+    "Take less memory and more time; auto does if the memory of a card calls for it.",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded base and the LiDB bases that go with it."""
@@ -96,27 +148,34 @@ def hypernet_source(name: str | None) -> str | None:
     return None if name == "none" else name
 
 
-def open_base(name: str, device: str, precision: str) -> Base:
-    """Load the base that ``--base`` names, and say what was chosen."""
+def open_base(name: str, device: str, precision: str, max_vram: int | None = None, **options: Any) -> Base:
+    """Load the base that ``--base`` names, and say what was chosen.
+
+    Args:
+        max_vram: bytes that may be taken of the CUDA device.
+        options: ``attention`` and ``compile`` of `load_base`.
+    """
     from cli.progress import quiet_libraries
     from hypernet.base_models import load_base
-    from hypernet.devices import describe_choice
+    from hypernet.devices import choose_device, describe_choice, limit_memory
     from lidb_peft import LiDBConfig
 
     quiet_libraries()
+    if max_vram is not None:
+        limit_memory(choose_device(device), max_vram)
     if name == "testbed":
         from testbed import miniature_lidb_config, miniature_path
 
-        base = Base(load_base(str(miniature_path()), device, precision), miniature_lidb_config())
+        base = Base(load_base(str(miniature_path()), device, precision, **options), miniature_lidb_config())
     else:
-        base = Base(load_base(name, device, precision), LiDBConfig())
+        base = Base(load_base(name, device, precision, **options), LiDBConfig())
     click.echo(f"base {name} on {describe_choice(base.model.device, base.model.dtype)}", err=True)
     return base
 
 
-def join_and_open(name: str, device: str, precision: str) -> tuple["PartialState", Base]:
+def join_and_open(name: str, device: str, precision: str, **options: Any) -> tuple["PartialState", Base]:
     """Meet the processes that a launcher started, if one did, and `open_base` on this one's own device."""
     from hypernet.devices import choose_device, join_processes
 
     state = join_processes(choose_device(device))
-    return state, open_base(name, device if state.num_processes == 1 else str(state.device), precision)
+    return state, open_base(name, device if state.num_processes == 1 else str(state.device), precision, **options)

@@ -47,6 +47,12 @@ class LazyGroup(click.Group):
             raise
         except (OSError, ValueError) as error:
             raise click.ClickException(as_sentence(error)) from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            from hypernet.devices import OUT_OF_MEMORY
+
+            raise click.ClickException(f"out of GPU memory; {OUT_OF_MEMORY}") from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

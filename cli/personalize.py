@@ -12,11 +12,13 @@ from cli.bases import (
     base_option,
     base_recipe,
     batch_option,
-    device_option,
+    checkpointing_option,
     hypernet_option,
     hypernet_source,
+    loading_options,
     open_base,
-    precision_option,
+    optimizer_option,
+    pop_loading,
     recipe_option,
     seed_option,
 )
@@ -35,7 +37,7 @@ _RECIPE = PersonalizeConfig()
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
               help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
-@batch_option("People fitted at once with --each; auto is as many as the memory allows.")
+@batch_option("People fitted at once with --each; auto: as many as a GPU's memory allows, on a processor few.")
 @base_option
 @hypernet_option
 @click.option("--out", type=click.Path(path_type=Path), show_default="the photo's name .safetensors; of DIR, DIR-loras",
@@ -55,9 +57,10 @@ _RECIPE = PersonalizeConfig()
               help="What the photos show; [V] is the token.")  # fmt: skip
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
 @click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
+@optimizer_option
+@checkpointing_option
 @seed_option
-@device_option
-@precision_option
+@loading_options
 @click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
@@ -70,8 +73,6 @@ def command(
     out,
     previews,
     no_preview,
-    device,
-    precision,
     no_crop,
     save_theta,
     from_theta,
@@ -88,10 +89,9 @@ def command(
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
     _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta)
+    loading = pop_loading(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
-        from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
-
         from cli.progress import progress_bars
         from hypernet.inputs.people import open_people
         from hypernet.personalize import check_request, personalize_to_files
@@ -103,11 +103,14 @@ def command(
         check_request(photos, out, recipe, save_theta, from_theta, network)
         run = partial(personalize_to_files, photos, save_theta=save_theta, from_theta=from_theta)
     else:
-        people, out = open_people(each), out or Path(f"{Path(each).resolve().stem}-loras")
+        folder = Path(each).resolve()
+        people, out = open_people(each), out or Path(f"{folder.name if folder.is_dir() else folder.stem}-loras")
         check_each(people, out, recipe, network)
         run = partial(personalize_each, people, batch=batch)
+    with timed(seconds, "import"):
+        from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
-        opened = open_base(base, device, precision)
+        opened = open_base(base, **loading)
     with progress_bars(per_hour="" if each is None else "people") as report:
         result = run(
             base=opened.model, out=out, config=recipe, lidb_config=opened.lidb_config,

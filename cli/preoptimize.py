@@ -9,11 +9,13 @@ from cli.bases import (
     base_option,
     base_recipe,
     batch_option,
-    device_option,
+    checkpointing_option,
     hypernet_source,
     join_and_open,
+    loading_options,
     no_crop_option,
-    precision_option,
+    optimizer_option,
+    pop_loading,
     prompt_option,
     recipe_option,
     seed_option,
@@ -31,19 +33,17 @@ from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
               help="Steps of each fit.")  # fmt: skip
 @recipe_option("--lr", "theta_lr", float, "Learning rate.")
 @recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
-@batch_option("People fitted at once; auto is as many as the memory allows.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Take less memory for each of them, and longer.")
+@batch_option("People fitted at once; auto: as many as a GPU's memory allows, on a processor few.")
+@optimizer_option
+@checkpointing_option
 @click.option("--init-from", metavar="ID|DIR|testbed", help="Start each fit at the prediction of this hypernetwork.")
 @token_option
 @prompt_option
 @click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
 @no_crop_option
 @seed_option
-@device_option
-@precision_option
-def command(
-    images, base, out, batch, gradient_checkpointing, init_from, streaming, no_crop, device, precision, **options
-) -> None:
+@loading_options
+def command(images, base, out, batch, init_from, streaming, no_crop, **options) -> None:
     """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
 
     IMAGES is a folder of images, one person each, with a sub-folder for a person of several; or parquet, webdataset
@@ -62,10 +62,11 @@ def command(
     from hypernet.network.prediction import predicted_start
     from lidb_peft import LiDBSpace
 
+    loading = pop_loading(options)
     given = {name: value for name, value in options.items() if value is not None}
-    config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch, gradient_checkpointing)
+    config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch)
     people = open_people(images, streaming)
-    state, opened = join_and_open(base, device, precision)
+    state, opened = join_and_open(base, **loading)
     space = LiDBSpace(opened.model.adapted, opened.lidb_config)
     source = hypernet_source(init_from)
     start, start_name = predicted_start(source, space, opened.model.device) if source else (None, "theta_0")

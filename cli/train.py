@@ -6,10 +6,10 @@ import click
 
 from cli.bases import (
     base_option,
-    device_option,
     join_and_open,
+    loading_options,
     no_crop_option,
-    precision_option,
+    pop_loading,
     prompt_option,
     seed_option,
     token_option,
@@ -72,11 +72,10 @@ def _switch(flag: str, text: str):
 @prompt_option
 @no_crop_option
 @seed_option
-@device_option
-@precision_option
+@loading_options
 def command(
     images, base, out, targets, resume, encoder, train_encoder, learned_bases, rounds, hidden_size, weights,
-    validation_images, trackers, token, prompt, no_crop, device, precision, **options
+    validation_images, trackers, token, prompt, no_crop, **options
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
 
@@ -98,10 +97,11 @@ def command(
     from lidb_peft import LiDBSpace
 
     weights = float(targets is not None) if weights is None else weights
+    loading = pop_loading(options)
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
-    state, opened = join_and_open(base, device, precision)
+    state, opened = join_and_open(base, **loading)
     network = open_network(
         out if resume else None, encoder, LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed,
         rounds=rounds, hidden_size=hidden_size, train_encoder=train_encoder, learned_bases=learned_bases, token=token,

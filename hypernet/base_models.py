@@ -7,6 +7,7 @@ and kohya users have.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from hypernet.base_loading import PIPELINE_OPTIONS, load_pipeline
 from hypernet.devices import choose_device, choose_dtype
-from hypernet.recipe import DEFAULT_BASE
+from hypernet.errors import first_sentence
+from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -145,13 +147,26 @@ class BaseModel:
         return pipeline
 
 
-def load_base(source: str = DEFAULT_BASE, device: str = "auto", precision: str = "auto") -> BaseModel:
+def load_base(
+    source: str = DEFAULT_BASE,
+    device: str = "auto",
+    precision: str = "auto",
+    attention: str = "auto",
+    compile: bool = False,
+) -> BaseModel:
     """Load a frozen base model; weights are read from safetensors only and never unpickled.
 
+    Args:
+        attention: of the UNet, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
+        compile: compile the UNet at its first use, by `torch.compile`, which takes minutes.
+
     Raises:
-        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, or is a pickled checkpoint.
+        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, or is a pickled checkpoint; or xformers is
+            asked for and not to be had.
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
     torch_device = choose_device(device)
     pipeline = load_pipeline(source, choose_dtype(precision, torch_device))
     base = BaseModel(
@@ -167,4 +182,20 @@ def load_base(source: str = DEFAULT_BASE, device: str = "auto", precision: str =
     )
     for part in (*base.adapted.values(), base.vae):
         part.requires_grad_(False).eval().to(torch_device)
+    if attention == "xformers":
+        _use_xformers(base.unet)
+    if compile:
+        base.unet.compile()
     return base
+
+
+def _use_xformers(unet: "UNet2DConditionModel") -> None:
+    try:
+        if find_spec("xformers") is None:
+            raise ModuleNotFoundError("it is not installed")
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # built for another torch, no CUDA, or a card that it does not know
+        raise ValueError(
+            f"attention xformers cannot be had ({first_sentence(error)}); pip install 'lidb-peft[cuda]' on a machine "
+            f"with CUDA, or choose sdpa"
+        ) from error

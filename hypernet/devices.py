@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 WAIT = timedelta(minutes=30)
 """How long a process waits for another, which may be drawing sample pictures or be dead."""
+OUT_OF_MEMORY = "turn --gradient-checkpointing on, or pass a smaller --batch (if there is one) or --precision bf16"
+"""What helps."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,7 +59,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if has_bf16(device) else torch.float16
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision!r} is unknown; choose auto, {', '.join(PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu":
@@ -65,7 +67,50 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bf16 by itself; `torch.cuda.is_bf16_supported` counts slow emulation too."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+_memory_limits: dict[int, int] = {}  # card -> bytes
+
+
+def limit_memory(device: torch.device, num_bytes: int) -> None:
+    """Let this process take no more than ``num_bytes`` of a CUDA device, as if the card had no more.
+
+    Raises:
+        ValueError: the device is not CUDA, or has less.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"a limit for the memory of {device} was asked for; only a CUDA device has one: leave "
+                         f"--max-vram out")  # fmt: skip
+    total = torch.cuda.get_device_properties(device).total_memory
+    if num_bytes > total:
+        raise ValueError(f"--max-vram is {num_bytes / 1e9:.1f} GB, and {device} has {total / 1e9:.1f} GB; pass less, "
+                         f"or leave it out")  # fmt: skip
+    card = _card(device)
+    torch.cuda.set_per_process_memory_fraction(num_bytes / total, card)
+    _memory_limits[card] = num_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """How much memory of a CUDA device this process can still take, by `limit_memory` too."""
+    taken = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
+    return min(free, _memory_limits.get(_card(device), free + taken) - taken)
+
+
+def _card(device: torch.device) -> int:
+    """The number of a CUDA device; ``cuda`` is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def describe_choice(device: torch.device, dtype: torch.dtype) -> str:
     """The choice in words, for people: ``cuda (NVIDIA GeForce RTX 3060), bf16``."""
     name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return f"{name}, {next(key for key, value in PRECISIONS.items() if value == dtype)}"
+    return f"{name}, {precision_name(dtype)}"
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """What ``--precision`` calls a dtype."""
+    return next(name for name, value in PRECISIONS.items() if value == dtype)

@@ -1,5 +1,7 @@
 """Denoising: what a base model is asked to predict, and how far off it is, sample by sample."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -56,16 +58,17 @@ def denoising_error(prediction: Tensor, target: Tensor, background: float = 1.0)
     """
     error = (prediction - target).square()
     if background != 1:
-        error = error * _head_weights(*error.shape[-2:], background).to(error.device)
+        error = error * _head_weights(*error.shape[-2:], background, error.device)
     return error.mean(dim=(1, 2, 3))
 
 
-def _head_weights(height: int, width: int, background: float) -> Tensor:
+@lru_cache(maxsize=8)  # a copy to the device would make every step wait for it
+def _head_weights(height: int, width: int, background: float, device: torch.device) -> Tensor:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 2 * height + 1)[1::2], torch.linspace(-1, 1, 2 * width + 1)[1::2],
                           indexing="ij")  # fmt: skip
     inside = (x / HEAD_HALF_WIDTH) ** 2 + (y / HEAD_HALF_HEIGHT) ** 2 < 1
     weights = torch.where(inside, 1.0, background)
-    return weights / weights.mean()
+    return (weights / weights.mean()).to(device)
 
 
 @torch.no_grad()

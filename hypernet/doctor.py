@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from hypernet.devices import choose_device, choose_dtype, describe_choice
+from hypernet.devices import choose_device, choose_dtype, describe_choice, has_bf16
 
 PACKAGES = ("lidb-peft", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
             "opencv-python-headless")  # fmt: skip
@@ -47,7 +47,7 @@ def _hardware() -> list[tuple[str, str]]:
 
 def _reason(device: torch.device) -> str:
     if device.type == "cuda":
-        return "a CUDA device is there" + ("" if torch.cuda.is_bf16_supported() else ", without bf16")
+        return "a CUDA device is there" + ("" if has_bf16(device) else ", without bf16")
     if device.type == "mps":
         return "there is an Apple GPU and no CUDA device; float32 trains most reliably there"
     return "no GPU is usable; float32 is the CPU's own precision"

@@ -25,7 +25,7 @@ from hypernet.recipe import TARGET_STEPS, PersonalizeConfig, Progress, StageProg
 from hypernet.sampling import contact_sheet, generate, save_picture
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, load_theta, save_theta
-from lidb_peft.files import check_writable
+from lidb_peft.files import check_suffix, check_writable
 
 _NO_THETA_FILE = (
     "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out, for the "
@@ -291,8 +291,7 @@ def check_outputs(
     """
     targets = [Path(out)] if save_theta is None else [Path(out), Path(save_theta)]
     for target in targets:
-        if target.suffix.lower() != ".safetensors":
-            raise ValueError(f"{target} does not end in .safetensors; name the file so, or readers will not find it")
+        check_suffix(target)
         check_writable(target)
     for theta in (save_theta, from_theta):
         if theta is not None and Path(theta).resolve() == Path(out).resolve():

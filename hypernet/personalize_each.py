@@ -68,7 +68,7 @@ def personalize_each(
 
     Args:
         people: of `open_people`; a name is that of the person's photo or folder.
-        batch: people fitted at once; None is as many as the memory allows.
+        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
         config, lidb_config, previews, hypernet: as for `personalize_to_files`.
         progress: called with (stage, people done, people in all or None if that is not known).
 
@@ -76,8 +76,7 @@ def personalize_each(
         ValueError, OSError: as `check_each`, or a fit or an output fails; what is written stays.
     """
     out, hypernet = Path(out), read_once(hypernet)
-    check_each(people, out, config, hypernet)
-    config = choose_recipe(config, None, config_of(hypernet))
+    config = check_each(people, out, config, hypernet)
     result = PersonalizedEach()
     if isinstance(hypernet, HyperNetworkConfig):
         with timed(result.seconds, "load hypernetwork"):
@@ -109,8 +108,10 @@ def personalize_each(
     return result
 
 
-def check_each(people: People, out: str | Path, config: PersonalizeConfig | None, hypernet: Hypernet | None) -> None:
-    """Find what is wrong before a base model is loaded.
+def check_each(
+    people: People, out: str | Path, config: PersonalizeConfig | None, hypernet: Hypernet | None
+) -> PersonalizeConfig:
+    """Find what is wrong before a base model is loaded; returns the recipe that is meant.
 
     Raises:
         ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are
@@ -126,6 +127,7 @@ def check_each(people: People, out: str | Path, config: PersonalizeConfig | None
     if out.resolve().is_relative_to(Path(people.source).resolve()):
         raise ValueError(f"{out} is in {people.source}, where its previews would be people; choose another --out")
     check_writable(next(folder for folder in (out, *out.parents) if folder.exists()) / "name.safetensors")
+    return config
 
 
 def _without_lora(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
@@ -22,6 +22,19 @@ PRESERVED = (
 """Prompts whose effect a fit preserves, by default; others gain from it too."""
 
 
+ATTENTIONS = ("auto", "sdpa", "xformers")
+AUTO = ("auto", "on", "off")
+OPTIMIZERS = ("auto", "adamw", "adamw8bit")
+FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
+TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
+
+
+def _check_choices(config: object, choices: dict[str, tuple[str, ...]]) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to fit.
@@ -35,7 +48,11 @@ class FitConfig:
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
         max_grad_norm: each identity's gradient is clipped to this norm.
         seed: keys the noise, together with the identity's key.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        optimizer: ``adamw``, which ``auto`` is, or ``adamw8bit`` by bitsandbytes, no saving on so few numbers.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory: ``on``, ``off``, or
+            ``auto``, on if a step does not fit into the memory of a CUDA device otherwise.
+        graph: replay the step as a CUDA graph, see `hypernet.fitting.replay`: ``on``, ``off``, or ``auto``, on where
+            it can be done and nothing is recomputed.
     """
 
     steps: int
@@ -46,9 +63,12 @@ class FitConfig:
     preserved: tuple[str, ...] = PRESERVED
     max_grad_norm: float = 1.0
     seed: int = 0
-    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    gradient_checkpointing: str = "auto"
+    graph: str = "auto"
 
     def __post_init__(self):
+        _check_choices(self, FIT_CHOICES)
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; expected 0 or more")
         if not 0 < self.lr < math.inf:
@@ -75,7 +95,7 @@ class PersonalizeConfig:
             as many steps of finetuning add sooner.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
         timesteps_per_step: noisy copies of the photos in each step.
-        background, preservation: of both fits, see `FitConfig`.
+        background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
         guidance: classifier-free guidance of the preview pictures.
@@ -91,6 +111,8 @@ class PersonalizeConfig:
     timesteps_per_step: int = 1
     background: float = 0.0
     preservation: float = 1.0
+    optimizer: str = "adamw"
+    gradient_checkpointing: str = "auto"
     seed: int = 0
     crop: bool = True
     guidance: float = 7.5
@@ -128,9 +150,8 @@ class PersonalizeConfig:
         return self._fit(self.steps, self.lr, self.seed + 1)
 
     def _fit(self, steps: int, lr: float, seed: int) -> FitConfig:
-        return FitConfig(
-            steps, lr, self.timesteps_per_step, background=self.background, preservation=self.preservation, seed=seed
-        )
+        shared = ("timesteps_per_step", "background", "preservation", "optimizer", "gradient_checkpointing")
+        return FitConfig(steps, lr, seed=seed, **{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True)
@@ -139,23 +160,17 @@ class PreoptimizeConfig:
 
     Attributes:
         recipe: its LiDB fit, prompt and cropping are everybody's.
-        batch: people fitted at once; None is as many as the memory at hand allows.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
     """
 
     recipe: PersonalizeConfig = PersonalizeConfig(theta_steps=TARGET_STEPS)
     batch: int | None = None
-    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         if self.recipe.theta_steps < 1:
             raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch is {self.batch}; expected 1 or more, or None for auto")
-
-    @property
-    def fit(self) -> FitConfig:
-        return replace(self.recipe.theta_fit, gradient_checkpointing=self.gradient_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,7 @@ class TrainConfig:
         steps: optimiser steps.
         lr, warmup_steps, schedule: peak learning rate, linear steps up to it, and ``cosine`` or ``linear`` to zero.
         batch, accumulation: people in each process and pass, and passes in each step.
-        optimizer: ``adamw``, or ``adamw8bit`` by bitsandbytes.
+        optimizer: ``adamw``, which ``auto`` is, or ``adamw8bit`` by bitsandbytes.
         denoising, weights, preservation: what each term of the loss counts (paper, equation 2: alpha and beta); 0
             leaves it out. ``weights`` needs targets; of preservation see `hypernet.fitting.preservation`.
         compare: what ``weights`` compares with the targets: the ``updates``, or theta's own numbers, the ``factors``.
@@ -223,9 +238,7 @@ class TrainConfig:
         for name in ("jitter", "caption_dropout", "validation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
-        for name, choices in TRAIN_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(choices)}")
+        _check_choices(self, TRAIN_CHOICES)
         if not self.denoising and not self.weights:
             raise ValueError("denoising and weights are both 0; nothing would be learned: choose at least one above 0")
         # What it has in common with a fit is checked there.
@@ -241,7 +254,3 @@ class TrainConfig:
     def needs_base(self) -> bool:
         """Whether a term asks the base; comparing weights alone does not."""
         return self.denoising > 0 or self.preservation > 0
-
-
-TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": ("adamw", "adamw8bit"),
-                 "compare": ("updates", "factors")}  # fmt: skip

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from converters import FileDescription, describe
+from converters.lora import is_finite
 from hypernet.base_models import BaseModel
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
@@ -151,7 +152,7 @@ def _check_lora(lora: str | Path) -> FileDescription:
         raise ValueError(f"{lora} holds LiDB weights, not a LoRA; make one of them with hdb convert")
     if not description.kind.endswith((" LoRA", " DoRA")):
         raise ValueError(f"{lora} is a {description.kind}; only a LoRA can be drawn with")
-    bad = [name for name, tensor in iter_tensors(description.path) if not torch.isfinite(tensor.float()).all()]
+    bad = [name for name, tensor in iter_tensors(description.path) if not is_finite(tensor)]
     if bad:
         raise ValueError(f"{lora} holds NaN or infinity in {len(bad)} tensors, {bad[0]} for one; it draws nothing")
     return description

@@ -54,7 +54,7 @@ def _make_hook(index: int, layer: nn.Linear, bindings: Bindings) -> Callable:
         if module is not layer:  # a deep copy of the model brings the hook along
             return None
         frame = bindings.frames[-1] if bindings.frames else None
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if in_backward and (frame is None or not frame.checkpointed):
             if not ran_bound:
                 return None

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from hypernet.base_models import BaseModel
+from hypernet.devices import OUT_OF_MEMORY, free_bytes
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
@@ -17,37 +18,37 @@ _MEMORY_SHARE = 0.85  # of what is free; the rest is for fragments and for what 
 def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> int:
     """How many people to fit at once: on CUDA as many as the free memory holds, by the peaks of one and two people.
 
+    Gradient checkpointing ``auto`` does without as long as one person fits.
+
     Raises:
         ValueError: not even one fits.
     """
-    device = base.device
-    if device.type != "cuda":
+    if base.device.type != "cuda":
         return max(1, _CPU_PIXELS // base.size_px**2)
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free -= torch.cuda.memory_allocated(device)
-    peaks: list[int] = []
-    for count in (1, 2):
-        try:
-            peaks.append(_peak_bytes(base, space, fit, count))
-        except torch.cuda.OutOfMemoryError:
-            break
-    if not peaks:
-        raise ValueError(
-            f"fitting one person does not fit into the {free / 1e9:.1f} GB that are free on {device}; pass "
-            f"--gradient-checkpointing, or another --device"
-        )
-    return _largest_batch(free, peaks)
+    free = free_bytes(base.device)
+    for checkpointing in ("off", "on") if fit.gradient_checkpointing == "auto" else (fit.gradient_checkpointing,):
+        peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing))
+        if peaks:
+            return _largest_batch(free, peaks)
+    raise ValueError(f"fitting one person does not fit into the {free / 1e9:.1f} GB that are free on {base.device}; "
+                     f"{OUT_OF_MEMORY}")  # fmt: skip
 
 
-def _peak_bytes(base: BaseModel, space: LiDBSpace, fit: FitConfig, num_people: int) -> int:
-    """The most memory that a step takes on top of the base."""
+def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> list[int]:
+    """The most memory that a step of one and of two people takes on top of the base, as far as they fit."""
     side = base.unet.config.sample_size
     moments = torch.zeros(1, 2 * base.vae.config.latent_channels, side, side)
-    subjects = [Subject(str(i), moments, "a face", "a face") for i in range(num_people)]
-    before = torch.cuda.memory_allocated(base.device)
-    torch.cuda.reset_peak_memory_stats(base.device)
-    fit_theta(base, space, subjects, replace(fit, steps=1))
-    return torch.cuda.max_memory_allocated(base.device) - before
+    subjects = [Subject(str(i), moments, "a face", "a face") for i in range(2)]
+    peaks: list[int] = []
+    for count in (1, 2):
+        before = torch.cuda.memory_allocated(base.device)
+        torch.cuda.reset_peak_memory_stats(base.device)
+        try:
+            fit_theta(base, space, subjects[:count], fit)
+        except torch.cuda.OutOfMemoryError:
+            break
+        peaks.append(torch.cuda.max_memory_allocated(base.device) - before)
+    return peaks
 
 
 def _largest_batch(free: int, peaks: list[int]) -> int:

@@ -6,6 +6,7 @@ The result for one identity does not depend on who shares the batch: noise is ke
 gradients are clipped per identity and Adam works number by number.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import question
-from hypernet.fitting.losses import base_losses, checkpointed, draw_noise
-from hypernet.fitting.preservation import PromptPreservation
+from hypernet.fitting.losses import Noise, ask, base_losses, checkpointed, draw_noise
+from hypernet.fitting.preservation import Choice, PromptPreservation
+from hypernet.fitting.replay import Replay
 from hypernet.inputs.people import derive_seed
+from hypernet.optimizers import make_adamw, set_learning_rate
 from hypernet.recipe import FitConfig, Progress
 from lidb_peft import LiDBSpace, LoraFactors, combine
 from lidb_peft.stacks import Stacks
@@ -65,10 +67,9 @@ def fit_theta(
     _check_subjects(subjects)
     start = space.theta_0 if start is None else start
     _check_thetas(space, start, len(subjects))
-    theta = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32).clone()
+    start = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32)
     bases = _frozen(bases, base.device)
-    losses = _fit(base, space, subjects, config, theta, lambda values: [space.expand(values, bases)], progress)
-    return theta.detach().cpu(), losses
+    return _fit(base, space, subjects, config, start, lambda values: [space.expand(values, bases)], progress)
 
 
 def fit_lora(
@@ -101,15 +102,14 @@ def fit_lora(
         _check_thetas(space, theta, len(subjects))
         theta = theta.expand(len(subjects), *theta.shape[-2:])
     fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
-    lora = torch.stack(fresh).to(base.device)
+    start = torch.stack(fresh).to(base.device)
     bases = _frozen(bases, base.device)
     frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32), bases)]
 
     def parts(values: Tensor) -> list[Stacks]:
         return [*frozen, space.split_lora(values, rank)]
 
-    losses = _fit(base, space, subjects, config, lora, parts, progress)
-    lora = lora.cpu()
+    lora, losses = _fit(base, space, subjects, config, start, parts, progress)
     results = []
     for i in range(len(subjects)):
         factors = space.lora_factors(lora[i], rank)
@@ -117,40 +117,116 @@ def fit_lora(
     return results, losses
 
 
-def _fit(base, space, subjects, config: FitConfig, parameters: Tensor, parts, progress) -> Tensor:
-    """Optimise one flat parameter buffer ``(N, ...)`` in place; ``parts`` maps it to the factors to apply."""
+def _fit(base, space, subjects, config: FitConfig, start: Tensor, parts, progress) -> tuple[Tensor, Tensor]:
+    """Optimise one flat buffer of parameters ``(N, ...)``; ``parts`` maps it to the factors to apply.
+
+    Returns:
+        What became of ``start``, and losses ``(steps, N)``, on the CPU.
+    """
+    is_auto = config.gradient_checkpointing == "auto"
+    for recomputes in (False, True) if is_auto else (config.gradient_checkpointing == "on",):
+        try:
+            return _optimize(base, space, subjects, config, start.clone(), parts, recomputes, progress)
+        except torch.cuda.OutOfMemoryError:
+            if recomputes or not is_auto:
+                raise
+        torch.cuda.empty_cache()  # only here has the failed attempt let go of its tensors
+        warnings.warn(
+            f"a step of {len(subjects)} identities does not fit into the memory of {base.device}; gradient "
+            f"checkpointing is on now, which takes less memory and more time",
+            stacklevel=3,
+        )
+
+
+def _optimize(
+    base, space, subjects, config: FitConfig, parameters: Tensor, parts, recomputes: bool, progress
+) -> tuple[Tensor, Tensor]:
     parameters.requires_grad_(True)
-    optimizer = torch.optim.AdamW([parameters], lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
-    preservation = _make_preservation(base, subjects, config)
-    prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
-    loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
     history = []
-    with checkpointed(base, config.gradient_checkpointing):
-        for step in range(config.steps):
-            optimizer.param_groups[0]["lr"] = config.lr * (1 - 0.9 * step / config.steps)
-            moments = _draw_moments(subjects, generators, config.timesteps_per_step).to(base.device)
-            clean, noise, timesteps = draw_noise(base, moments, generators)
-            noisy, target = question(base, clean, noise, timesteps)
-            preserved = preservation and preservation.draw(noisy, timesteps, generators)
-            with space.apply(*parts(parameters)):
-                denoising, change = base_losses(
-                    base, prompt_ids, noisy, timesteps, target, config.background, preserved
-                )
-            losses = denoising if change is None else denoising + config.preservation * change
-            (losses.sum() * loss_scale).backward()
-            parameters.grad.div_(loss_scale)
-            _clip_per_identity(parameters.grad, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            history.append(denoising.detach())
+    with checkpointed(base, recomputes):
+        step = _Step(base, space, subjects, config, parameters, parts, recomputes)
+        for number in range(config.steps):
+            history.append(step(config.lr * (1 - 0.9 * number / config.steps)))
             if progress is not None:
-                progress(step + 1, config.steps)
-    parameters.requires_grad_(False)
+                progress(number + 1, config.steps)
+    fitted = parameters.detach().cpu()
     history = torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
-    if not torch.isfinite(parameters).all():
+    if not torch.isfinite(fitted).all():
         raise ValueError(f"the fit diverged (losses {history[-1:].tolist()}); lower the learning rate {config.lr}")
-    return history
+    return fitted, history
+
+
+class _Step:
+    """One step of N identities.
+
+    What is random is drawn on the CPU and copied to where `_compute` reads it, which works on tensors that stay in
+    place, so that it can be replayed.
+    """
+
+    def __init__(
+        self, base, space, subjects, config: FitConfig, parameters: Tensor, parts, recomputes: bool = False
+    ) -> None:
+        self.base, self.space, self.config = base, space, config
+        self.parameters, self.parts = parameters, parts
+        self.moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
+        self.num_photos = [len(subject.moments) for subject in subjects]
+        self.prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
+        self.preservation = _make_preservation(base, subjects, config)
+        self.generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
+        self.loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+        self.optimizer = make_adamw(config.optimizer, [parameters], config.lr, capturable=True, **options)
+        self.steps_inside = isinstance(self.optimizer, torch.optim.AdamW)  # bitsandbytes' cannot be captured
+        graph = "off" if recomputes and config.graph == "auto" else config.graph  # it keeps random states
+        self.replay = Replay(base.device, graph)
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, lr: float) -> Tensor:
+        """Take a step; returns each identity's denoising loss, ``(N,)``."""
+        set_learning_rate(self.optimizer, lr)
+        self._load(self._draw())
+        losses = self.replay(self._compute)
+        if not self.steps_inside:
+            self.optimizer.step()
+        return losses
+
+    def _draw(self) -> list[Tensor]:
+        """What is random in a step, on the CPU: photos by row, noise, and what is preserved."""
+        copies, photos, first = self.config.timesteps_per_step, [], 0
+        for generator, count in zip(self.generators, self.num_photos, strict=True):
+            photos.append(first + torch.randint(0, count, (copies,), generator=generator))
+            first += count
+        rows = torch.cat(photos)
+        noise = draw_noise(self.base, (len(rows), *self.moments.shape[1:]), self.generators)
+        choice = () if self.preservation is None else self.preservation.choose(copies, self.generators)
+        return [rows, *noise, *choice]
+
+    def _load(self, drawn: list[Tensor]) -> None:
+        device = self.base.device
+        if device.type == "cuda":
+            drawn = [tensor.pin_memory() for tensor in drawn]  # so that the copy waits for nothing
+        if not self.inputs:
+            self.inputs = [torch.empty_like(tensor, device=device) for tensor in drawn]
+        for place, tensor in zip(self.inputs, drawn, strict=True):
+            place.copy_(tensor, non_blocking=device.type == "cuda")
+
+    def _compute(self) -> Tensor:
+        config, base = self.config, self.base
+        rows, noise, choice = self.inputs[0], Noise(*self.inputs[1:4]), self.inputs[4:]
+        noisy, target = ask(base, self.moments[rows], noise)
+        preserved = self.preservation and self.preservation.preserve(noisy, noise.timesteps, Choice(*choice))
+        with self.space.apply(*self.parts(self.parameters)):
+            denoising, change = base_losses(
+                base, self.prompt_ids, noisy, noise.timesteps, target, config.background, preserved
+            )
+        losses = denoising if change is None else denoising + config.preservation * change
+        (gradient,) = torch.autograd.grad(losses.sum() * self.loss_scale, self.parameters)
+        gradient.div_(self.loss_scale)
+        _clip_per_identity(gradient, config.max_grad_norm)
+        self.parameters.grad = gradient
+        if self.steps_inside:
+            self.optimizer.step()
+        return denoising.detach()
 
 
 def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPreservation | None:
@@ -163,15 +239,6 @@ def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPr
         )
     prompts, class_prompts = zip(*((subject.prompt, subject.class_prompt) for subject in subjects), strict=True)
     return PromptPreservation(base, prompts, class_prompts, config.preserved)
-
-
-def _draw_moments(subjects: Sequence[Subject], generators: Sequence[torch.Generator], copies: int) -> Tensor:
-    """The moments of ``copies`` photos of each subject, drawn by its own generator: ``(N * copies, 8, h, w)``."""
-    moments = []
-    for subject, generator in zip(subjects, generators, strict=True):
-        photos = torch.randint(0, len(subject.moments), (copies,), generator=generator)
-        moments.append(subject.moments[photos.to(subject.moments.device)])
-    return torch.cat(moments)
 
 
 def _frozen(bases: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

@@ -2,36 +2,61 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_error, predict, sample_latents
+from hypernet.diffusion import denoising_error, predict, question, sample_latents
 from hypernet.fitting.preservation import Preserved
 
 
-def draw_noise(
-    base: BaseModel, moments: Tensor, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean latents, noise ``(B * k, 4, h, w)`` and timesteps ``(B * k,)``, person by person.
+class Noise(NamedTuple):
+    """What is random in the noisy latents of a step, for B people with k copies each.
+
+    Attributes:
+        latent: with it the latents are drawn from the VAE's moments, ``(B * k, 4, h, w)``.
+        added: what is added to them, same shape.
+        timesteps: ``(B * k,)``.
+    """
+
+    latent: Tensor
+    added: Tensor
+    timesteps: Tensor
+
+    def to(self, device: torch.device) -> "Noise":
+        return Noise(*(tensor.to(device) for tensor in self))
+
+
+def draw_noise(base: BaseModel, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Noise:
+    """Draw noise on the CPU, so that every device draws the same, person by person.
 
     The timesteps of one person's k copies are stratified, so that every step sees the whole schedule.
 
     Args:
-        moments: of k photos of each person, or of one k times, ``(B * k, 8, h, w)`` on the base's device.
-        generators: each person's own, B of them on the CPU, so that every device draws the same.
+        shape: of the photos' moments, ``(B * k, 8, h, w)``.
+        generators: each person's own, B of them.
     """
-    num_timesteps, copies = base.scheduler.config.num_train_timesteps, len(moments) // len(generators)
-    shape = (copies, moments.shape[1] // 2, *moments.shape[2:])
-    latent_noise, noise, timesteps = [], [], []
+    num_timesteps, copies = base.scheduler.config.num_train_timesteps, shape[0] // len(generators)
+    size = (copies, shape[1] // 2, *shape[2:])
+    latent, added, timesteps = [], [], []
     for generator in generators:
-        latent_noise.append(torch.randn(shape, generator=generator))
-        noise.append(torch.randn(shape, generator=generator))
+        latent.append(torch.randn(size, generator=generator))
+        added.append(torch.randn(size, generator=generator))
         position = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
         timesteps.append((position * num_timesteps).long().clamp(max=num_timesteps - 1))
-    latent_noise, noise, timesteps = (torch.cat(part).to(base.device) for part in (latent_noise, noise, timesteps))
-    return sample_latents(moments, latent_noise, base.vae.config.scaling_factor), noise, timesteps
+    return Noise(torch.cat(latent), torch.cat(added), torch.cat(timesteps))
+
+
+def ask(base: BaseModel, moments: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    """The noisy latents of photos and the target for each, as `hypernet.diffusion.question` gives them.
+
+    Args:
+        moments: ``(B * k, 8, h, w)``, on the device of ``noise``.
+    """
+    clean = sample_latents(moments, noise.latent, base.vae.config.scaling_factor)
+    return question(base, clean, noise.added, noise.timesteps)
 
 
 def base_losses(
@@ -49,7 +74,7 @@ def base_losses(
 
     Args:
         prompt_ids: ``(B, E, tokens)``.
-        noisy, target: as `hypernet.diffusion.question` gives them, ``(B * k, 4, h, w)``, person by person.
+        noisy, target: as `ask` gives them, ``(B * k, 4, h, w)``, person by person.
         timesteps: ``(B * k,)``.
     """
     ids, rows = prompt_ids[:, None], torch.arange(len(noisy), device=noisy.device).view(len(prompt_ids), -1)

@@ -6,13 +6,16 @@ so a run that was killed goes on with the shards that are missing, whichever pro
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hypernet.base_models import BaseModel
+from hypernet.devices import OUT_OF_MEMORY
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.subjects import make_subjects
@@ -21,6 +24,8 @@ from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, chec
 from hypernet.network.prediction import Start
 from hypernet.recipe import PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -62,13 +67,14 @@ def open_targets(
     Raises:
         ValueError: the store there is of another base, seed, dimensions or fit.
     """
-    fit = asdict(config.fit)
-    del fit["gradient_checkpointing"]  # it changes the memory, not the result
     recipe = config.recipe
+    fit = asdict(recipe.theta_fit)
+    del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives
+    fit["optimizer"] = "adamw8bit" if fit["optimizer"] == "adamw8bit" else "adamw"  # which auto is
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
     fit |= {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
     if not has_targets(folder):
-        batch = config.batch or choose_batch(base, space, config.fit)
+        batch = config.batch or choose_batch(base, space, recipe.theta_fit)
         create_targets(folder, space, Path(base.name).name, fit, batch, people.source)
     store = TargetStore(folder, space)
     store.check_fit(fit)
@@ -106,28 +112,57 @@ def preoptimize(
         check_detector()
     result, total_loss, began = Preoptimized(), 0.0, time.perf_counter()
     report = _people_done(store, people.count(), rank, world, progress)
-    num_shards = 0
+    missing = _missing_shards(people, store, base.size_px, config.recipe.crop, rank, world, result)
     try:
-        for index, rows in enumerate(_shards(people, store.batch)):
-            num_shards += 1
-            if index % world != rank:
-                continue
-            if store.path(index).exists():
-                _check_rows(store, index, rows, people.source)
-                result.found += 1
-                continue
-            shard, thetas, losses = _make_shard(base, space, rows, config, config.batch or store.batch, start, report)
+        for index, prepared in _ahead(missing):
+            shard, thetas, losses = _make_shard(
+                base, space, prepared, config, config.batch or store.batch, start, report
+            )
             store.write(index, shard, thetas, losses)
             result.fitted += len(shard.keys)
             result.skipped += len(shard.skipped)
             total_loss += losses.sum().item()
     finally:
         store.list_skipped()
-    if not num_shards:
-        raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
     result.loss = total_loss / max(1, result.fitted)
     result.seconds = time.perf_counter() - began
     return result
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Rows of a shard, who of them can be fitted, and what is left out."""
+
+    rows: list[tuple[Person, bool]]
+    people: list[PreparedPerson]
+    skipped: list[Skipped]
+
+
+def _missing_shards(
+    people: People, store: TargetStore, size_px: int, crop: bool, rank: int, world: int, result: Preoptimized
+) -> Iterator[tuple[int, _Prepared]]:
+    """Yield this process' shards that are not in the store, prepared, with their numbers; count the others."""
+    index = -1
+    for index, rows in enumerate(_shards(people, store.batch)):
+        if index % world != rank:
+            continue
+        if store.path(index).exists():
+            _check_rows(store, index, rows, people.source)
+            result.found += 1
+        else:
+            yield index, _Prepared(rows, *_prepare(rows, size_px, crop))
+    if index < 0:
+        raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items, each made while the one before is used, so that a GPU does not wait for photos."""
+    end = object()
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = executor.submit(next, items, end)
+            yield item
 
 
 def _shards(people: Iterable[Person], size: int) -> Iterator[list[tuple[Person, bool]]]:
@@ -164,26 +199,26 @@ def _check_rows(store: TargetStore, index: int, rows: list[tuple[Person, bool]],
 def _make_shard(
     base: BaseModel,
     space: LiDBSpace,
-    rows: list[tuple[Person, bool]],
+    prepared: _Prepared,
     config: PreoptimizeConfig,
     batch: int,
     start: Start | None,
     report: Callable[[float], None],
 ) -> tuple[Shard, Tensor, Tensor]:
     """A shard, its thetas ``(n, L, row)`` and their final losses ``(n,)``; ``report`` gets the rows done."""
-    people, skipped = _prepare(rows, base.size_px, config.recipe.crop)
+    people = prepared.people
     thetas, losses = [space.theta_0.new_empty(0, *space.theta_0.shape)], [torch.empty(0)]
-    report(len(rows) - len(people))
+    report(len(prepared.rows) - len(people))
     for first in range(0, len(people), batch):
         theta, loss = _fit_people(base, space, people[first : first + batch], config, start, report)
         thetas.append(theta)
         losses.append(loss)
     shard = Shard(
-        rows=_names(rows),
+        rows=_names(prepared.rows),
         keys=tuple(person.key for person in people),
         names=tuple(person.name for person in people),
-        skipped=tuple(skipped),
-        sizes=_sizes(rows),
+        skipped=tuple(prepared.skipped),
+        sizes=_sizes(prepared.rows),
     )
     return shard, torch.cat(thetas), torch.cat(losses)
 
@@ -221,14 +256,13 @@ def _fit_people(
         first = torch.stack([own.mean(0) for own in thetas.split([len(person.photos) for person in people])])
     try:
         theta, losses = fit_theta(
-            base, space, subjects, config.fit, first, lambda _, steps: report(len(people) / steps)
+            base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps)
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
-            f"{len(people)} people at once do not fit into the memory of {base.device}; pass a smaller --batch, or "
-            f"--gradient-checkpointing"
+            f"{len(people)} people at once do not fit into the memory of {base.device}; {OUT_OF_MEMORY}"
         ) from error
-    return theta, losses[-max(1, config.fit.steps // 10) :].mean(0)
+    return theta, losses[-max(1, config.recipe.theta_steps // 10) :].mean(0)
 
 
 def _people_done(

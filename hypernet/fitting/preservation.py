@@ -11,6 +11,7 @@ the class: in our measurement they were obeyed, and showed strangers (docs/how-i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,23 @@ class Preserved:
         return (styled - (plain.detach() + self.change)).square().mean(dim=(1, 2, 3))
 
 
+class Choice(NamedTuple):
+    """What is random in a step's preservation, for N subjects with m prompts each.
+
+    Attributes:
+        rows: which noisy latents of the step's batch are asked, ``(N * m,)``, subject by subject.
+        templates: with which prompt each, ``(N * m,)``.
+    """
+
+    rows: Tensor
+    templates: Tensor
+
+    def to(self, device: torch.device) -> "Choice":
+        return Choice(*(tensor.to(device) for tensor in self))
+
+
 class PromptPreservation:
-    """Draws, step by step, what is to be preserved of a base model."""
+    """Says, step by step, what is to be preserved of a base model."""
 
     def __init__(
         self, base: BaseModel, prompts: Sequence[str], class_prompts: Sequence[str], templates: Sequence[str]
@@ -51,33 +67,40 @@ class PromptPreservation:
             class_prompts: the same without the subject, e.g. ``a face``.
             templates: prompts whose effect is preserved, with ``{}`` for the subject: ``a pencil drawing of {}``.
         """
-        self.base, self.prompts, self.class_prompts, self.templates = base, prompts, class_prompts, templates
-        self.token_ids = {t.format(prompt): base.token_ids(t.format(prompt)) for prompt in prompts for t in templates}
-        texts = dict.fromkeys(t.format(prompt) for prompt in class_prompts for t in ("{}", *templates))
-        with torch.no_grad():
-            self.embeds = {text: base.encode(base.token_ids(text)) for text in texts}
+        self.base, self.num_subjects, self.num_templates = base, len(prompts), len(templates)
+        styled = [template.format(prompt) for prompt in prompts for template in templates]
+        ids = {text: base.token_ids(text) for text in dict.fromkeys(styled)}
+        self.token_ids = torch.cat([ids[text] for text in styled]).unflatten(0, (-1, len(templates)))
+        texts = [t.format(prompt) for prompt in dict.fromkeys(class_prompts) for t in ("{}", *templates)]
+        self.plain = torch.tensor([texts.index(prompt) for prompt in class_prompts], device=base.device)
+        with torch.no_grad():  # one by one, for together they may be more than a step's
+            self.embeds = PromptEmbeds.concatenate([base.encode(base.token_ids(text)) for text in texts])
+
+    def choose(self, copies: int, generators: Sequence[torch.Generator]) -> Choice:
+        """Choose, for each subject, half of its ``copies`` noisy latents (rounded up) and prompts; on the CPU.
+
+        Args:
+            generators: each subject's own.
+        """
+        count = (copies + 1) // 2
+        rows, templates = [], []
+        for subject, generator in enumerate(generators):
+            rows.append(subject * copies + torch.randperm(copies, generator=generator)[:count])
+            templates.append(torch.randint(self.num_templates, (count,), generator=generator))
+        return Choice(torch.cat(rows), torch.cat(templates))
 
     @torch.no_grad()
-    def draw(self, noisy: Tensor, timesteps: Tensor, generators: Sequence[torch.Generator]) -> Preserved:
-        """Choose, for each subject, half of its noisy latents (rounded up) and a prompt for each; ask the base there.
+    def preserve(self, noisy: Tensor, timesteps: Tensor, choice: Choice) -> Preserved:
+        """Ask the base what it answers there.
 
         Args:
             noisy: the step's ``(N * k, 4, h, w)``.
             timesteps: ``(N * k,)``.
-            generators: each subject's own.
+            choice: on their device.
         """
-        copies = len(noisy) // len(self.prompts)
-        count = (copies + 1) // 2
-        token_ids, plain, styled, rows = [], [], [], []
-        for subject, generator in enumerate(generators):
-            rows.append(subject * copies + torch.randperm(copies, generator=generator)[:count])
-            for choice in torch.randint(len(self.templates), (count,), generator=generator).tolist():
-                template, class_prompt = self.templates[choice], self.class_prompts[subject]
-                token_ids.append(self.token_ids[template.format(self.prompts[subject])])
-                plain.append(self.embeds[class_prompt])
-                styled.append(self.embeds[template.format(class_prompt)])
-        chosen = torch.cat(rows).to(noisy.device)
-        twice = torch.cat([chosen, chosen])
-        embeds = PromptEmbeds.concatenate(plain + styled)
+        rows, templates = choice
+        subjects = rows // (len(noisy) // self.num_subjects)
+        twice, plain = torch.cat([rows, rows]), self.plain[subjects]
+        embeds = self.embeds.rows(torch.cat([plain, plain + 1 + templates]))
         before, after = predict(self.base, noisy[twice], timesteps[twice], embeds).chunk(2)
-        return Preserved(torch.cat(token_ids), chosen, after - before)
+        return Preserved(self.token_ids[subjects, templates], rows, after - before)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hypernet.inputs.people import Skipped
+from hypernet.inputs.people import Skipped, write_skipped
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path, write_safetensors
 from lidb_peft.record import missing_fields, same_base
@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+_EARLIER_FIT = {"optimizer": "adamw"}  # which manifests did not say when there was no other
 _REMEDY = "delete it and run hdb preoptimize again, which makes it anew"
 
 
@@ -106,7 +107,7 @@ class TargetStore:
 
     def check_fit(self, fit: Mapping) -> None:
         """Raise ValueError unless the targets were fitted as ``fit`` says."""
-        theirs, fit = self.manifest["fit"], json.loads(json.dumps(dict(fit)))
+        theirs, fit = _EARLIER_FIT | self.manifest["fit"], json.loads(json.dumps(dict(fit)))
         differing = [name for name in fit if theirs.get(name) != fit[name]]
         if differing:
             found = ", ".join(f"{name} {theirs.get(name)!r} (here {fit[name]!r})" for name in differing)
@@ -193,9 +194,7 @@ class TargetStore:
         """Write what was left out to ``skipped.jsonl``, a name and a reason on each line; safe in every process."""
         path, listed = self.folder / SKIPPED_FILE, None
         while listed != (listed := self.shards()):  # another process may have added one while this one wrote
-            lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in self.skipped()]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            write_skipped(path, self.skipped())
         return path
 
 

@@ -7,9 +7,10 @@ damaged) is returned as `Skipped`, with its reason, and never raised.
 import glob
 import hashlib
 import io
+import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from torch import Tensor
 from hypernet.errors import first_line
 from hypernet.inputs.faces import find_faces
 from hypernet.inputs.photos import Photo, decode_image, prepare_photo, read_image
+from lidb_peft.files import atomic_path
 
 if TYPE_CHECKING:
     import datasets
@@ -72,6 +74,13 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+
+
+def write_skipped(path: Path, entries: Iterable[Skipped]) -> None:
+    """Write what was left out as JSON, a line for each."""
+    lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in entries]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The folder of a training holds ``last/`` and ``best/``, hypernetworks that `Hype
 ``samples/``, pictures of held-out people; ``log.jsonl``; ``skipped.jsonl``; and ``training.pt``, to resume from.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from transformers import get_scheduler
 
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import release_vae
+from hypernet.errors import first_sentence
 from hypernet.fitting.losses import checkpointed
 from hypernet.fitting.targets import SKIPPED_FILE
-from hypernet.inputs.people import People, check_detector
+from hypernet.inputs.people import People, Skipped, check_detector, write_skipped
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
@@ -237,9 +239,7 @@ class _Run:
 
     def _save(self) -> None:
         self.network.save_pretrained(self.out / LAST)
-        with atomic_path(self.out / SKIPPED_FILE) as temporary:
-            lines = [json.dumps({"name": n, "reason": r}, ensure_ascii=False) for n, r in self.result.skipped.items()]
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_skipped(self.out / SKIPPED_FILE, itertools.starmap(Skipped, self.result.skipped.items()))
         self.state.save(self.out, self.config, self.world)
 
     def _means(self, sums: Tensor, examples: Examples) -> dict[str, float]:
@@ -281,7 +281,7 @@ def _told_of_the_dead(world: int) -> Iterator[None]:
         if world == 1 or not is_connection:
             raise
         raise ConnectionError(
-            f"another process of this training has died or hangs ({str(error).split('. ')[0]}); see what it "
+            f"another process of this training has died or hangs ({first_sentence(error)}); see what it "
             f"said, and resume from the last checkpoint"
         ) from error
 

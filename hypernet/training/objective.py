@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hypernet.base_models import BaseModel
-from hypernet.diffusion import encode_photos, question
-from hypernet.fitting.losses import base_losses, draw_noise
+from hypernet.diffusion import encode_photos
+from hypernet.fitting.losses import ask, base_losses, draw_noise
 from hypernet.fitting.preservation import Preserved, PromptPreservation
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import PersonalizeConfig, TrainConfig
@@ -119,10 +119,13 @@ class Objective(nn.Module):
         """What the base is asked and should answer, the same for each round: noisy latents, timesteps, targets."""
         generators = batch.generators()
         moments = self.latents.moments(batch.denoised, batch.photos).repeat_interleave(batch.copies, dim=0)
-        clean, noise, timesteps = draw_noise(self.base, moments, generators)
-        noisy, target = question(self.base, clean, noise, timesteps)
-        preserved = self.preservation and self.preservation.draw(noisy, timesteps, generators)
-        return noisy, timesteps, target, preserved
+        noise = draw_noise(self.base, moments.shape, generators).to(self.base.device)
+        noisy, target = ask(self.base, moments, noise)
+        preserved = None
+        if self.preservation is not None:
+            choice = self.preservation.choose(batch.copies, generators).to(self.base.device)
+            preserved = self.preservation.preserve(noisy, noise.timesteps, choice)
+        return noisy, noise.timesteps, target, preserved
 
     def _base_terms(
         self, theta: Tensor, batch: Batch, noisy: Tensor, timesteps: Tensor, target: Tensor, preserved: Preserved | None

@@ -13,6 +13,7 @@ from hypernet.base_models import BaseModel
 from hypernet.devices import WAIT
 from hypernet.fitting.targets import TargetStore
 from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
 from hypernet.training.state import STATE_FILE
 from lidb_peft import LiDBSpace
@@ -29,16 +30,7 @@ def make_optimizer(network: HyperNetwork, config: TrainConfig) -> torch.optim.Op
         ValueError: bitsandbytes is asked for and is not installed.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer adamw8bit needs bitsandbytes, which is not to be had ({error}); pip install 'lidb-peft[cuda]', "
-            f"or choose adamw"
-        ) from error
-    return AdamW8bit(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return make_adamw(config.optimizer, parameters, config.lr, weight_decay=config.weight_decay)
 
 
 def open_targets(

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hypernet.base_models import load_base
+from hypernet.fitting import engine
 from lidb_peft import LiDBSpace, save_theta
 from testbed import miniature_lidb_config, miniature_path
 
@@ -84,6 +87,30 @@ def test_a_device_that_is_not_there_is_named(hdb):
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_only_a_card_has_is_named_without_one(hdb, personalize, portrait):
+    assert "only a CUDA device has one" in hdb.fail(*personalize(portrait), "--max-vram", "4GB")
+    message = hdb.fail(*personalize(portrait), "--attention", "xformers")
+    assert "attention xformers cannot be had" in message
+    assert "choose sdpa" in message
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_8_bit_adam_says_what_it_needs(hdb, personalize, portrait):
+    message = hdb.fail(*personalize(portrait), "--optimizer", "adamw8bit", "--steps", 1)
+    assert "pip install 'lidb-peft[cuda]', or choose adamw" in message
+
+
+def test_a_full_card_is_one_sentence_with_the_options_that_help(hdb, personalize, portrait, monkeypatch):
+    def fill(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ... See docs.")
+
+    monkeypatch.setattr(engine, "base_losses", fill)
+    message = hdb.fail(*personalize(portrait), "--gradient-checkpointing", "off", "--steps", 1)
+    assert "out of GPU memory; turn --gradient-checkpointing on" in message
+    assert "See docs" not in message
+
+
 # ---- options ----
 
 
@@ -96,6 +123,10 @@ def test_a_device_that_is_not_there_is_named(hdb):
         (("--seed", -1), "'--seed'"),
         (("--seed", 2**64), "'--seed'"),
         (("--lr", "fast"), "'--lr': 'fast' is not a valid float"),
+        (("--max-vram", "four"), "'four' is no size; write it as 4GB or 800MB"),
+        (("--max-vram", "0GB"), "'0GB' is no size"),
+        (("--max-vram", "4GiB"), "'4GiB' is no size"),
+        (("--optimizer", "sgd"), "'--optimizer': 'sgd' is not one of"),
         (("--stepz", 3), "No such option"),
     ],
 )
@@ -276,7 +307,7 @@ def nan_lora(hdb, made):
 
 def test_a_lora_with_nan_is_warned_of_and_never_drawn_with(hdb, nan_lora):
     output = hdb.run("inspect", nan_lora, code=3)
-    assert "1 layer with NaN or infinity" in output
+    assert re.search(r"^warning +1 layer with NaN or infinity", output, re.MULTILINE)
     assert json.loads(hdb.run("inspect", nan_lora, "--json", code=3))["warnings"]
     message = hdb.fail("generate", "a face", "--base", "testbed", "--lora", nan_lora)
     assert "nan.safetensors holds NaN or infinity" in message

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hypernet.devices import choose_device, choose_dtype, describe_choice
+from hypernet import devices
+from hypernet.devices import choose_device, choose_dtype, describe_choice, free_bytes, limit_memory
 
 CPU = torch.device("cpu")
+GB = 10**9
 
 
 @pytest.fixture
@@ -13,7 +17,7 @@ def cards(monkeypatch):
     def pretend(count: int, bf16: bool = True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bf16 else (7, 5))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
     return pretend
@@ -70,3 +74,26 @@ def test_a_precision_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="fp16 does not train on a CPU"):
         choose_dtype("fp16", CPU)
     assert choose_dtype("bf16", CPU) == torch.bfloat16
+
+
+def test_a_memory_limit_is_a_smaller_card(cards, monkeypatch):
+    """A card of 10 GB, of which others take 3 and this process 1, with 2 more in torch's cache."""
+    cards(1)
+    card, fractions = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * GB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GB, 10 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, card: fractions.append((share, card))
+    )
+    monkeypatch.setattr(devices, "_memory_limits", {})
+    assert free_bytes(card) == 6 * GB
+    limit_memory(card, 4 * GB)
+    assert fractions == [(0.4, 0)]
+    assert free_bytes(card) == free_bytes(torch.device("cuda:0")) == 3 * GB
+    with pytest.raises(ValueError, match=r"--max-vram is 11\.0 GB, and cuda has 10\.0 GB"):
+        limit_memory(card, 11 * GB)
+    with pytest.raises(ValueError, match="only a CUDA device has one"):
+        limit_memory(CPU, 4 * GB)

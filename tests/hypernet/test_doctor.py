@@ -28,7 +28,7 @@ def test_it_describes_every_card(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: Card.name)
     rows = dict(doctor.report())

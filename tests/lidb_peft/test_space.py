@@ -337,3 +337,20 @@ def test_learned_bases_take_the_place_of_the_frozen_ones(space):
     for wrong in ({}, bases | {label: torch.zeros(2, 2)}):
         with pytest.raises(ValueError, match="the learned bases have no"):
             space.expand(theta, wrong)
+
+
+def test_a_model_compiles_as_one_graph_and_reads_new_weights(new_text_encoder, inputs):
+    """The hooks are a part of the graph, and a change of theta compiles nothing anew."""
+    models = {"text_encoder": new_text_encoder(num_hidden_layers=1).requires_grad_(False)}
+    space, compilations = LiDBSpace(models, CONFIG), []
+
+    def backend(graph, examples):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(models["text_encoder"], backend=backend, fullgraph=True)
+    for seed in range(3):
+        with space.weights(random_theta(space, seed=seed)):
+            expected = models["text_encoder"](inputs[2])[0]
+            assert torch.allclose(compiled(inputs[2])[0], expected, atol=1e-6)
+    assert len(compilations) == 1

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from hypernet.base_models import load_base
+from hypernet.diffusion import sample_latents
 from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import FitConfig
@@ -34,13 +35,14 @@ def gradients(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """Every step's ``(clean, noise, timesteps)``."""
-    seen, original = [], engine.draw_noise
+    seen, original = [], engine.ask
 
-    def record(*arguments):
-        seen.append(original(*arguments))
-        return seen[-1]
+    def record(base, moments, noise):
+        clean = sample_latents(moments, noise.latent, base.vae.config.scaling_factor)
+        seen.append((clean, noise.added.clone(), noise.timesteps.clone()))
+        return original(base, moments, noise)
 
-    monkeypatch.setattr(engine, "draw_noise", record)
+    monkeypatch.setattr(engine, "ask", record)
     return seen
 
 
@@ -239,7 +241,7 @@ def test_no_steps_change_nothing(base, space, new_subject, random_theta):
 @pytest.mark.usefixtures("checkpointing")
 def test_gradient_checkpointing_changes_no_gradient(base, space, new_subject, random_theta, gradients):
     config = FitConfig(steps=1, lr=1e-3, max_grad_norm=UNCLIPPED)
-    for checkpointing in (False, True):
+    for checkpointing in ("off", "on"):
         checked = replace(config, gradient_checkpointing=checkpointing)
         fit_theta(base, space, [new_subject("ann"), new_subject("bob")], checked, start=random_theta)
     assert error(gradients[1], gradients[0]) < 1e-5
@@ -251,11 +253,37 @@ def test_gradient_checkpointing_changes_no_gradient(base, space, new_subject, ra
 
 
 @pytest.mark.usefixtures("checkpointing")
+def test_auto_checkpoints_what_does_not_fit_otherwise(base, space, new_subject, random_theta, monkeypatch):
+    """A card that has no room for the third step by itself: the fit is that of checkpointing from the start."""
+    config = FitConfig(4, 1e-3, gradient_checkpointing="on")
+    expected, losses = fit_theta(base, space, [new_subject("ann")], config, start=random_theta)
+    original, calls = engine.base_losses, []
+
+    def small_card(base, *arguments):
+        calls.append(base.unet.is_gradient_checkpointing)
+        if calls == [False] * 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return original(base, *arguments)
+
+    monkeypatch.setattr(engine, "base_losses", small_card)
+    with pytest.warns(UserWarning, match="gradient checkpointing is on now"):
+        theta, found = fit_theta(
+            base, space, [new_subject("ann")], replace(config, gradient_checkpointing="auto"), start=random_theta
+        )
+    assert calls == [False] * 3 + [True] * 4
+    assert torch.equal(theta, expected)
+    assert torch.equal(found, losses)
+    calls.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fit_theta(base, space, [new_subject("ann")], replace(config, gradient_checkpointing="off"))
+
+
+@pytest.mark.usefixtures("checkpointing")
 def test_checkpointing_is_switched_off_after_an_interruption(base, space, new_subject):
     def interrupt(done, total):
         raise KeyboardInterrupt
 
-    config = FitConfig(3, 1e-3, gradient_checkpointing=True)
+    config = FitConfig(3, 1e-3, gradient_checkpointing="on")
     with pytest.raises(KeyboardInterrupt):
         fit_theta(base, space, [new_subject("ann")], config, progress=interrupt)
     assert not base.unet.is_gradient_checkpointing
@@ -336,6 +364,9 @@ def test_theta_of_another_shape_is_refused(base, space, new_subject):
         ({"lr": float("inf")}, "lr is inf"),
         ({"timesteps_per_step": 0}, "timesteps_per_step is 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is True; choose auto, on or off"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose auto, adamw or adamw8bit"),
+        ({"graph": "yes"}, "graph is 'yes'; choose auto, on or off"),
         ({"background": -1.0}, "background is -1.0"),
         ({"preservation": float("nan")}, "preservation is nan"),
         ({"preservation": 1.0, "preserved": ()}, "preserved is"),

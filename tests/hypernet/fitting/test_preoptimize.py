@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import pyarrow as pa
@@ -87,7 +88,7 @@ def test_the_targets_are_the_fits_of_the_people_in_the_data_sets_order(unbroken,
     assert [store.read(index).names for index in store.shards()] == [("0.png", "1.png"), ("2.png", "3.png"), ("4.png",)]
     photos = [load_photo(face_folder / name, base.size_px, crop=False) for name in ("2.png", "3.png")]
     subjects = make_subjects(base, [PreparedPerson(photo.name, (photo,)) for photo in photos], RECIPE.trigger)
-    thetas, _ = fit_theta(base, space, subjects, QUICK.fit)
+    thetas, _ = fit_theta(base, space, subjects, QUICK.recipe.theta_fit)
     assert torch.equal(store.thetas([subject.key for subject in subjects]), thetas)
     assert not torch.equal(thetas[0], space.theta_0)
 
@@ -191,7 +192,7 @@ def test_a_shard_of_before_sizes_were_noted_is_gone_on_from(run, unbroken, base,
 
 @pytest.mark.usefixtures("checkpointing")
 def test_gradient_checkpointing_may_change_on_the_way(run, unbroken):
-    run(unbroken, replace(QUICK, gradient_checkpointing=True))
+    run(unbroken, replace(QUICK, recipe=replace(QUICK.recipe, gradient_checkpointing="on")))
 
 
 # ---- what is left out ----
@@ -286,7 +287,7 @@ def test_auto_takes_what_the_memory_holds(base, space, tmp_path, run):
     assert fixed + (_largest_batch(100_000, peaks) + 1) * each > 85_000
     assert _largest_batch(10**9, peaks) == LARGEST_BATCH
     assert _largest_batch(2_600, peaks) == _largest_batch(2_600, peaks[:1]) == 1
-    assert choose_batch(base, space, QUICK.fit) == 16
+    assert choose_batch(base, space, QUICK.recipe.theta_fit) == 16
     assert run(tmp_path / "targets", replace(QUICK, batch=None))[0].batch == 16
 
 
@@ -301,3 +302,24 @@ def test_progress_goes_on_from_what_was_found_to_the_end(run, tmp_path, fits):
     assert rest[0] == ("fit people", 2, 5)
     assert rest[-1] == ("fit people", 5, 5)
     assert rest == sorted(rest)
+
+
+def test_the_next_shard_is_prepared_while_one_is_fitted(run, tmp_path, monkeypatch):
+    """A GPU does not wait for photos to be decoded; here each waits for the other, so that in turn they would hang."""
+    original, fit, second = preoptimize_module.prepare_person, preoptimize_module.fit_theta, threading.Event()
+    prepared = []
+
+    def prepare(person, *arguments):
+        prepared.append(person.name)
+        if len(prepared) == 3:  # two in a shard
+            second.set()
+        return original(person, *arguments)
+
+    def fit_when_the_next_is_prepared(*arguments):
+        assert second.wait(timeout=30)
+        return fit(*arguments)
+
+    monkeypatch.setattr(preoptimize_module, "prepare_person", prepare)
+    monkeypatch.setattr(preoptimize_module, "fit_theta", fit_when_the_next_is_prepared)
+    run(tmp_path / "targets")
+    assert prepared == sorted(prepared)

@@ -19,7 +19,7 @@ def generators(count):
 def test_what_is_preserved_is_the_base_s_own_change(base):
     noisy, timesteps = torch.randn(6, 4, 8, 8, generator=generators(1)[0]), torch.tensor([10, 500, 900] * 2)
     preservation = PromptPreservation(base, ["a sks face", "a zwx man"], ["a face", "a man"], TEMPLATES)
-    drawn = preservation.draw(noisy, timesteps, generators(2))
+    drawn = preservation.preserve(noisy, timesteps, preservation.choose(3, generators(2)))
     assert drawn.rows.shape == (4,)  # two of each subject's three
     assert sorted(row // 3 for row in drawn.rows.tolist()) == [0, 0, 1, 1]
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.token_ids[:, 0]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import ViTConfig
 
-from hypernet.diffusion import encode_photos, predict, question, release_vae
-from hypernet.fitting.losses import checkpointed, draw_noise
+from hypernet.diffusion import encode_photos, predict, release_vae
+from hypernet.fitting.losses import ask, checkpointed, draw_noise
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
@@ -49,9 +49,9 @@ def dense_updates(space, theta, bases=None):
 def asked(base, batch):
     """What the base is asked and should answer: noisy latents, timesteps, targets."""
     moments = encode_photos(base, batch.denoised).repeat_interleave(batch.copies, dim=0)
-    clean, noise, timesteps = draw_noise(base, moments, batch.generators())
-    noisy, target = question(base, clean, noise, timesteps)
-    return noisy, timesteps, target
+    noise = draw_noise(base, moments.shape, batch.generators())
+    noisy, target = ask(base, moments, noise)
+    return noisy, noise.timesteps, target
 
 
 def test_updates_are_compared_as_dense_matrices_would_be(space, thetas):

@@ -1,0 +1,149 @@
+"""CUDA graphs, as far as they can be tested without CUDA: a capture of addresses, replayed kernel by kernel."""
+
+import copy
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hypernet.fitting import engine
+from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.replay import WARM_UP, Replay
+from hypernet.recipe import FitConfig
+from lidb_peft import LiDBSpace
+
+CONFIG = FitConfig(steps=4, lr=1e-2, timesteps_per_step=2, background=0.5, preservation=1.0)
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class Recording(TorchDispatchMode):
+    """Keeps every kernel with the tensors that it reads and writes, as a CUDA graph keeps their addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in WAITING, f"{function} waits for the device, which a capture cannot"
+        result = function(*args, **(kwargs or {}))
+        self.kernels.append((function, *tree_map(_address, (args, kwargs or {}, result))))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, result in self.kernels:
+            again = function(*args, **kwargs)
+            for place, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+class Watching(TorchDispatchMode):
+    """Notes the kernels that read or write tensors of another device than meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.elsewhere = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.kernels += 1
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        if any(tensor.device.type != "meta" for tensor in tensors):
+            self.elsewhere.append(str(function))
+        return result
+
+
+def _address(value):
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+class Emulated(Replay):
+    """Replays on the CPU what the call after the warm-up recorded."""
+
+    recording = None
+
+    def _run(self, function):
+        if self._calls <= WARM_UP:
+            return super()._run(function)
+        if self.recording is None:
+            self.recording = Recording()
+            with self.recording:
+                self._result = function()
+        else:
+            with torch.no_grad():
+                self.recording.replay()
+        return self._result
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The optimiser as it is on CUDA: it waits for nothing, and its learning rate is a tensor."""
+
+    def make_adamw(name, parameters, lr, capturable, **options):
+        assert capturable
+        return torch.optim.AdamW(parameters, lr=torch.tensor(lr), fused=True, **options)
+
+    monkeypatch.setattr(engine, "make_adamw", make_adamw)
+
+
+@pytest.fixture
+def people(new_subject):
+    return [replace(new_subject(key, photos), class_prompt="a face") for key, photos in (("ann", 2), ("bob", 1))]
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("preservation", [0.0, 1.0])
+def test_a_replayed_fit_equals_a_fit_step_by_step(base, space, people, preservation, monkeypatch):
+    config = replace(CONFIG, steps=WARM_UP + 3, preservation=preservation)
+    theta, losses = fit_theta(base, space, people, config)
+    loras, lora_losses = fit_lora(base, space, people, config, 2, theta)
+    monkeypatch.setattr(engine, "Replay", Emulated)
+    replayed, replayed_losses = fit_theta(base, space, people, config)
+    assert torch.equal(replayed, theta)
+    assert torch.equal(replayed_losses, losses)
+    replayed_loras, replayed_losses = fit_lora(base, space, people, config, 2, theta)
+    assert torch.equal(replayed_losses, lora_losses)
+    for lora, expected in zip(replayed_loras, loras, strict=True):
+        assert all(torch.equal(lora[name][side], expected[name][side]) for name in expected for side in (0, 1))
+
+
+def test_a_step_reads_nothing_that_is_not_on_the_device(base, space, people):
+    """A copy from the CPU waits for the device, and a capture refuses it; meta tensors stand for a device here."""
+    meta = replace(base, **{name: copy.deepcopy(model).to("meta") for name, model in base.adapted.items()})
+    meta_space = LiDBSpace(meta.adapted, space.config)
+    theta = space.theta_0.expand(2, -1, -1).to("meta").clone().requires_grad_(True)
+    step = engine._Step(meta, meta_space, people, CONFIG, theta, lambda values: [meta_space.expand(values)])
+    step.steps_inside = False  # AdamW itself counts its steps on the CPU unless it is on CUDA
+    step(1e-3)
+    with Watching() as watching:
+        step._compute()
+    assert watching.kernels > 1000
+    assert watching.elsewhere == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without CUDA")
+def test_a_graph_that_cannot_be_had_is_refused(base, space, people):
+    with pytest.raises(ValueError, match="a CUDA graph was asked for on cpu"):
+        fit_theta(base, space, people, replace(CONFIG, graph="on"))
+
+
+def test_a_fit_that_is_over_leaves_nothing_to_the_garbage_collector(base, space, people, monkeypatch):
+    """Or the memory of its graph would still be there when the next batch of people needs it."""
+    steps, original = [], engine._Step
+
+    def note(*arguments):
+        step = original(*arguments)
+        steps.append(weakref.ref(step))
+        return step
+
+    monkeypatch.setattr(engine, "_Step", note)
+    gc.disable()
+    try:
+        fit_theta(base, space, people, CONFIG)
+    finally:
+        gc.enable()
+    assert [step() for step in steps] == [None]
