@@ -177,7 +177,8 @@ class _Step:
         options = {"betas": (0.9, 0.99), "weight_decay": 0.0}
         self.optimizer = make_adamw(config.optimizer, [parameters], config.lr, capturable=True, **options)
         self.steps_inside = isinstance(self.optimizer, torch.optim.AdamW)  # bitsandbytes' cannot be captured
-        graph = "off" if recomputes and config.graph == "auto" else config.graph  # it keeps random states
+        # Recomputing saves and restores random states, which a capture does not take.
+        graph = "off" if recomputes and config.graph == "auto" else config.graph
         self.replay = Replay(base.device, graph)
         self.inputs: list[Tensor] = []
 
