@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoModel, ViTConfig
 
+import hypernet.training.validation as validation
 from cli.main import main
+from testbed.corpus import portrait as draw_portrait
 
 
 @dataclass
@@ -40,6 +44,31 @@ def hdb(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     return Hdb(tmp_path)
+
+
+@pytest.fixture
+def draw_faces(hdb):
+    """A function: names of files -> the folder ``faces``, with a person of their own in each."""
+
+    def draw(*names: str) -> str:
+        folder = hdb.folder / "faces"
+        folder.mkdir()
+        for index, name in enumerate(names):
+            Image.fromarray(draw_portrait(index, "validation")[0]).save(folder / name)
+        return folder.name
+
+    return draw
+
+
+@pytest.fixture
+def trainable(hdb, monkeypatch):
+    """Makes ``hdb train`` quick: the folder of a tiny encoder, and sample pictures of one step."""
+    monkeypatch.setattr(validation, "PICTURE_STEPS", 1)
+    encoder = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    AutoModel.from_config(encoder).save_pretrained(hdb.folder / "vit")
+    return "vit"
 
 
 QUICK = ("--base", "testbed", "--hypernet", "none", "--no-crop", "--no-preview", "--theta-steps", 1, "--steps", 1)

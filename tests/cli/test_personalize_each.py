@@ -3,19 +3,12 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
-
-from testbed.corpus import portrait as draw_portrait
 
 
 @pytest.fixture
-def faces(hdb):
-    folder = hdb.folder / "faces"
-    folder.mkdir()
-    for name, index in (("ann.png", 0), ("bob.png", 1)):
-        Image.fromarray(draw_portrait(index, "validation")[0]).save(folder / name)
-    return "faces"
+def faces(draw_faces):
+    return draw_faces("ann.png", "bob.png")
 
 
 def test_everybody_in_a_folder_gets_the_lora_of_their_photo(hdb, personalize, faces):

@@ -3,24 +3,18 @@
 import json
 
 import pytest
-from PIL import Image
 
 import testbed
 from hypernet.base_models import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
-from testbed.corpus import portrait as draw_portrait
 
 QUICK = ("--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1)
 
 
 @pytest.fixture
-def faces(hdb):
-    folder = hdb.folder / "faces"
-    folder.mkdir()
-    for index in range(3):
-        Image.fromarray(draw_portrait(index, "validation")[0]).save(folder / f"{index}.png")
-    return "faces"
+def faces(draw_faces):
+    return draw_faces("0.png", "1.png", "2.png")
 
 
 def shards(folder):

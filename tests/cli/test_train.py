@@ -3,30 +3,17 @@
 import json
 
 import pytest
-from PIL import Image
-from transformers import AutoModel, ViTConfig
 
-import hypernet.training.validation as validation
 from converters import describe
 from hypernet.network.hypernetwork import HyperNetwork
-from testbed.corpus import portrait as draw_portrait
 
 QUICK = ("--base", "testbed", "--no-crop", "--workers", 0, "--batch", 2, "--steps", 2, "--log-every", 1, "--encoder",
          "vit", "--hidden-size", 32, "--rounds", 2)  # fmt: skip
 
 
 @pytest.fixture
-def faces(hdb, monkeypatch):
-    """Three faces, and the folder of a tiny encoder."""
-    monkeypatch.setattr(validation, "PICTURE_STEPS", 1)
-    (hdb.folder / "faces").mkdir()
-    for index in range(3):
-        Image.fromarray(draw_portrait(index, "validation")[0]).save(hdb.folder / "faces" / f"{index}.png")
-    encoder = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
-    )
-    AutoModel.from_config(encoder).save_pretrained(hdb.folder / "vit")
-    return "faces"
+def faces(draw_faces, trainable):
+    return draw_faces("0.png", "1.png", "2.png")
 
 
 def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
