@@ -1,5 +1,7 @@
 """From a Hugging Face id, a folder or a checkpoint to diffusers' pipeline: whole, of a kind we know, or a sentence."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +49,19 @@ def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
     return pipeline
 
 
+@contextmanager
+def _loading(source: str | Path, *failures: type[Exception]) -> Iterator[None]:
+    """Say in a sentence what a library finds wrong with a base, ``failures`` included."""
+    try:
+        yield
+    except (ValueError, RuntimeError, *failures) as error:
+        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
+
+
 def _load_folder(folder: Path, dtype: torch.dtype) -> "Pipeline":
     kind, variant = check_folder(folder)
-    try:
+    with _loading(folder, OSError):  # configs that do not fit the weights, or each other
         pipeline = _load_pretrained(str(folder), kind, dtype, variant=variant)
-    except (OSError, ValueError, RuntimeError) as error:  # configs that do not fit the weights, or each other
-        raise ValueError(f"{folder} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
     for name in TEXT_ENCODERS[kind]:
         mend_text_encoder(folder / name, variant, getattr(pipeline, name))
     return pipeline
@@ -82,7 +91,8 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
     try:
         validate_repo_id(source)
-        return _load_pretrained(source, pipeline_class(source, _load_index(source)), dtype)
+        with _loading(source):
+            return _load_pretrained(source, pipeline_class(source, _load_index(source)), dtype)
     except (HFValidationError, OSError) as error:
         is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
         reason = f" ({first_sentence(error)})" if is_telling else ""
@@ -91,8 +101,6 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
             f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
             f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package{reason}"
         ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
 
 
 def _load_index(source: str) -> dict[str, Any]:
@@ -108,15 +116,16 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> "Pipeline":
 
     kind = check_checkpoint(path)
     try:
-        return getattr(diffusers, kind).from_single_file(str(path), **PIPELINE_OPTIONS[kind], **_dtype_argument(dtype))
+        with _loading(path):
+            return getattr(diffusers, kind).from_single_file(
+                str(path), **PIPELINE_OPTIONS[kind], **_dtype_argument(dtype)
+            )
     except OSError as error:
         raise FileNotFoundError(
             f"{path} holds weights only, and the tokenizer and configuration that go with it (3 MB) could not be had "
             f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
             f"({first_sentence(error)})"
         ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
 
 
 def _check_architecture(source: str, pipeline: "Pipeline") -> None:

@@ -6,10 +6,15 @@ from typing import Any
 import torch
 
 
+def chosen_optimizer(name: str) -> str:
+    """The optimiser that ``name`` means: ``auto`` is ``adamw``."""
+    return "adamw" if name == "auto" else name
+
+
 def make_adamw(
     name: str, parameters: Sequence[torch.Tensor], lr: float, capturable: bool = False, **options: Any
 ) -> torch.optim.Optimizer:
-    """Make the optimiser ``adamw``, fused for parameters on CUDA, or ``adamw8bit``; ``auto`` is ``adamw``.
+    """Make the `chosen_optimizer`: ``adamw``, fused for parameters on CUDA, or ``adamw8bit``.
 
     Args:
         capturable: adamw's step may be captured in a CUDA graph; its learning rate is a tensor then.
@@ -18,7 +23,7 @@ def make_adamw(
     Raises:
         ValueError: bitsandbytes is asked for and is not installed.
     """
-    if name != "adamw8bit":
+    if chosen_optimizer(name) == "adamw":
         if all(parameter.is_cuda for parameter in parameters):
             options |= {"fused": True, "capturable": capturable}
             lr = torch.tensor(lr, device=parameters[0].device) if capturable else lr

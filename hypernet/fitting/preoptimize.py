@@ -22,6 +22,7 @@ from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
 from hypernet.network.prediction import Start
+from hypernet.optimizers import chosen_optimizer
 from hypernet.recipe import PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
 
@@ -70,7 +71,7 @@ def open_targets(
     recipe = config.recipe
     fit = asdict(recipe.theta_fit)
     del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives
-    fit["optimizer"] = "adamw8bit" if fit["optimizer"] == "adamw8bit" else "adamw"  # which auto is
+    fit["optimizer"] = chosen_optimizer(fit["optimizer"])
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
     fit |= {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
     if not has_targets(folder):
