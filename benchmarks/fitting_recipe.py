@@ -23,7 +23,9 @@ from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE
 from testbed.portraits import SPLITS
 
-LORA = replace(MINIATURE_RECIPE, theta_steps=0, steps=40, lr=8e-3, rank=8, background=1.0, preservation=0.0)
+LORA = replace(
+    MINIATURE_RECIPE, theta_steps=0, steps=40, lr=8e-3, rank=8, max_timestep=1000, background=1.0, preservation=0.0
+)  # fmt: skip
 KEPT = replace(LORA, preservation=1.0, background=0.2)
 THETA = replace(KEPT, theta_steps=100, theta_lr=1e-2, steps=0)
 ROWS: dict[str, PersonalizeConfig] = {
@@ -37,6 +39,9 @@ ROWS: dict[str, PersonalizeConfig] = {
     "LoRA, both, 80 steps": replace(KEPT, steps=80),
     "LoRA, both, 160 steps": replace(KEPT, steps=160),
     "LoRA, both, background 0, 80 steps": replace(KEPT, background=0.0, steps=80),
+    "LoRA, both, background 0, 80 steps below 700": replace(KEPT, background=0.0, steps=80, max_timestep=700),
+    "LoRA, both, background 0, 80 steps below 500": replace(KEPT, background=0.0, steps=80, max_timestep=500),
+    "LoRA, both, background 0, 160 steps below 500": replace(KEPT, background=0.0, steps=160, max_timestep=500),
     "LoRA, both, lr 0.004": replace(KEPT, lr=4e-3),
     "LoRA, both, lr 0.012": replace(KEPT, lr=1.2e-2),
     "LoRA, both, lr 0.016": replace(KEPT, lr=1.6e-2),

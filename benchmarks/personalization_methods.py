@@ -39,16 +39,20 @@ PLAIN, PREDICTED = "no hypernetwork", "hypernetwork"
 
 @contextmanager
 def relaxed(
-    world: World, people: Sequence[int], seed: int, steps: int, network: Path | None = None
+    world: World, people: Sequence[int], seed: int, steps: int, network: Path | None = None, **changes: int
 ) -> Iterator[list[LoraFactors] | None]:
-    """Our LoRA, beside the theta that a hypernetwork predicts or with none; no steps leaves the prediction alone."""
+    """Our LoRA, beside the theta that a hypernetwork predicts or with none; no steps leaves the prediction alone.
+
+    Args:
+        changes: of the recipe that goes with it.
+    """
     theta = bases = None
     if network is not None:
         hypernetwork = _load_network(network)
         hypernetwork.check_space(world.space)
         theta, bases = hypernetwork(shown_photos(people)), hypernetwork.bases
     if steps:
-        recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed)
+        recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed, **changes)
         factors, _ = fit_lora(
             world.base, world.space, world.subjects(people), recipe.lora_fit, recipe.rank, theta, bases=bases
         )
@@ -169,7 +173,7 @@ def main() -> None:
 
 def _choose_rows(arguments: argparse.Namespace) -> dict[str, Row]:
     if arguments.table == "tuning":
-        return TUNING
+        return TUNING if arguments.hypernetwork is None else TUNING | max_timestep_rows(arguments.hypernetwork)
     if arguments.table == "steps":
         return curve_rows(arguments.hypernetwork)
     rows = {}
@@ -185,6 +189,15 @@ def _choose_rows(arguments: argparse.Namespace) -> dict[str, Row]:
 def network_rows(name: str, folder: Path, **sizes: int) -> dict[str, Row]:
     return {
         _relaxed_name(name, steps): Row(partial(relaxed, steps=steps, network=folder), **sizes) for steps in (40, 0)
+    }
+
+
+def max_timestep_rows(hypernetwork: Path) -> dict[str, Row]:
+    return {
+        f"{_relaxed_name(PREDICTED, 40)} below {most}": Row(
+            partial(relaxed, steps=40, network=hypernetwork, max_timestep=most)
+        )
+        for most in (300, 500, 700, 1000)
     }
 
 

@@ -1,11 +1,14 @@
 """`hdb train`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cli.bases import (
     base_option,
+    hypernet_source,
     join_and_open,
     loading_options,
     no_crop_option,
@@ -15,6 +18,8 @@ from cli.bases import (
     token_option,
 )
 from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, TrainConfig
+
+OF_A_FRESH_ONE = ("encoder", "train_encoder", "learned_bases", "rounds", "hidden_size", "token", "prompt")
 
 
 def _option(flag: str, kind: click.ParamType | type, text: str):
@@ -35,6 +40,8 @@ def _switch(flag: str, text: str):
 @click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
               help="What hdb preoptimize wrote, to compare predictions with.")  # fmt: skip
 @_switch("--resume", "Go on from the last checkpoint in --out, with the same options and images.")
+@click.option("--init-from", metavar="ID|DIR|testbed",
+              help="Start at this hypernetwork, with its encoder, bases, rounds, size and prompt.")  # fmt: skip
 @click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Vision transformer: an id or a folder.")
 @_switch("--train-encoder", "Train the encoder too.")
 @_switch("--learned-bases", "Learn the bases too, shared by everybody.")
@@ -74,7 +81,7 @@ def _switch(flag: str, text: str):
 @seed_option
 @loading_options
 def command(
-    images, base, out, targets, resume, encoder, train_encoder, learned_bases, rounds, hidden_size, weights,
+    images, base, out, targets, resume, init_from, encoder, train_encoder, learned_bases, rounds, hidden_size, weights,
     validation_images, trackers, token, prompt, no_crop, **options
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
@@ -87,6 +94,7 @@ def command(
     hdb train faces/ --out hypernet
     hdb train faces/ --targets targets --out hypernet --flip --gradient-checkpointing --tracker tensorboard
     hdb train faces/ --targets targets --out hypernet --resume
+    hdb train faces/ --init-from hypernet/best --preservation 1 --out hypernet-2
     accelerate launch --num_processes 8 -m cli.main train faces/ --out hypernet
     """
     from cli.progress import progress_bars
@@ -96,6 +104,8 @@ def command(
     from hypernet.training.setup import LAST, open_network
     from lidb_peft import LiDBSpace
 
+    if init_from is not None:
+        _check_left_out(OF_A_FRESH_ONE)
     weights = float(targets is not None) if weights is None else weights
     loading = pop_loading(options)
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
@@ -103,9 +113,9 @@ def command(
     held_out = validation_images and open_people(validation_images)
     state, opened = join_and_open(base, **loading)
     network = open_network(
-        out if resume else None, encoder, LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed,
-        rounds=rounds, hidden_size=hidden_size, train_encoder=train_encoder, learned_bases=learned_bases, token=token,
-        prompt=prompt,
+        out if resume else None, hypernet_source(init_from), encoder,
+        LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed, train_encoder=train_encoder,
+        learned_bases=learned_bases, rounds=rounds, hidden_size=hidden_size, token=token, prompt=prompt,
     )  # fmt: skip
     with progress_bars() as report:
         result = train(people, opened.model, network, out, config, targets, held_out, resume, trackers, report)
@@ -118,3 +128,12 @@ def command(
         click.echo(f"wrote {out / LAST}")
         on = "" if base == DEFAULT_BASE else f" --base {base}"
         click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {out / (LAST if result.best is None else BEST)}")
+
+
+def _check_left_out(names: Sequence[str]) -> None:
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is the hypernetwork's own with --init-from; leave one of the two out"
+            )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
@@ -11,6 +11,9 @@ Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) after every step."""
 TARGET_STEPS = 100
 """Steps of the LiDB fit that makes a target, by default."""
+
+NUM_TIMESTEPS = 1000
+"""Of a Stable Diffusion's noise schedule."""
 
 StageProgress = Callable[[str, int, int | None], None]
 """Called with (stage, steps done, steps in all or None if nobody knows) after every step."""
@@ -43,6 +46,7 @@ class FitConfig:
         steps: optimiser steps.
         lr: peak learning rate of AdamW; decays linearly to a tenth.
         timesteps_per_step: noisy copies of a photo in each step.
+        max_timestep: the noisiest copy's, of the schedule's 1,000.
         background: how much the photo's background counts; 1 as much as the head.
         preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 leaves it out.
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
@@ -58,6 +62,7 @@ class FitConfig:
     steps: int
     lr: float
     timesteps_per_step: int = 1
+    max_timestep: int = NUM_TIMESTEPS
     background: float = 1.0
     preservation: float = 0.0
     preserved: tuple[str, ...] = PRESERVED
@@ -82,6 +87,8 @@ class FitConfig:
             raise ValueError(f"preserved is {self.preserved}; expected prompts with {{}}, which stands for the subject")
         if self.timesteps_per_step < 1:
             raise ValueError(f"timesteps_per_step is {self.timesteps_per_step}; expected 1 or more")
+        if not 1 <= self.max_timestep <= NUM_TIMESTEPS:
+            raise ValueError(f"max_timestep is {self.max_timestep}; expected 1 to {NUM_TIMESTEPS}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class PersonalizeConfig:
             as many steps of finetuning add sooner.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
         timesteps_per_step: noisy copies of the photos in each step.
+        max_timestep: the noisiest copy's of the finetuning, of the schedule's 1,000. What pictures owe to more noise
+            than that, their composition and much of what a prompt asks for, is not learned from the photos.
         background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
@@ -109,6 +118,7 @@ class PersonalizeConfig:
     lr: float = 5e-4
     rank: int = 4
     timesteps_per_step: int = 1
+    max_timestep: int = NUM_TIMESTEPS
     background: float = 0.0
     preservation: float = 1.0
     optimizer: str = "adamw"
@@ -147,7 +157,7 @@ class PersonalizeConfig:
 
     @property
     def lora_fit(self) -> FitConfig:
-        return self._fit(self.steps, self.lr, self.seed + 1)
+        return replace(self._fit(self.steps, self.lr, self.seed + 1), max_timestep=self.max_timestep)
 
     def _fit(self, steps: int, lr: float, seed: int) -> FitConfig:
         shared = ("timesteps_per_step", "background", "preservation", "optimizer", "gradient_checkpointing")
@@ -242,8 +252,10 @@ class TrainConfig:
         if not self.denoising and not self.weights:
             raise ValueError("denoising and weights are both 0; nothing would be learned: choose at least one above 0")
         # What it has in common with a fit is checked there.
-        FitConfig(self.steps, self.lr, self.timesteps_per_step, self.background, self.preservation, self.preserved,
-                  self.max_grad_norm)  # fmt: skip
+        FitConfig(
+            self.steps, self.lr, self.timesteps_per_step, background=self.background, preservation=self.preservation,
+            preserved=self.preserved, max_grad_norm=self.max_grad_norm,
+        )  # fmt: skip
 
     @property
     def augments(self) -> bool:

@@ -34,12 +34,15 @@ from testbed.trainer import Run, fixed_initialisation
 HELD_OUT = 64  # people of the validation split
 PHOTOS = 3  # of each person
 ENCODER_WIDTH = 160
-HYPERNETWORK = {"hidden_size": 128, "num_attention_heads": 4, "train_encoder": True, "learned_bases": True}
-LEARN_PEOPLE = TrainConfig(
+HYPERNETWORK = {
+    "hidden_size": 128, "num_attention_heads": 4, "rounds": 1, "train_encoder": True, "learned_bases": True,
+}  # fmt: skip
+LEARN_PHOTOS = TrainConfig(
     steps=4_000, lr=4e-4, warmup_steps=100, batch=8, timesteps_per_step=4, background=0.0, same_photo=True, crop=False,
     workers=0, log_every=25,
 )  # fmt: skip
-KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
+LEARN_PEOPLE = replace(LEARN_PHOTOS, steps=7_500, same_photo=False)
+KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=1_000, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
 
 
 class PhotoFeatures(nn.Module):
@@ -100,7 +103,10 @@ def write_people(folder: Path, split: str, images: np.ndarray) -> People:
 
 
 def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: float, progress: StageProgress) -> Path:
-    """Train on the people in ``images``, or go on: first who they are, then also to leave prompts their effect.
+    """Train on the people in ``images``, or go on.
+
+    First the photo that was seen is denoised, from which there is most to learn; then another one of the same person,
+    with which only the person is of use; then also prompts are to keep their effect.
 
     Args:
         images: as for `write_people`, of the training split.
@@ -115,7 +121,7 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
     photos = np.stack([[photo(person, shot) for shot in range(PHOTOS)] for person in others])
     held_out = write_people(out / "validation", "validation", photos)
     before = None
-    for number, config in enumerate((LEARN_PEOPLE, KEEP_PROMPTS), start=1):
+    for number, config in enumerate((LEARN_PHOTOS, LEARN_PEOPLE, KEEP_PROMPTS), start=1):
         config = replace(config, steps=math.ceil(fraction * config.steps))
         folder = out / f"training-{number}"
         resume = (folder / STATE_FILE).exists()

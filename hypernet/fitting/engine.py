@@ -193,12 +193,12 @@ class _Step:
 
     def _draw(self) -> list[Tensor]:
         """What is random in a step, on the CPU: photos by row, noise, and what is preserved."""
-        copies, photos, first = self.config.timesteps_per_step, [], 0
+        copies, most, photos, first = self.config.timesteps_per_step, self.config.max_timestep, [], 0
         for generator, count in zip(self.generators, self.num_photos, strict=True):
             photos.append(first + torch.randint(0, count, (copies,), generator=generator))
             first += count
         rows = torch.cat(photos)
-        noise = draw_noise(self.base, (len(rows), *self.moments.shape[1:]), self.generators)
+        noise = draw_noise(self.base, (len(rows), *self.moments.shape[1:]), self.generators, most)
         choice = () if self.preservation is None else self.preservation.choose(copies, self.generators)
         return [rows, *noise, *choice]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hypernet.base_models import BaseModel
 from hypernet.diffusion import denoising_error, predict, question, sample_latents
 from hypernet.fitting.preservation import Preserved
+from hypernet.recipe import NUM_TIMESTEPS
 
 
 class Noise(NamedTuple):
@@ -29,16 +30,23 @@ class Noise(NamedTuple):
         return Noise(*(tensor.to(device) for tensor in self))
 
 
-def draw_noise(base: BaseModel, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Noise:
+def draw_noise(
+    base: BaseModel,
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    max_timestep: int = NUM_TIMESTEPS,
+) -> Noise:
     """Draw noise on the CPU, so that every device draws the same, person by person.
 
-    The timesteps of one person's k copies are stratified, so that every step sees the whole schedule.
+    The timesteps of one person's k copies are stratified, so that every step sees all of the schedule below
+    ``max_timestep``.
 
     Args:
         shape: of the photos' moments, ``(B * k, 8, h, w)``.
         generators: each person's own, B of them.
     """
-    num_timesteps, copies = base.scheduler.config.num_train_timesteps, shape[0] // len(generators)
+    num_timesteps = min(max_timestep, base.scheduler.config.num_train_timesteps)
+    copies = shape[0] // len(generators)
     size = (copies, shape[1] // 2, *shape[2:])
     latent, added, timesteps = [], [], []
     for generator in generators:

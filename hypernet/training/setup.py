@@ -63,20 +63,37 @@ def some_targets(store: TargetStore) -> Tensor:
 
 
 def open_network(
-    trained: Path | None, encoder: str, space: LiDBSpace, base_model_name: str, seed: int, **options: Any
+    trained: Path | None,
+    start: str | None,
+    encoder: str,
+    space: LiDBSpace,
+    base_model_name: str,
+    seed: int,
+    **options: Any,
 ) -> HyperNetwork:
-    """The hypernetwork to train: the last of the training in ``trained``, or a fresh one around ``encoder``.
+    """The hypernetwork to train.
 
     Args:
+        trained: folder of the training to go on with; None begins one.
+        start: id or folder of the hypernetwork that it begins, or began, with; None makes a fresh one around
+            ``encoder``.
         options: of a fresh one's `HyperNetworkConfig`.
 
     Raises:
-        FileNotFoundError, ValueError: it cannot be had.
+        FileNotFoundError: it cannot be had.
+        ValueError: it cannot be had, or the one that is trained has other options.
     """
     if trained is None:
+        if start is not None:
+            return HyperNetwork.from_pretrained(start)
         return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options)
     check_resumable(trained)
-    return HyperNetwork.from_pretrained(trained / LAST)
+    network = HyperNetwork.from_pretrained(trained / LAST)
+    found = {} if start is not None else {name: getattr(network.config, name) for name in options}
+    differing = [f"{name} {value} (here {options[name]})" for name, value in found.items() if value != options[name]]
+    if differing:
+        raise ValueError(f"{trained} trains a hypernetwork with {', '.join(differing)}; resume with the same options")
+    return network
 
 
 def check_resumable(folder: Path) -> None:

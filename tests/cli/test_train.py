@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from converters import describe
 from hypernet.network.hypernetwork import HyperNetwork
 
-QUICK = ("--base", "testbed", "--no-crop", "--workers", 0, "--batch", 2, "--steps", 2, "--log-every", 1, "--encoder",
-         "vit", "--hidden-size", 32, "--rounds", 2)  # fmt: skip
+ANY_NETWORK = ("--base", "testbed", "--no-crop", "--workers", 0, "--batch", 2, "--steps", 2, "--log-every", 1)
+QUICK = (*ANY_NETWORK, "--encoder", "vit", "--hidden-size", 32, "--rounds", 2)
 
 
 @pytest.fixture
@@ -28,6 +29,9 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert "lr 0.0001 (here 0.1)" in hdb.fail(
         "train", faces, *QUICK, "--out", "net", "--validation", 0.3, "--resume", "--lr", 0.1
     )
+    assert "net trains a hypernetwork with rounds 2 (here 3); resume" in hdb.fail(
+        "train", faces, *QUICK, "--out", "net", "--validation", 0.3, "--resume", "--rounds", 3
+    )
     hdb.run("preoptimize", faces, "--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1, "--out", "targets")
     hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out", "other")
     output = hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out",
@@ -36,6 +40,24 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet other/last"
     lines = [json.loads(line) for line in (hdb.folder / "other" / "log.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"step", "loss", "weights", "people", "lr"}] * 2
+
+
+def test_train_goes_on_from_another_training(hdb, faces):
+    hdb.run("train", faces, *QUICK, "--out", "net", "--validation", 0, "--learned-bases", "--token", "ohwx")
+    further = ("train", faces, *ANY_NETWORK, "--init-from", "net/last", "--preservation", 1, "--validation", 0)
+    hdb.run(*further, "--lr", 1e-12, "--out", "further")
+    before, after = (HyperNetwork.from_pretrained(hdb.folder / name / "last") for name in ("net", "further"))
+    assert (after.config.token, after.config.rounds) == ("ohwx", 2)
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-9)
+    lines = [json.loads(line) for line in (hdb.folder / "further" / "log.jsonl").read_text().splitlines()]
+    assert all(line["preservation"] > 0 for line in lines)
+    output = hdb.run(*further, "--lr", 1e-12, "--out", "further", "--resume")
+    assert "no step was left" in output
+    assert "--rounds is the hypernetwork's own with --init-from" in hdb.fail(
+        *further, "--out", "x", "--rounds", 2, code=2
+    )
+    assert "nowhere" in hdb.fail("train", faces, *ANY_NETWORK, "--init-from", "nowhere", "--out", "x")
 
 
 def test_personalize_takes_what_train_has_made(hdb, faces):

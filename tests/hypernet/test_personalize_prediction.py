@@ -180,9 +180,10 @@ def test_an_interruption_leaves_no_file(base, learned, photo, tmp_path):
 
 def test_the_recipe_takes_the_prompt_and_no_theta_fit(space, make_hypernetwork):
     network = make_hypernetwork(space, prompt="a photo of [V]", token="ohwx")
-    assert check_recipe(network.config, None) == PersonalizeConfig(prompt="a photo of [V]", token="ohwx", steps=40)
+    own = {"prompt": "a photo of [V]", "token": "ohwx"}
+    assert check_recipe(network.config, None) == PersonalizeConfig(**own, steps=40)
     recipe = predicted_recipe(network.config, replace(MINIATURE_RECIPE, theta_steps=3, steps=7))
-    assert recipe == replace(MINIATURE_RECIPE, prompt="a photo of [V]", token="ohwx", theta_steps=0, steps=4)
+    assert recipe == replace(MINIATURE_RECIPE, **own, theta_steps=0, steps=4)
     fitting = replace(recipe, theta_steps=7)
     assert check_recipe(network.config, fitting) is fitting
 

@@ -10,7 +10,7 @@ from hypernet.base_models import load_base
 from hypernet.diffusion import sample_latents
 from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
-from hypernet.recipe import FitConfig
+from hypernet.recipe import FitConfig, PersonalizeConfig
 from lidb_peft.bases import get_basis
 from lidb_peft.space import distinct_basis_keys
 from testbed import miniature_path
@@ -200,6 +200,18 @@ def test_copies_are_spread_over_the_schedule(base, space, new_subject, batches):
     assert quarters.tolist() == [[0, 1, 2, 3]] * 6
 
 
+def test_no_copy_is_noisier_than_the_max_timestep(base, space, new_subject, batches):
+    config = FitConfig(steps=6, lr=1e-3, timesteps_per_step=4, max_timestep=200)
+    fit_theta(base, space, [new_subject("ann")], config)
+    for _, _, timesteps in batches:
+        assert (timesteps // 50).tolist() == [0, 1, 2, 3]
+
+
+def test_only_the_finetuning_of_a_recipe_keeps_to_its_max_timestep():
+    recipe = PersonalizeConfig(theta_steps=1, max_timestep=200)
+    assert (recipe.theta_fit.max_timestep, recipe.lora_fit.max_timestep) == (1000, 200)
+
+
 def test_the_latents_are_resampled_at_each_step(base, space, new_subject, batches):
     fit_theta(base, space, [new_subject("ann")], FitConfig(steps=2, lr=1e-3))
     assert not torch.equal(batches[0][0], batches[1][0])
@@ -363,6 +375,8 @@ def test_theta_of_another_shape_is_refused(base, space, new_subject):
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": float("inf")}, "lr is inf"),
         ({"timesteps_per_step": 0}, "timesteps_per_step is 0"),
+        ({"max_timestep": 0}, "max_timestep is 0; expected 1 to 1000"),
+        ({"max_timestep": 1001}, "max_timestep is 1001; expected 1 to 1000"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing is True; choose auto, on or off"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose auto, adamw or adamw8bit"),
