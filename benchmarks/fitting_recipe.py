@@ -41,7 +41,6 @@ ROWS: dict[str, PersonalizeConfig] = {
     "LoRA, both, background 0, 80 steps": replace(KEPT, background=0.0, steps=80),
     "LoRA, both, background 0, 80 steps below 700": replace(KEPT, background=0.0, steps=80, max_timestep=700),
     "LoRA, both, background 0, 80 steps below 500": replace(KEPT, background=0.0, steps=80, max_timestep=500),
-    "LoRA, both, background 0, 160 steps below 500": replace(KEPT, background=0.0, steps=160, max_timestep=500),
     "LoRA, both, lr 0.004": replace(KEPT, lr=4e-3),
     "LoRA, both, lr 0.012": replace(KEPT, lr=1.2e-2),
     "LoRA, both, lr 0.016": replace(KEPT, lr=1.6e-2),
