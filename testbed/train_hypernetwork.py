@@ -42,7 +42,7 @@ LEARN_PHOTOS = TrainConfig(
     workers=0, log_every=25,
 )  # fmt: skip
 LEARN_PEOPLE = replace(LEARN_PHOTOS, steps=7_500, same_photo=False)
-KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=1_000, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
+KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
 
 
 class PhotoFeatures(nn.Module):
