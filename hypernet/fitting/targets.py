@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hypernet.inputs.people import Skipped, write_skipped
+from hypernet.recipe import NUM_TIMESTEPS
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path, write_safetensors
 from lidb_peft.record import missing_fields, same_base
@@ -27,7 +28,8 @@ FORMAT_VERSION = 1
 SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
-_EARLIER_FIT = {"optimizer": "adamw"}  # which manifests did not say when there was no other
+# Which manifests did not say when there was no other.
+_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS}
 _REMEDY = "delete it and run hdb preoptimize again, which makes it anew"
 
 

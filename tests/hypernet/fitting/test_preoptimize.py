@@ -103,6 +103,16 @@ def test_the_manifest_says_what_defines_the_targets(unbroken):
     assert {"seed", "down_dim", "layers_hash", "bases", "base_fingerprint"} <= set(manifest["space"])
 
 
+def test_a_store_from_before_a_setting_is_gone_on_with(run, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "targets")
+    manifest = json.loads((unbroken / "manifest.json").read_text())
+    for name in ("optimizer", "max_timestep"):
+        del manifest["fit"][name]
+    (tmp_path / "targets" / "manifest.json").write_text(json.dumps(manifest))
+    _, result = run(tmp_path / "targets")
+    assert (result.fitted, result.found) == (0, 3)
+
+
 def test_several_photos_are_one_person(run, face_folder, base, space):
     (face_folder / "Ann").mkdir()
     for name in ("3.png", "4.png"):
