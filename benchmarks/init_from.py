@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from costs import new_parser, report
+from scoring import equal_steps
 from torch import Tensor
 
 from hypernet.base_models import BaseModel, load_base
@@ -72,15 +72,14 @@ def main() -> None:
 
 
 def _rows(all_steps: Sequence[int], losses: dict[str, list[Tensor]]) -> list[dict]:
-    plain = [float(values.mean()) for values in losses["theta_0"]]
+    plain = [-float(values.mean()) for values in losses["theta_0"]]
     rows = []
     for steps, without, predicted in zip(all_steps, *losses.values(), strict=True):
         gain, reached = without - predicted, float(predicted.mean())
-        equal = f"{np.interp(-reached, [-loss for loss in plain], all_steps):.0f}"
         rows.append({
             "steps": steps, "theta_0": float(without.mean()), "prediction": reached,
             "gain ± standard error": f"{gain.mean():.4f} ± {gain.std() / len(gain) ** 0.5:.4f}",
-            "steps from theta_0 for the same": equal if reached >= min(plain) else f"more than {all_steps[-1]}",
+            "steps from theta_0 for the same": equal_steps(-reached, plain, all_steps),
         })  # fmt: skip
     return rows
 

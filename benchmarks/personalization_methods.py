@@ -23,7 +23,7 @@ from pathlib import Path
 import baselines
 import numpy as np
 import torch
-from scoring import Method, Results, World
+from scoring import Method, Results, World, equal_steps
 
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.network.hypernetwork import HyperNetwork
@@ -219,12 +219,9 @@ def curve_table(results: Results, num_people: int | None) -> str:
         return [float(np.mean([line["identity"] for line in lines])) if lines else float("nan") for lines in rows]
 
     plain, predicted = curve(PLAIN), curve(PREDICTED)
-    best_so_far = np.maximum.accumulate(plain)
     table = [f"| steps | {PLAIN} | {PREDICTED} | steps without it for the same |", "|---|---|---|---|"]
     for steps, without, reached in zip(CURVE_STEPS, plain, predicted, strict=True):
-        equal = f"{np.interp(reached, best_so_far, CURVE_STEPS):.0f}"
-        if reached > best_so_far[-1]:
-            equal = f"more than {CURVE_STEPS[-1]}"
+        equal = equal_steps(reached, plain, CURVE_STEPS)
         table.append(f"| {steps} | {without:.2f} | {reached:.2f} | {equal} |")
     return "\n".join(table)
 

@@ -156,6 +156,14 @@ class Results:
         return "\n".join(table)
 
 
+def equal_steps(reached: float, plain: Sequence[float], all_steps: Sequence[int]) -> str:
+    """How many steps reach as much, by what ``all_steps``, in order, reach: ``plain``, of which more is better."""
+    best_so_far = np.maximum.accumulate(plain)
+    if reached > best_so_far[-1]:
+        return f"more than {all_steps[-1]}"
+    return f"{np.interp(reached, best_so_far, all_steps):.0f}"
+
+
 def _cell(seeds: list[list[dict]], column: str) -> str:
     by_person: dict[int, list[float]] = {}
     for line in (line for lines in seeds for line in lines):

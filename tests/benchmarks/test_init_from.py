@@ -1,19 +1,10 @@
 """What `hdb preoptimize --init-from` saves: how fits are judged and compared."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
-from hypernet.base_models import load_base
 from lidb_peft import LiDBSpace
-from testbed import miniature_lidb_config, miniature_path
+from testbed import miniature_lidb_config
 from testbed.protocol import shown_subjects
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_steps_for_the_same_loss_are_interpolated():
@@ -27,10 +18,9 @@ def test_steps_for_the_same_loss_are_interpolated():
     assert rows[0]["gain ± standard error"] == "0.5000 ± 0.0000"
 
 
-def test_all_fits_are_judged_at_the_same_noise_and_alone():
+def test_all_fits_are_judged_at_the_same_noise_and_alone(base):
     import init_from
 
-    base = load_base(str(miniature_path()), device="cpu")
     space = LiDBSpace(base.adapted, miniature_lidb_config())
     subjects = shown_subjects(base, [0, 1])
     thetas = space.theta_0.expand(2, -1, -1).clone()

@@ -6,7 +6,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from hypernet.base_models import load_base
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
-from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+from testbed import MINIATURE_RECIPE, miniature_lidb_config
 
 SCRIPT = """
 import sys
@@ -29,16 +28,6 @@ for _ in range(steps):
     weight.sum().backward()
     optimizer.step()
 """
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base(str(miniature_path()), device="cpu")
 
 
 @pytest.fixture
