@@ -1,6 +1,5 @@
 """`hdb train`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -81,8 +80,7 @@ def _switch(flag: str, text: str):
 @seed_option
 @loading_options
 def command(
-    images, base, out, targets, resume, init_from, encoder, train_encoder, learned_bases, rounds, hidden_size, weights,
-    validation_images, trackers, token, prompt, no_crop, **options
+    images, base, out, targets, resume, init_from, weights, validation_images, trackers, no_crop, **options
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
 
@@ -105,7 +103,8 @@ def command(
     from lidb_peft import LiDBSpace
 
     if init_from is not None:
-        _check_left_out(OF_A_FRESH_ONE)
+        _check_nothing_of_a_fresh_one()
+    fresh = {name: options.pop(name) for name in OF_A_FRESH_ONE}
     weights = float(targets is not None) if weights is None else weights
     loading = pop_loading(options)
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
@@ -113,9 +112,8 @@ def command(
     held_out = validation_images and open_people(validation_images)
     state, opened = join_and_open(base, **loading)
     network = open_network(
-        out if resume else None, hypernet_source(init_from), encoder,
-        LiDBSpace(opened.model.adapted, opened.lidb_config), base, config.seed, train_encoder=train_encoder,
-        learned_bases=learned_bases, rounds=rounds, hidden_size=hidden_size, token=token, prompt=prompt,
+        out if resume else None, hypernet_source(init_from), space=LiDBSpace(opened.model.adapted, opened.lidb_config),
+        base_model_name=base, seed=config.seed, **fresh,
     )  # fmt: skip
     with progress_bars() as report:
         result = train(people, opened.model, network, out, config, targets, held_out, resume, trackers, report)
@@ -130,9 +128,9 @@ def command(
         click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {out / (LAST if result.best is None else BEST)}")
 
 
-def _check_left_out(names: Sequence[str]) -> None:
+def _check_nothing_of_a_fresh_one() -> None:
     context = click.get_current_context()
-    for name in names:
+    for name in OF_A_FRESH_ONE:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is the hypernetwork's own with --init-from; leave one of the two out"
