@@ -50,7 +50,7 @@ _RECIPE = PersonalizeConfig()
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
 @recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; LiDB weights add 1 to the file's.")
 @recipe_option("--max-timestep", "max_timestep", click.IntRange(1, NUM_TIMESTEPS),
-               "The noisiest copy that is finetuned on; below 1000, composition stays as it was.")  # fmt: skip
+               "Finetune on timesteps below this one; fewer leave composition as it was.")  # fmt: skip
 @recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
 @recipe_option("--background", "background", click.FloatRange(0), "How much the background counts; the head counts 1.")
 @click.option("--token", show_default=f"{_RECIPE.token}; a hypernetwork has its own",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
@@ -46,7 +46,7 @@ class FitConfig:
         steps: optimiser steps.
         lr: peak learning rate of AdamW; decays linearly to a tenth.
         timesteps_per_step: noisy copies of a photo in each step.
-        max_timestep: the noisiest copy's, of the schedule's 1,000.
+        max_timestep: noisy copies are of timesteps below this one of the schedule's 1,000.
         background: how much the photo's background counts; 1 as much as the head.
         preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 leaves it out.
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
@@ -102,8 +102,9 @@ class PersonalizeConfig:
             as many steps of finetuning add sooner.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
         timesteps_per_step: noisy copies of the photos in each step.
-        max_timestep: the noisiest copy's of the finetuning, of the schedule's 1,000. What pictures owe to more noise
-            than that, their composition and much of what a prompt asks for, is not learned from the photos.
+        max_timestep: the finetuning's noisy copies are of timesteps below this one of the schedule's 1,000. What
+            pictures owe to more noise than that, their composition and much of what a prompt asks for, is not learned
+            from the photos.
         background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
@@ -157,11 +158,11 @@ class PersonalizeConfig:
 
     @property
     def lora_fit(self) -> FitConfig:
-        return replace(self._fit(self.steps, self.lr, self.seed + 1), max_timestep=self.max_timestep)
+        return self._fit(self.steps, self.lr, self.seed + 1, max_timestep=self.max_timestep)
 
-    def _fit(self, steps: int, lr: float, seed: int) -> FitConfig:
+    def _fit(self, steps: int, lr: float, seed: int, **own: int) -> FitConfig:
         shared = ("timesteps_per_step", "background", "preservation", "optimizer", "gradient_checkpointing")
-        return FitConfig(steps, lr, seed=seed, **{name: getattr(self, name) for name in shared})
+        return FitConfig(steps, lr, seed=seed, **own, **{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True)
