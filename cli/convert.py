@@ -70,7 +70,8 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
 def as_text(outcome: "Outcome", to: str) -> str:
     """An outcome for people: a line for each file, and below it what the conversion took."""
     if outcome.error:
-        return f"failed {outcome.source}: {as_sentence(outcome.error)}"
+        sentence = as_sentence(outcome.error)
+        return f"failed {sentence if str(outcome.source) in sentence else f'{outcome.source}: {sentence}'}"
     if outcome.kept:
         return f"kept {outcome.target}, which was there; --overwrite replaces it"
     planned = [f"would write {outcome.target} ({to}) from {outcome.source} ({outcome.found})"]

@@ -22,13 +22,18 @@ COMMANDS = {
     "project": "cli.project",
     "doctor": "cli.doctor",
 }
+_MAX_LINES, _MAX_LINE_CHARS = 6, 2000
 
 
 def as_sentence(error: Exception) -> str:
-    """What an error tells people."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.strerror}: {error.filename}"
-    return str(error)
+    """What an error tells people: a few lines at most, and nothing that a terminal would obey."""
+    from lidb_peft.safe_read import printable
+
+    is_of_system = isinstance(error, OSError) and error.filename and error.strerror
+    text = f"{error.strerror}: {error.filename}" if is_of_system else str(error)
+    lines = text.splitlines()
+    more = [f"... and {len(lines) - _MAX_LINES} more lines"] if len(lines) > _MAX_LINES else []
+    return "\n".join([*(printable(line, _MAX_LINE_CHARS) for line in lines[:_MAX_LINES]), *more])
 
 
 class LazyGroup(click.Group):

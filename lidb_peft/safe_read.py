@@ -14,6 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .look_alikes import name_look_alike
+
 # A LoRA's header is under 1 MB, one with a picture and thousands of tags a few. JSON takes twenty times its size in
 # memory, and the 100 MB that the safetensors library allows take more than a minute to parse.
 MAX_HEADER_BYTES = 16_000_000
@@ -22,6 +24,7 @@ _MAX_JSON_BYTES = 10_000_000
 _MAX_DIMS = 8
 _MAX_COUNT = 2**63
 _MAX_SHOWN_CHARS = 100
+_LOOKED_AT_BYTES = 4096
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A zip archive (torch >= 1.6), then pickle protocols 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -70,8 +73,12 @@ def read_header(path: str | os.PathLike) -> Header:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         is_readable = len(start) == 8 and length <= size - 8
+        look_alike = "" if is_readable and length else name_look_alike(start + file.read(_LOOKED_AT_BYTES), size)
         # A header of 640 bytes starts like a pickle too, so the length decides before the first bytes do.
-        if path.suffix.lower() in PICKLE_SUFFIXES or (not is_readable and start.startswith(_PICKLE_STARTS)):
+        is_pickle = not is_readable and start.startswith(_PICKLE_STARTS)
+        if look_alike and not (is_pickle and path.suffix.lower() in PICKLE_SUFFIXES):
+            raise ValueError(f"{path} {look_alike}")
+        if path.suffix.lower() in PICKLE_SUFFIXES or is_pickle:
             raise ValueError(
                 f"{path} is a pickled file, which can run code when it is opened and is not read;"
                 " ask its author for a .safetensors file"
@@ -127,7 +134,10 @@ def _parse_header(path: Path, raw: bytes, data_bytes: int) -> Header:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a safetensors file: its header is not valid JSON ({error})") from error
+        # gzip's first bytes, for one, are a length that a large file can have.
+        look_alike = name_look_alike((len(raw)).to_bytes(8, "little") + raw, 8 + len(raw) + data_bytes)
+        problem = f"is not a safetensors file: its header is not valid JSON ({printable(str(error))})"
+        raise ValueError(f"{path} {look_alike or problem}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
     metadata = entries.pop("__metadata__", {})

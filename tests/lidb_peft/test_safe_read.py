@@ -31,10 +31,9 @@ def test_a_good_file_is_read_as_safetensors_reads_it(tmp_path):
 
 
 BAD = {
-    "empty": (b"", "too few"),
+    "empty": (b"", "is empty"),
     "short": (b"\x05\0\0", "too few"),
     "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "is truncated: it announces a header"),
-    "html": (b"<!DOCTYPE html><html>", "announces a header"),
     "no json": (as_file(b"{nonsense"), "not valid JSON"),
     "no utf-8": (as_file(b"\xff\xfe{}"), "not valid JSON"),
     "deep json": (as_file(b"[" * 200_000), "not valid JSON"),
@@ -58,8 +57,53 @@ BAD = {
     "truncated data": (as_file({"a": entry()}, b"\0" * 7), "is truncated: its tensors take 8 bytes and 7"),
     "bytes left over": (as_file({"a": entry()}, b"\0" * 9), "belong to no tensor"),
     "pickle inside": (b"\x80\x02}q\0.", "is a pickled file"),
-    "zip inside": (b"PK\x03\x04" + b"\0" * 30, "is a pickled file"),
+    "zip inside": (b"PK\x03\x04" + b"\0" * 26 + b"archive/data.pkl" + b"\0" * 30, "is a pickled file"),
 }
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 151108831\n"
+LOOK_ALIKES = {
+    "git lfs": (LFS, r"a Git LFS pointer.*run `git lfs pull`"),
+    "git-annex": (b"/annex/objects/MD5E-s1--d41d8cd9.safetensors\n", "git annex get"),
+    "html": (b"<!DOCTYPE html><html>", "a web page.*open the link in a browser"),
+    "html after blanks": (b"\n\n  <HTML lang='en'>\n<head>", "a web page"),
+    "html with a byte order mark": (b"\xef\xbb\xbf<!doctype HTML>", "a web page"),
+    "html in utf-16": ("\ufeff<!DOCTYPE html><html></html>".encode("utf-16-le"), "a web page"),
+    "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML page.*get a new one"),
+    "json": (
+        b'{"error":"Unauthorized","message":"log in"}',
+        r'JSON text.*\(\{"error":"Unauthorized".*download it again',
+    ),
+    "a text": (b"Entry not found", r"is a text, not a safetensors file \(Entry not found\)"),
+    "a text in another alphabet": ("Доступ запрещён, войдите".encode(), "is a text.*Доступ"),
+    "an escape sequence": (b"\x1b]0;owned\x07<html>", "announces a header"),
+    "a long line": (b"Forbidden " * 500, r"is a text.*\.\.\.\)"),
+    "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "a picture"),
+    "jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + b"\1" * 40, "a picture"),
+    "zip": (b"PK\x03\x04" + b"\0" * 26 + b"lora.safetensors", "a zip archive.*unpack it"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\x00\x04" + b"\1" * 40, "a 7z archive"),
+    # Its first eight bytes are a length of half a megabyte, which this file has.
+    "gzip": (b"\x1f\x8b\x08\0\0\0\0\0" + b"\1" * 600_000, "a gzip archive"),
+    "gguf": (b"GGUF\x03\0\0\0" + b"\1" * 40, "a GGUF file"),
+    "zeros": (b"\0" * 5000, "begins with zeros only: its download was not finished"),
+    "macos": (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X" + b"\0" * 40, r"macOS.*begins with \._"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("case", LOOK_ALIKES)
+def test_what_is_something_else_under_the_name_is_named_with_what_to_do(tmp_path, case, suffix):
+    blob, message = LOOK_ALIKES[case]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(blob)
+    if suffix == ".bin" and case in ("zip", "gzip", "an escape sequence"):
+        message = "is a pickled file"  # torch's are zip archives
+    with pytest.raises(ValueError, match=message) as caught:
+        read_header(path)
+    sentence = str(caught.value)
+    assert sentence.count(str(path)) == 1
+    assert sentence.isprintable()
+    assert len(sentence) < len(str(path)) + 300
 
 
 @pytest.mark.parametrize("case", BAD)
