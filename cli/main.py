@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import warnings
+from importlib import metadata
 
 import click
 
@@ -60,8 +61,22 @@ class LazyGroup(click.Group):
             raise click.ClickException(f"out of GPU memory; {OUT_OF_MEMORY}") from error
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        found = metadata.version("lidb-peft")
+    except metadata.PackageNotFoundError:
+        from lidb_peft import __version__ as found  # slow, for it imports torch
+
+    click.echo(f"hdb {found}")
+    context.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="lidb-peft")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
+)
 def main() -> None:
     """One face photo in, a standard LoRA out, that Automatic1111, ComfyUI, kohya and diffusers load.
 

@@ -5,20 +5,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+import lidb_peft
 from hypernet.devices import choose_device, choose_dtype, describe_choice, has_bf16
 
-PACKAGES = ("lidb-peft", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
             "opencv-python-headless")  # fmt: skip
 OPTIONAL = {"xformers": "faster attention on some cards; torch's own is used without it",
-            "bitsandbytes": "8-bit optimisers; not needed, an adapter has 26,400 numbers"}  # fmt: skip
+            "bitsandbytes": "8-bit optimizers; saves memory only where a large encoder is trained"}  # fmt: skip
 
 
 def report() -> list[tuple[str, str]]:
     """Findings as (topic, sentence), in reading order. Imports no optional package: some take seconds."""
     rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    rows += [(name, _version(name) or "not installed: pip install lidb-peft again") for name in PACKAGES]
-    rows += [(name, _version(name) or f"not installed ({why}): pip install 'lidb-peft[cuda]'")
-             for name, why in OPTIONAL.items()]  # fmt: skip
+    rows.append(("lidb-peft", lidb_peft.__version__))
+    rows += [(name, _version(name) or f"not installed: pip install {name}") for name in PACKAGES]
+    rows += [(name, _version(name) or f"not installed ({why}): pip install {name}") for name, why in OPTIONAL.items()]
     rows += _hardware()
     device = choose_device("auto")
     rows.append(("auto chooses", f"{describe_choice(device, choose_dtype('auto', device))}, because {_reason(device)}"))

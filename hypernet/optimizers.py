@@ -32,7 +32,7 @@ def make_adamw(
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(
-            f"optimizer adamw8bit needs bitsandbytes, which is not to be had ({error}); pip install 'lidb-peft[cuda]', "
+            f"optimizer adamw8bit requires bitsandbytes, which cannot be imported ({error}); pip install bitsandbytes, "
             f"or choose adamw"
         ) from error
     return AdamW8bit(parameters, lr=lr, **options)

@@ -3,6 +3,8 @@
 Importing this package registers LiDB with PEFT; do so before ``PeftModel.from_pretrained`` on a LiDB adapter.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from .config import LiDBConfig
 from .distance import squared_distance
 from .layer import LiDBLayer, LiDBLinear
@@ -16,6 +18,11 @@ from .space import LiDBSpace
 from .theta import ThetaFile, load_theta, save_theta
 
 register()
+
+try:
+    __version__ = version("lidb-peft")
+except PackageNotFoundError:  # a clone on the path
+    __version__ = "0+not.installed"
 
 __all__ = [
     "LiDBConfig",

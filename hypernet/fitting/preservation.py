@@ -6,7 +6,7 @@ to answer "a pencil drawing of a sks face" otherwise than "a sks face" by that s
     || v(x_t, styled [V]) - sg[v(x_t, [V]) + v_base(x_t, styled) - v_base(x_t, plain)] ||^2
 
 DreamBooth's prior preservation (Ruiz et al. 2023, equation 2) needs pictures of the class, and holds styled prompts at
-the class: in our measurement they were obeyed, and showed strangers (docs/how-it-works.md).
+the class: in our measurement they were obeyed, and showed strangers (docs/results.md).
 """
 
 from collections.abc import Sequence

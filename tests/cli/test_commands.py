@@ -130,6 +130,7 @@ def test_doctor_says_what_auto_chooses(hdb):
     output = hdb.run("doctor")
     assert "auto chooses" in output
     assert "torch" in output
+    assert json.loads(hdb.run("doctor", "--json"))["auto chooses"] in output
 
 
 def test_inspect_describes_a_lora_for_people(hdb, made):
