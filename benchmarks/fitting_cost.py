@@ -24,13 +24,13 @@ from hypernet.base_models import BaseModel, load_base
 from hypernet.devices import choose_device, limit_memory
 from hypernet.fitting.engine import Subject, fit_lora
 from lidb_peft import LiDBSpace
-from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS
+from lidb_peft.families import get_family
 
 SIDES = (0.5, 1.0, 1.5)
 COPIES = (1, 2, 4)
 PEOPLE = (1, 2, 4, 8, 16)
 LAYERS = {"queries": {"to_q", "q_proj"}, "queries and keys": {"to_q", "to_k", "q_proj", "k_proj"},
-          "all attention": UNET_TARGETS | CLIP_TARGETS}  # fmt: skip
+          "all attention": get_family("sd1").targets}  # fmt: skip
 RANKS = (1, 4, 16, 64)
 LIMITS = (1.02, 1.05, 1.1, 1.2, 1.4)  # times the peak, to look for what works
 

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converters import Lora, read_lora, save_kohya
-from converters.architectures import attention_shapes
 from converters.arithmetic.algebra import merge, relative_errors, resize
 from converters.convert import prepare_conversion, prepare_writing
 from converters.metadata import KohyaMetadata
+from lidb_peft.families import get_family
 
 DECAY = 0.9  # from one singular value to the next
 WEIGHTS = {1: (1.0,), 2: (0.8, 0.5)}  # by number of files
@@ -42,7 +42,7 @@ def make_file(path: Path, family: str, rank: int, seed: int) -> None:
             torch.randn(rank, width_in, generator=generator) / width_in**0.5,
             torch.randn(width_out, rank, generator=generator) / width_out**0.5 * fall,
         )
-        for name, (width_in, width_out) in attention_shapes(family).items()
+        for name, (width_in, width_out) in get_family(family).shapes.items()
     }
     save_kohya(path, factors, KohyaMetadata(family=family))
 

@@ -55,7 +55,7 @@ from hypernet.diffusion import encode_photos, predict
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBSpace
-from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS
+from lidb_peft.families import get_family
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # accelerate's names
 PROFILED_STEPS, PROFILED_OPERATORS = 3, 25
@@ -98,7 +98,9 @@ def peft_loop(job: Job, tick: Tick) -> None:
     base, recipe = job.load(), job.recipe
     subject = _subject(base, recipe)
     for model in base.adapted.values():
-        model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=UNET_TARGETS | CLIP_TARGETS))
+        model.add_adapter(
+            LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=get_family(base.family).targets)
+        )
     cast_training_params(list(base.adapted.values()), dtype=torch.float32)
     trained = [p for model in base.adapted.values() for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)

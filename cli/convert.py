@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # As in converters.convert, which takes seconds to import.
 FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
-FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 @click.command(name="convert")
@@ -24,10 +23,11 @@ FAMILIES = ("sd1", "sd2", "sdxl")
               "before 0.20, which ComfyUI reads too. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's "
               "folder.")  # fmt: skip
 @dtype_option()
-@click.option("--family", type=click.Choice(FAMILIES), help="The base model's, where a LoRA does not tell.")
+@click.option("--family", metavar="NAME", default="",
+              help="The base model's, where a LoRA does not tell; a name that is none lists them.")  # fmt: skip
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
-              help="Base model of LiDB weights, if it is none of Stable Diffusion 1, 2 or XL.")  # fmt: skip
+              help="Base model of LiDB weights, if it is of no known family.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that are there; else they are kept.")
 def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) -> None:
@@ -53,7 +53,7 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
         opened = open_base(base, device="cpu", precision="fp32").model
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
-    options = {"dtype": dtype, "family": family or "", "trigger": trigger, "v_prediction": v_prediction,
+    options = {"dtype": dtype, "family": family, "trigger": trigger, "v_prediction": v_prediction,
                "models": models}  # fmt: skip
     outcomes = []
     with progress_bars() as report:

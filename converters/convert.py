@@ -20,10 +20,10 @@ from converters.formats.layout import SPELLINGS, read_layout
 from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import find_sources, read_lora
-from converters.key_maps import FAMILIES
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
 from converters.sidecar import Companions, read_companions, write_companions
+from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path, check_suffix, write_safetensors
 from lidb_peft.safe_read import read_header
 
@@ -91,7 +91,7 @@ def prepare_conversion(
     Args:
         to: one of ``FORMATS``.
         dtype: of the tensors; None keeps theirs.
-        family: ``sd1``, ``sd2`` or ``sdxl``, where the adapter does not tell.
+        family: name of one of ``lidb_peft.families``, where the adapter does not tell.
         trigger: activation text, e.g. ``a sks face``.
         v_prediction: the base model predicts v, where the adapter does not tell.
         models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
@@ -143,8 +143,8 @@ def _check_choices(
         raise ValueError(f"the format is {to!r}; choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
-    if family and family not in FAMILIES:
-        raise ValueError(f"model family is {family!r}; choose one of {', '.join(FAMILIES)}")
+    if family:
+        get_family(family)
     if to not in _FOLDER_FORMATS:
         check_suffix(target)
     if target.resolve() in (source.resolve() for source in sources):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import header_bytes, safetensors_chunks
 from lidb_peft.safe_read import Header
 
@@ -19,63 +20,11 @@ _LEGACY_BYTES = range(0x100000, 0x110000)
 
 
 @dataclass(frozen=True)
-class ModelFamily:
-    """How readers name one family of base models."""
-
-    base_version: str
-    v_base_version: str
-    architecture: str
-    v_architecture: str
-    implementation: str
-    a1111_version: str
-    is_v2: bool
-    resolution_px: int
-    v_resolution_px: int
-
-
-MODEL_FAMILIES = {
-    "sd1": ModelFamily(
-        base_version="sd_v1",
-        v_base_version="sd_v1_v",
-        architecture="stable-diffusion-v1/lora",
-        v_architecture="stable-diffusion-v1/lora",
-        implementation="diffusers",
-        a1111_version="SD1",
-        is_v2=False,
-        resolution_px=512,
-        v_resolution_px=512,
-    ),
-    "sd2": ModelFamily(
-        base_version="sd_v2",
-        v_base_version="sd_v2_v",
-        architecture="stable-diffusion-v2-512/lora",
-        v_architecture="stable-diffusion-v2-768-v/lora",
-        implementation="diffusers",
-        a1111_version="SD2",
-        is_v2=True,
-        resolution_px=512,
-        v_resolution_px=768,
-    ),
-    "sdxl": ModelFamily(
-        base_version="sdxl_base_v1-0",
-        v_base_version="sdxl_base_v1-0",
-        architecture="stable-diffusion-xl-v1-base/lora",
-        v_architecture="stable-diffusion-xl-v1-base/lora",
-        implementation="https://github.com/Stability-AI/generative-models",
-        a1111_version="SDXL",
-        is_v2=False,
-        resolution_px=1024,
-        v_resolution_px=1024,
-    ),
-}
-
-
-@dataclass(frozen=True)
 class KohyaMetadata:
     """What a LoRA file should tell its readers; all of it optional but the family of the base model.
 
     Args:
-        family: ``sd1``, ``sd2`` or ``sdxl``; A1111 hides a LoRA whose family is not the loaded model's.
+        family: name of one of ``lidb_peft.families``; A1111 hides a LoRA whose family is not the loaded model's.
         v_prediction: the base model predicts v (Stable Diffusion 2 at 768).
         output_name: the ``name`` of A1111's ``<lora:name:1>``; the file's own name when empty.
         trigger: activation text, e.g. ``a sks face``.
@@ -87,7 +36,7 @@ class KohyaMetadata:
         extra: further keys, written as they are.
     """
 
-    family: str = "sd1"
+    family: str = next(iter(FAMILIES))
     v_prediction: bool = False
     output_name: str = ""
     trigger: str = ""
@@ -103,8 +52,7 @@ class KohyaMetadata:
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.family not in MODEL_FAMILIES:
-            raise ValueError(f"model family is {self.family!r}; choose one of {', '.join(MODEL_FAMILIES)}")
+        get_family(self.family)
         if set(self.output_name) & set("<>:"):
             raise ValueError(
                 f"output_name is {self.output_name!r}; leave out < > and :, which <lora:name:1> cannot hold"
@@ -118,13 +66,14 @@ class KohyaMetadata:
 
 def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[str, str]:
     """Return the text-to-text metadata of a file of one ``rank`` and alpha = rank, hashes not included."""
-    family = MODEL_FAMILIES[metadata.family]
+    family = get_family(metadata.family)
+    version = family.version("v_prediction" if metadata.v_prediction else "")
     name = metadata.output_name or "".join("_" if character in "<>:" else character for character in file_stem)
-    side = metadata.resolution_px or (family.v_resolution_px if metadata.v_prediction else family.resolution_px)
+    side = metadata.resolution_px or version.size_px
     entries = {
         "ss_output_name": name,
-        "ss_v2": str(family.is_v2),
-        "ss_base_model_version": family.v_base_version if metadata.v_prediction else family.base_version,
+        **family.metadata,
+        "ss_base_model_version": version.base_version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
@@ -133,7 +82,7 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
         "ss_sd_model_name": metadata.base_model_name,
         "ss_num_train_images": str(metadata.num_photos) if metadata.num_photos else "",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": family.v_architecture if metadata.v_prediction else family.architecture,
+        "modelspec.architecture": f"{version.architecture}/lora",
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.title or name,
         "modelspec.resolution": f"{side}x{side}",

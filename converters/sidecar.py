@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.metadata import MODEL_FAMILIES, KohyaMetadata
+from converters.metadata import KohyaMetadata
+from lidb_peft.families import get_family
 from lidb_peft.files import atomic_path
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str
         return None
     ours = {
         "description": metadata.description,
-        "sd version": MODEL_FAMILIES[metadata.family].a1111_version,
+        "sd version": get_family(metadata.family).a1111_version,
         "activation text": metadata.trigger,
         "preferred weight": metadata.preferred_weight,
     }

@@ -28,6 +28,7 @@ from converters.key_maps import from_kohya_name
 from .bases import get_basis
 from .config import LiDBConfig
 from .distance import squared_distance
+from .families import FAMILIES, TITLES, Component, Family
 from .product import add_low_rank, lidb_to_lora
 from .projection import project_lora
 from .record import base_fingerprint, check_record, from_metadata, record_config, space_record, to_metadata
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 # What rounding a LoRA to bfloat16 may take from an update; bases of another seed take more than half of it.
 _ROUNDING = 0.01
-# Blocks of kohya's block weights: those going down, and as many going up, and those in the middle.
-_NUM_BLOCKS = {"sd1": (12, 1), "sdxl": (9, 3)}
 # Block weights by name, as functions of the block's place, 0 (first) to 1 (last).
 _PRESETS: dict[str, Callable[[float], float]] = {
     "sine": lambda place: math.sin(math.pi / 2 * place),
@@ -129,7 +128,7 @@ def create_network_from_weights(
 
 
 class LiDBNetwork(nn.Module):
-    """Theta on the UNet and the text encoders of a Stable Diffusion 1, 2 or XL model of sd-scripts.
+    """Theta on the UNet and the text encoders of a model of sd-scripts.
 
     Attributes:
         space: the adapted layers.
@@ -149,12 +148,13 @@ class LiDBNetwork(nn.Module):
         super().__init__()
         self.multiplier = multiplier
         self.save_theta = save_theta
-        self.family = "sdxl" if hasattr(unet, "input_blocks") else "sd1"  # Stable Diffusion 2 has the names of 1
+        self.family = _family_of(unet)
         self.block_weights = _block_weights(self.family, **block_options)
         encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
-        names = ("text_encoder", "text_encoder_2")[: len(encoders)]
-        named_unet = _with_diffusers_names(unet) if self.family == "sdxl" else unet
-        models = {"unet": named_unet, **dict(zip(names, encoders, strict=True))}
+        names = [component.name for component in self.family.text_encoders][: len(encoders)]
+        denoiser = self.family.denoiser
+        named_unet = _with_diffusers_names(unet, denoiser) if denoiser.kohya_uses_originals else unet
+        models = {denoiser.name: named_unet, **dict(zip(names, encoders, strict=True))}
         self.space = LiDBSpace(models, config)
         self.space.detach()  # its hooks serve updates that are bound for a while; these here stay
         self.base_fingerprint = base_fingerprint(models)  # now, because sd-scripts may cast the weights to fp8 later
@@ -192,7 +192,7 @@ class LiDBNetwork(nn.Module):
     ) -> None:
         """Put the updates on the UNet's layers, the text encoders', or both; once."""
         for index, name in enumerate(self.space.layer_names):
-            if apply_unet if name.startswith("unet.") else apply_text_encoder:
+            if apply_unet if name.partition(".")[0] == self.family.denoiser.name else apply_text_encoder:
                 self.applied.append(index)
                 self.space.layers[index].register_forward_hook(functools.partial(self._add_update, index))
 
@@ -249,9 +249,9 @@ class LiDBNetwork(nn.Module):
             name = self.space.layer_names[index]
             label = name.partition(".")[0]
             rate = rates[label]
-            if self.block_weights and label == "unet":
+            if self.block_weights and label == self.family.denoiser.name:
                 side, position = _block_of(name, self.family)
-                label, rate = f"unet_{side}_{position}", rate * self.block_weights[side][position]
+                label, rate = f"{label}_{side}_{position}", rate * self.block_weights[side][position]
             groups.setdefault((label, rate), []).append(self.rows[index])
         self.requires_grad_(False)
         trained = {group: rows for group, rows in groups.items() if group[1]}
@@ -265,14 +265,15 @@ class LiDBNetwork(nn.Module):
     def _learning_rates(
         self, text_encoder_lr: float | list[float] | None, unet_lr: float | None, default_lr: float
     ) -> dict[str, float]:
-        encoders = [component for component in self.space.models if component != "unet"]
+        denoiser = self.family.denoiser.name
+        encoders = [component for component in self.space.models if component != denoiser]
         rates = text_encoder_lr if isinstance(text_encoder_lr, list) else [text_encoder_lr]
         rates = rates or [None]
         if len(rates) == 1:
             rates = rates * len(encoders)
         if len(rates) != len(encoders):
             raise ValueError(f"text_encoder_lr has {len(rates)} rates for {len(encoders)} text encoders; give one each")
-        given = {"unet": unet_lr, **dict(zip(encoders, rates, strict=True))}
+        given = {denoiser: unet_lr, **dict(zip(encoders, rates, strict=True))}
         return {component: default_lr if rate is None else rate for component, rate in given.items()}
 
     def enable_gradient_checkpointing(self) -> None:
@@ -335,7 +336,7 @@ class LiDBNetwork(nn.Module):
         dtype, metadata, theta = dtype or torch.float32, dict(metadata or {}), self.theta
         factors = self.space.factors(theta)
         names = [self.space.layer_names[index] for index in self.applied]
-        tensors, rank = lora_tensors({name: factors[name] for name in names}, self.family, dtype)
+        tensors, rank = lora_tensors({name: factors[name] for name in names}, self.family.name, dtype)
         base_name = metadata.get("ss_sd_model_name", "")
         record = space_record(self.space, base_name, self.base_fingerprint)
         own = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
@@ -345,11 +346,23 @@ class LiDBNetwork(nn.Module):
             save_theta(path, theta, self.space, base_name, self.base_fingerprint, dtype)
 
 
-def _with_diffusers_names(unet: nn.Module) -> nn.Module:
-    """Return a model that holds the layers of sd-scripts' SDXL UNet, which have sgm's names, under diffusers'."""
+def _family_of(unet: nn.Module) -> Family:
+    """Return the first family whose denoiser sd-scripts has as ``unet``'s class; SD2's has SD1's names.
+
+    Raises:
+        ValueError: none has.
+    """
+    for family in FAMILIES.values():
+        if family.kohya_blocks and hasattr(unet, family.denoiser.kohya_attribute):
+            return family
+    raise ValueError(f"LiDB is trained on {TITLES} here, not on a {type(unet).__name__}; choose another network_module")
+
+
+def _with_diffusers_names(unet: nn.Module, component: Component) -> nn.Module:
+    """Return a model that holds the layers of sd-scripts' model, which have the original names, under diffusers'."""
     renamed = nn.Module()
     for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in unet.named_parameters()):
-        *parents, last = from_kohya_name("lora_unet_" + path.replace(".", "_")).split(".")[1:]
+        *parents, last = from_kohya_name(component.kohya_prefixes[0] + path.replace(".", "_")).split(".")[1:]
         parent = renamed
         for name in parents:
             if not hasattr(parent, name):
@@ -381,17 +394,17 @@ def _read_theta(file: str | os.PathLike, space: LiDBSpace) -> Tensor:
     return theta
 
 
-def _block_of(layer: str, family: str) -> tuple[str, int]:
+def _block_of(layer: str, family: Family) -> tuple[str, int]:
     """Return the side ("down", "mid", "up") of the UNet that a layer is on, and the place of its block there."""
-    block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", layer)
+    block = re.match(r"[^.]+\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", layer)
     if block is None:
-        return "mid", _NUM_BLOCKS[family][1] // 2
+        return "mid", family.kohya_blocks[1] // 2
     position = 3 * int(block[2]) + int(block[3])
     return block[1], position + (block[1] == "down")  # the first block going down is conv_in
 
 
 def _block_weights(
-    family: str,
+    family: Family,
     down_lr_weight: str | None = None,
     mid_lr_weight: str | None = None,
     up_lr_weight: str | None = None,
@@ -403,7 +416,7 @@ def _block_weights(
         return {}
     weights = {}
     for side, text in given.items():
-        count = _NUM_BLOCKS[family][side == "mid"]
+        count = family.kohya_blocks[side == "mid"]
         weights[side] = [1.0] * count
         if text:
             values = _weights_of(f"{side}_lr_weight", text, count)

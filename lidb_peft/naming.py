@@ -13,27 +13,35 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .config import LiDBConfig
+from .families import FAMILIES
 
-UNET_TARGETS = frozenset({"to_q", "to_k", "to_v", "to_out.0"})
-CLIP_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+_ALL_TARGETS = frozenset().union(*(family.targets for family in FAMILIES.values()))
 
 
 def default_target_modules(model: nn.Module) -> set[str]:
-    """Return the suffixes of the attention projections of diffusers UNets and CLIP text encoders, of both.
+    """Return the suffixes of the layers that are adapted in models of the family that has ``model`` as a component.
 
-    Both, so that one config serves the UNet and its text encoder.
+    Those of all its components, so that one config serves the denoiser and its text encoders.
 
     Raises:
-        ValueError: ``model`` has neither family of names.
+        ValueError: ``model`` has no family's names.
     """
     names = [clean_module_name(name) for name, _ in model.named_modules()]
-    for family in (UNET_TARGETS, CLIP_TARGETS):
-        if all(any(name.endswith(f".{target}") for name in names) for target in family):
-            return set(UNET_TARGETS | CLIP_TARGETS)
-    raise ValueError(
-        "Please specify `target_modules` in `peft_config`: "
-        f"{type(model).__name__} has neither a UNet's nor a CLIP text encoder's attention projections"
-    )
+    ends = {target for target in _ALL_TARGETS if any(name.endswith(f".{target}") for name in names)}
+    fitting = [
+        (len(component.targets), family)
+        for family in FAMILIES.values()
+        for component in family.components
+        if component.targets and component.targets <= ends
+    ]
+    if not fitting:
+        raise ValueError(
+            "Please specify `target_modules` in `peft_config`: "
+            f"{type(model).__name__} has neither a UNet's nor a CLIP text encoder's attention projections"
+        )
+    # One family's names may be some of another's.
+    most = max(count for count, _ in fitting)
+    return set(next(family for count, family in fitting if count == most).targets)
 
 
 def resolve_config(config: LiDBConfig, model: nn.Module) -> LiDBConfig:

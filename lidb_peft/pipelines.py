@@ -19,6 +19,7 @@ from peft.utils.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from .config import LiDBConfig, LiDBPeftType
+from .families import COMPONENTS
 from .files import atomic_folder, write_safetensors
 from .layer import LiDBLayer
 from .record import check_record, fingerprint_components
@@ -29,8 +30,6 @@ from .theta import load_theta
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# In the order in which spaces list them.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # What diffusers' save_lora_adapter writes, and where in its metadata the config is.
 _DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from converters.architectures import CROSS_WIDTHS
 from converters.arithmetic.algebra import matrices, to_layer
-from converters.key_maps import COMPONENTS, from_checkpoint_name
+from converters.formats.family import find_base
+from converters.key_maps import from_checkpoint_name
 from converters.lora import Lora, LoraLayer, is_finite
+from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
 from lidb_peft.files import atomic_folder, atomic_path, header_bytes
 from lidb_peft.naming import layer_name
 from lidb_peft.safe_read import read_header
@@ -66,7 +67,7 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a pickle, a damaged file, two files for one layer, or no Stable Diffusion 1, 2 or XL.
+        ValueError: a pickle, a damaged file, two files for one layer, or no model of a known family.
     """
     model = Path(model)
     weights: dict[str, Weight] = {}
@@ -78,22 +79,22 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
                     raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
                                      " remove one")  # fmt: skip
                 weights[layer] = Weight(file, tensor, part, len(layers))
-    if not any(layer.startswith("unet.") for layer in weights):
+    if not any(layer.partition(".")[0] in DENOISERS for layer in weights):
         raise ValueError(
-            f"{model} holds no UNet of Stable Diffusion 1, 2 or XL in safetensors; name a checkpoint, or a folder in"
-            " diffusers' layout"
+            f"{model} holds no UNet of {TITLES} in safetensors; name a checkpoint, or a folder in diffusers' layout"
         )
     return weights
 
 
 def find_family(weights: Mapping[str, Weight]) -> str:
-    """Return ``sd1``, ``sd2`` or ``sdxl`` by the prompts that a model's UNet reads.
+    """Return the family of a model by what its denoiser reads.
 
-    A model of another width, such as a miniature, is SD1.x to its readers.
+    A model of another width, such as a miniature, is the first family's to its readers.
     """
-    weight = next((weight for name, weight in weights.items() if name.endswith("attn2.to_k")), None)
-    width = read_header(weight.file).tensors[weight.tensor].shape[1] if weight else 0
-    return CROSS_WIDTHS.get(width, "sd1")
+    widths = {file: read_header(file).tensors for file in {weight.file for weight in weights.values()}}
+    shapes = ((name, widths[weight.file][weight.tensor].shape) for name, weight in weights.items())
+    layers = ((name, name.partition(".")[0], shape[1] if len(shape) > 1 else 0) for name, shape in shapes)
+    return find_base(layers, {}) or next(iter(FAMILIES))
 
 
 def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from converters.architectures import ARCHITECTURES, attention_shapes
 from converters.arithmetic.algebra import matrices
 from converters.arithmetic.checkpoint import Weight, differences, find_family, find_weights
 from converters.formats.lidb import skeleton_models
 from converters.formats.reading import read_lora
 from converters.lora import Lora
 from lidb_peft import LiDBConfig, project_lora
+from lidb_peft.families import FAMILIES
 from lidb_peft.space import LiDBSpace
 from lidb_peft.stacks import Layout
 from lidb_peft.theta import save_theta
@@ -68,10 +68,10 @@ def project_to_file(
 
 
 def family_models(family: str, source: str) -> dict[str, nn.Module]:
-    """Return component -> a model of the layers that LiDB adapts in ``sd1``, ``sd2`` or ``sdxl``, without weights."""
-    if family not in ARCHITECTURES:
+    """Return component -> a model of the layers that LiDB adapts in a family, without weights."""
+    if family not in FAMILIES:
         raise ValueError(f"{source} does not tell its model family; name the base model that it was made for")
-    return skeleton_models(attention_shapes(family), "meta")
+    return skeleton_models(FAMILIES[family].shapes, "meta")
 
 
 def project(

@@ -1,6 +1,6 @@
 """LiDB weights in files, a theta file or the folders that PEFT saves, and the exact LoRA of either.
 
-Neither holds the widths of its layers. They come from the table of Stable Diffusion's architectures, or from a base
+Neither holds the widths of its layers. They come from the families' tables (:mod:`lidb_peft.families`), or from a base
 model where it is another.
 """
 
@@ -15,13 +15,13 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from converters.architectures import ARCHITECTURES, attention_shapes
 from converters.formats.layout import BASIS_START, read_layout
 from converters.formats.reading import Source, find_sources, layer_of
 from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
+from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer
-from lidb_peft.naming import CLIP_TARGETS, UNET_TARGETS, find_layers
+from lidb_peft.naming import find_layers
 from lidb_peft.record import check_record
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import read_header
@@ -39,7 +39,7 @@ class LiDBWeights:
 
     Args:
         models: component -> its LiDB adapter, on a model that has only the adapted layers, without weights.
-        family: ``sd1``, ``sd2`` or ``sdxl``; "" where the layers do not tell.
+        family: name of one of ``lidb_peft.families``; "" where the layers do not tell.
         base_model_name, base_fingerprint: as in a theta file.
     """
 
@@ -100,7 +100,7 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
     """Read a theta file.
 
     Args:
-        models: the base model's, for a theta of none of ``ARCHITECTURES``, and to check its weights.
+        models: the base model's, for a theta of none of ``FAMILIES``, and to check its weights.
 
     Raises:
         ValueError: no theta file, or of unknown layers.
@@ -159,12 +159,12 @@ def _shapes_of(models: Mapping[str, nn.Module], config: LiDBConfig) -> Shapes:
 
 def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
     """Return the architecture, and its layers, whose hash a theta file has."""
-    for family in ARCHITECTURES:
-        for shapes in _choices(attention_shapes(family), file.config):
+    for family in FAMILIES.values():
+        for shapes in _choices(family.shapes, file.config):
             if layers_hash(shapes) == file.layers_hash:
-                return family, shapes
+                return family.name, shapes
     of = f" of {file.base_model_name}" if file.base_model_name else ""
-    raise ValueError(f"{path} belongs to layers{of} that are none of {', '.join(ARCHITECTURES)}'s; {_WHICH_BASE}")
+    raise ValueError(f"{path} belongs to layers{of} that are none of {', '.join(FAMILIES)}'s; {_WHICH_BASE}")
 
 
 def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
@@ -181,12 +181,12 @@ def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
 def _shapes_by_bases(path: Path, folders: Collection[_Folder]) -> tuple[str, Shapes]:
     """Return the architecture that has the layers and, for them, needs just the bases that the adapters record."""
     fitting = {}
-    for family in ARCHITECTURES:
-        shapes = attention_shapes(family)
+    for family in FAMILIES.values():
+        shapes = family.shapes
         if all(_fits(shapes, folder) for folder in folders):
-            fitting[family] = shapes
+            fitting[family.name] = shapes
     if not fitting:
-        raise ValueError(f"{path} has layers or bases that are none of {', '.join(ARCHITECTURES)}'s; {_WHICH_BASE}")
+        raise ValueError(f"{path} has layers or bases that are none of {', '.join(FAMILIES)}'s; {_WHICH_BASE}")
     first = next(iter(fitting))
     return first if len(fitting) == 1 else "", fitting[first]
 
@@ -209,7 +209,8 @@ def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
     if all(isinstance(target, set) for target in targets):
         union = set().union(*targets)
         # What every adapter names that was made without naming any.
-        return dataclasses.replace(first, target_modules=None if union == UNET_TARGETS | CLIP_TARGETS else union)
+        is_default = any(union == family.targets for family in FAMILIES.values())
+        return dataclasses.replace(first, target_modules=None if is_default else union)
     if len({repr(target) for target in targets}) > 1:
         raise ValueError("the adapters' target_modules are different expressions; one theta file cannot hold them")
     return first

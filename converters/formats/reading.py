@@ -12,8 +12,9 @@ from converters.formats.family import find_base
 from converters.formats.layout import AdapterModule, read_layout
 from converters.formats.lora_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
-from converters.key_maps import COMPONENTS, FAMILIES, from_kohya_name, from_path_name
+from converters.key_maps import from_kohya_name, from_path_name
 from converters.lora import Lora, LoraLayer
+from lidb_peft.families import COMPONENTS, FAMILIES, TITLES
 from lidb_peft.safe_read import PICKLE_SUFFIXES, printable, read_json_object, read_tensors
 
 # A LoRA of another model family has thousands of keys, all of them unknown.
@@ -119,7 +120,7 @@ def _read_modules(source: Source, names: list[str]) -> list[tuple[str, AdapterMo
     if unknown:
         more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
         raise ValueError(
-            f"{file} holds {len(unknown)} keys that are no LoRA of Stable Diffusion 1, 2 or XL:"
+            f"{file} holds {len(unknown)} keys that are no LoRA of {TITLES}:"
             f" {', '.join(printable(name) for name in sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
         )
     if not known:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from converters.formats.family import shown_base, stated_base
 from converters.formats.layout import Layout
 from converters.inspection.facts import ModuleFacts
-from converters.key_maps import is_sgm_name
+from converters.key_maps import is_original_name
+from lidb_peft.families import DENOISERS, FAMILIES, TEXT_ENCODERS
 from lidb_peft.safe_read import printable
 
 _MAX_NAME_CHARS = 240
@@ -68,27 +69,30 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[
 
 def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> Iterator[str]:
     """Names and metadata that kohya, A1111 or ComfyUI miss without a word."""
-    clip = [module.name for module in modules if module.component.startswith("text_encoder")]
+    clip = [module.name for module in modules if module.component in TEXT_ENCODERS]
     bare = [name for name in clip if "_text_model_" not in name and "text_projection" not in name]
     if bare:
         yield (
             f"{_count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
             f" {_examples(bare)}"
         )
-    te1 = [name for name in clip if name.startswith("lora_te1_")]
-    if te1 and base in ("sd1", "sd2"):
-        yield (
-            f"{_count(te1, 'layer')} named lora_te1_ in a LoRA of {shown_base(base)}, which kohya drops: they must be"
-            " lora_te_"
-        )
-    te = [name for name in clip if name.startswith("lora_te_")]
-    if te and base == "sdxl":
-        yield f"{_count(te, 'layer')} named lora_te_ in a LoRA of SDXL, which kohya drops: they must be lora_te1_"
-    unet = [module.name for module in modules if module.component == "unet"]
-    if len({is_sgm_name(name) for name in unet if "_blocks_" in name or "_block_" in name}) > 1:
+    family = FAMILIES.get(base)
+    for component in family.components if family else ():
+        written, *others = component.kohya_prefixes
+        for prefix in others:
+            odd = [name for name in clip if name.startswith(prefix)]
+            if odd:
+                where = f"named {prefix} in a LoRA of {shown_base(base)}"
+                yield f"{_count(odd, 'layer')} {where}, which kohya drops: they must be {written}"
+    denoiser = [module.name for module in modules if module.component in DENOISERS]
+    if len({is_original_name(name) for name in denoiser if "_blocks_" in name or "_block_" in name}) > 1:
         yield "UNet layers in both diffusers' and sgm's spelling: diffusers drops the latter"
-    if base == "sdxl" and not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
-        yield "no ss_base_model_version of SDXL: A1111 takes it for SD1 and hides it from SDXL models"
+    version = metadata.get("ss_base_model_version", "")
+    if family and family.is_hidden_unless_stated and not version.startswith(family.stated_by["ss_base_model_version"]):
+        yield (
+            f"no ss_base_model_version of {shown_base(base)}: A1111 takes it for SD1 and hides it from"
+            f" {shown_base(base)} models"
+        )
     split = _split_attentions(clip, base)
     if split:
         yield (
@@ -99,10 +103,13 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str],
 
 def _split_attentions(clip: Sequence[str], base: str) -> list[str]:
     """Names of OpenCLIP attentions (SD2's encoder, SDXL's second) that lack one of the four projections."""
+    family = FAMILIES.get(base)
+    stacked = [component for component in family.text_encoders if component.stacked] if family else []
+    prefixes = tuple(prefix for component in stacked for prefix in component.kohya_prefixes)
     groups: dict[str, set[str]] = {}
     for name in clip:
         projection = next((projection for projection in _FUSED_QKVO if name.endswith("_" + projection)), None)
-        if projection and (name.startswith("lora_te2_") or (base == "sd2" and name.startswith("lora_te_"))):
+        if projection and name.startswith(prefixes):
             groups.setdefault(name.removesuffix("_" + projection), set()).add(projection)
     return [name for name, present in groups.items() if len(present) < len(_FUSED_QKVO)]
 

@@ -15,7 +15,6 @@ import testbed.demo
 from cli import convert, results
 from cli.main import COMMANDS, as_sentence
 from converters import describe
-from converters.key_maps import FAMILIES
 from converters.lora import DTYPES
 from hypernet.base_models import load_base
 from hypernet.sampling import generate, lora_applied
@@ -104,7 +103,6 @@ def test_convert_takes_a_folder_and_says_first_what_it_would_do(hdb, made):
 
 def test_convert_offers_what_the_converters_know():
     assert tuple(converters.FORMATS) == convert.FORMATS
-    assert convert.FAMILIES == FAMILIES
     assert [getattr(torch, name) for name in results.DTYPES.values()] == list(DTYPES)
 
 

@@ -6,16 +6,9 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_kohya, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
-from converters.architectures import attention_shapes
-from converters.key_maps import (
-    FAMILIES,
-    SDXL_UNET,
-    from_kohya_name,
-    from_path_name,
-    to_kohya_name,
-    to_old_diffusers_name,
-)
-from converters.metadata import MODEL_FAMILIES
+from converters.key_maps import from_kohya_name, from_path_name, to_kohya_name, to_old_diffusers_name
+from lidb_peft.families import FAMILIES
+from lidb_peft.naming import natural_key
 
 CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -99,8 +92,8 @@ def test_diffusers_reads_our_sdxl_names_as_the_layers_they_came_from(sdxl_unet_l
 
 
 def test_the_sdxl_table_maps_one_to_one_and_covers_convolutions():
-    ours, sgm = zip(*SDXL_UNET, strict=True)
-    assert len(set(ours)) == len(set(sgm)) == len(SDXL_UNET)
+    ours, sgm = zip(*FAMILIES["sdxl"].denoiser.originals, strict=True)
+    assert len(set(ours)) == len(set(sgm)) == len(ours)
     for name in (
         "lora_unet_input_blocks_3_0_op",
         "lora_unet_output_blocks_2_2_conv",
@@ -126,8 +119,10 @@ def test_diffusers_reads_our_old_names_as_the_layers_they_came_from(real_layers,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_of_architectures_has_the_layers_of_the_real_models(real_layers, family):
-    assert attention_shapes(family) == real_layers(family)
+def test_the_families_have_the_layers_of_the_real_models_in_natural_order(real_layers, family):
+    assert FAMILIES[family].shapes == real_layers(family)
+    for component in FAMILIES[family].components:
+        assert list(component.shapes) == sorted(component.shapes, key=natural_key)
 
 
 def test_feed_forward_and_mlp_names_read_back():
@@ -160,7 +155,3 @@ def test_a_layer_that_the_family_does_not_have_is_refused(layer, family, message
 def test_a_name_of_another_model_is_refused(name):
     with pytest.raises(ValueError, match="no layer of a Stable Diffusion 1, 2 or XL"):
         from_kohya_name(name)
-
-
-def test_every_family_has_metadata():
-    assert tuple(MODEL_FAMILIES) == FAMILIES

@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from converters.arithmetic.checkpoint import extract, find_weights, merge_into
-from converters.key_maps import SD1_UNET, SDXL_UNET, from_checkpoint_name
+from converters.key_maps import from_checkpoint_name
 from converters.lora import Lora, LoraLayer
+from lidb_peft.families import FAMILIES
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0"
 Q, K, PROJ = "attn1.to_q", "attn2.to_k", "proj_in"
@@ -180,14 +181,16 @@ def test_what_differs_and_is_not_extracted_is_listed(checkpoint, tensors, tmp_pa
     }
 
 
-@pytest.mark.parametrize(("config", "table"), [({"cross_attention_dim": 768}, SD1_UNET), (SDXL, SDXL_UNET)])
-def test_unet_names_are_those_of_diffusers_own_converter(config, table):
+@pytest.mark.parametrize(("config", "family"), [({"cross_attention_dim": 768}, "sd1"), (SDXL, "sdxl")])
+def test_unet_names_are_those_of_diffusers_own_converter(config, family):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     names = [name for name in unet.state_dict() if name.endswith(".weight")]
     stored = {}
     for number, name in enumerate(names):
-        ours, sgm = next((ours, sgm) for ours, sgm in table if name.startswith(ours + "."))
+        ours, sgm = next(
+            (ours, sgm) for ours, sgm in FAMILIES[family].denoiser.originals if name.startswith(ours + ".")
+        )
         stored[f"model.diffusion_model.{sgm}{name.removeprefix(ours)}"] = torch.tensor(number)
     bias = {name.removesuffix("weight") + "bias": tensor for name, tensor in stored.items()}
     converted = convert_ldm_unet_checkpoint(stored | bias, unet.config)

@@ -1,0 +1,30 @@
+"""CLIP's text encoders, OpenAI's and OpenCLIP's, which several families share."""
+
+from .family import Shapes
+
+TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
+_WORDS = """
+    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 layer_norm1 layer_norm2
+    embeddings token_embedding position_embedding final_layer_norm text_projection
+"""
+WORDS = frozenset(_WORDS.split())
+# (ours, OpenCLIP's) inside a transformer layer; the first three are one weight.
+OPENCLIP = tuple(
+    (tuple(f"encoder.layers.{{}}.{path}" for path in ours), f"transformer.resblocks.{{}}.{original}")
+    for ours, original in (
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn.in_proj_weight"),
+        (("self_attn.out_proj",), "attn.out_proj.weight"),
+        (("mlp.fc1",), "mlp.c_fc.weight"),
+        (("mlp.fc2",), "mlp.c_proj.weight"),
+    )
+)
+
+
+def attention_shapes(num_layers: int, width: int) -> Shapes:
+    """Return the attention projections of an encoder."""
+    names = [
+        f"text_model.encoder.layers.{i}.self_attn.{name}"
+        for i in range(num_layers)
+        for name in ("k_proj", "out_proj", "q_proj", "v_proj")
+    ]
+    return dict.fromkeys(names, (width, width))

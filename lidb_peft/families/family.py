@@ -1,0 +1,164 @@
+"""What a family of base models is made of: everything that the rest of the package must know to work on one.
+
+Data only, and light to import: what is computed with a family is elsewhere, and takes it as an argument.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Layer name without its component -> (in_features, out_features).
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the pipeline that adapters may be on.
+
+    Args:
+        name: the pipeline's attribute, the folder in diffusers' layout, and how our layer names begin.
+        title: how messages call it.
+        role: which of the two kinds of models it is.
+        classes: names of its class in diffusers or transformers.
+        targets: ends of the names of the linear layers that LiDB adapts, its default ``target_modules``.
+        shapes: those layers in the published models, in natural order, as ``LiDBSpace`` lists them.
+        words: every word of its module paths that is no number; kohya's names join them by underscores.
+        kohya_prefixes: how kohya's names of its layers begin: the first is written, all are read.
+        originals: pairs (ours, original) of path prefixes by which the model's first authors named its modules.
+        kohya_uses_originals: kohya's names are made of the original paths, not of diffusers'.
+        kohya_attribute: what the model has in sd-scripts, and no other family's of its role.
+        stacked: pairs (ours, original) of paths inside of one of the ``originals``, with ``{}`` for a number: weights
+            that are one in the original, stacked along axis 0.
+        checkpoint_prefixes: how its tensors begin in a single-file checkpoint.
+        config: entries of its config that tell the published models of this family from others of the same classes.
+        is_adapted: whether it is adapted unless somebody asks for something else.
+    """
+
+    name: str
+    title: str
+    role: Literal["denoiser", "text encoder"]
+    classes: tuple[str, ...]
+    targets: frozenset[str]
+    shapes: Shapes
+    words: frozenset[str]
+    kohya_prefixes: tuple[str, ...]
+    originals: tuple[tuple[str, str], ...] = ()
+    kohya_uses_originals: bool = False
+    kohya_attribute: str = ""
+    stacked: tuple[tuple[tuple[str, ...], str], ...] = ()
+    checkpoint_prefixes: tuple[str, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
+    is_adapted: bool = True
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published model of a family, by what LoRA files call it.
+
+    Args:
+        prediction_type: what its denoiser predicts, as diffusers' schedulers call it: ``epsilon``, ``v_prediction``; or
+            ``flow``, of flow matching.
+        base_version: kohya's ``ss_base_model_version``.
+        architecture: ModelSpec's, without the ``/lora`` behind it.
+        size_px: side of the square pictures that it was trained on.
+    """
+
+    prediction_type: str
+    base_version: str
+    architecture: str
+    size_px: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A layer that tells the family of an adapter.
+
+    Args:
+        pattern: regular expression that is searched for in the layer's name, as it is in the file.
+        component: which the layer is of; "" for any.
+        in_features: width of what the layer reads; 0 for any.
+        is_certain: it counts more than what the file's metadata say, and not only where they say nothing.
+    """
+
+    pattern: str
+    component: str = ""
+    in_features: int = 0
+    is_certain: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """Base models of one architecture.
+
+    Args:
+        name: how options, files and messages call it.
+        title: how people call it.
+        a1111_version: how Automatic1111 calls it, and Forge.
+        components: the denoiser first, in the order in which spaces list them.
+        pipelines: diffusers' classes whose folders hold such a model; the first one loads it.
+        pipeline_options: what that class is made with beside the models: nothing that censors or marks pictures.
+        latent_channels, vae_scale_factor: channels of the latents, and pixels to a latent's side.
+        versions: what was published; the first is the one meant where nothing says otherwise.
+        has_guidance_embeds: the denoiser is told a guidance scale, which it was distilled with.
+        implementation: ModelSpec's.
+        metadata: further kohya metadata of its LoRAs.
+        marks: layers that tell that an adapter is for this family.
+        stated_by: metadata key -> how its value begins in adapters for this family.
+        is_hidden_unless_stated: Automatic1111 takes a LoRA without such metadata for another family's.
+        checkpoint_marker: the tensor by which a single-file checkpoint of this architecture is told.
+        checkpoint_parts: how the tensors begin that a whole checkpoint has -> what they are.
+        kohya_blocks: blocks of kohya's block-wise learning rates: those going down, and as many up, and in the middle.
+    """
+
+    name: str
+    title: str
+    a1111_version: str
+    components: tuple[Component, ...]
+    pipelines: tuple[str, ...]
+    pipeline_options: Mapping[str, object]
+    latent_channels: int
+    vae_scale_factor: int
+    versions: tuple[Version, ...]
+    implementation: str
+    marks: tuple[Mark, ...]
+    stated_by: Mapping[str, str]
+    checkpoint_marker: str
+    checkpoint_parts: Mapping[str, str]
+    has_guidance_embeds: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    is_hidden_unless_stated: bool = False
+    kohya_blocks: tuple[int, int] | None = None
+
+    @property
+    def denoiser(self) -> Component:
+        """The model that predicts the noise."""
+        return self.components[0]
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """The models that read the prompt."""
+        return self.components[1:]
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The ``target_modules`` of one config for all components."""
+        return frozenset().union(*(component.targets for component in self.components))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> ``(in_features, out_features)`` of all layers that LiDB can adapt in the published models."""
+        return {f"{part.name}.{path}": shape for part in self.components for path, shape in part.shapes.items()}
+
+    @property
+    def prediction_types(self) -> tuple[str, ...]:
+        """What its denoisers may predict; more than one where a model must say which."""
+        return tuple(dict.fromkeys(version.prediction_type for version in self.versions))
+
+    def component(self, name: str) -> Component | None:
+        """Return the component of that name, None if there is none."""
+        return next((component for component in self.components if component.name == name), None)
+
+    def version(self, prediction_type: str = "") -> Version:
+        """Return the published model of that prediction type; the first one if there is none, or for ""."""
+        fitting = (version for version in self.versions if version.prediction_type == prediction_type)
+        return next(fitting, self.versions[0])

@@ -1,0 +1,61 @@
+"""Stable Diffusion 1.x, and what has its architecture."""
+
+from . import clip, unet
+from .family import Component, Family, Mark, Version
+
+CROSS_KEY = r"attn2[._](processor[._])?to_k(_lora)?$"
+"""A layer that reads the prompt, whose width tells Stable Diffusion's families, by any name."""
+
+UNET_ORIGINALS = unet.sgm_names(4, attended=(0, 1, 2))
+
+SD1 = Family(
+    name="sd1",
+    title="Stable Diffusion 1",
+    a1111_version="SD1",
+    components=(
+        Component(
+            name="unet",
+            title="UNet",
+            role="denoiser",
+            classes=("UNet2DConditionModel",),
+            targets=unet.TARGETS,
+            shapes=unet.attention_shapes((320, 640, 1280, 1280), (1, 1, 1, 0), 768),
+            words=unet.WORDS,
+            kohya_prefixes=("lora_unet_",),
+            originals=UNET_ORIGINALS,
+            kohya_attribute="down_blocks",
+            checkpoint_prefixes=("model.diffusion_model.",),
+            config={"cross_attention_dim": 768},
+        ),
+        Component(
+            name="text_encoder",
+            title="text encoder",
+            role="text encoder",
+            classes=("CLIPTextModel",),
+            targets=clip.TARGETS,
+            shapes=clip.attention_shapes(12, 768),
+            words=clip.WORDS,
+            # Files with lora_te1_ lose their text encoder in kohya without a word.
+            kohya_prefixes=("lora_te_", "lora_te1_"),
+            checkpoint_prefixes=("cond_stage_model.transformer.",),
+        ),
+    ),
+    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    latent_channels=4,
+    vae_scale_factor=8,
+    versions=(
+        Version("epsilon", "sd_v1", "stable-diffusion-v1", 512),
+        Version("v_prediction", "sd_v1_v", "stable-diffusion-v1", 512),
+    ),
+    implementation="diffusers",
+    metadata={"ss_v2": "False"},
+    marks=(
+        Mark(CROSS_KEY, "unet", 768),
+        Mark("q_proj", "text_encoder", 768, is_certain=False),
+    ),
+    stated_by={"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1"},
+    checkpoint_marker="model.diffusion_model.input_blocks.0.0.weight",
+    checkpoint_parts={"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"},
+    kohya_blocks=(12, 1),
+)

@@ -1,0 +1,39 @@
+"""Stable Diffusion 2.x: the UNet of 1.x with OpenCLIP's text encoder."""
+
+from dataclasses import replace
+
+from . import clip, unet
+from .family import Mark, Version
+from .sd1 import CROSS_KEY, SD1
+
+_UNET, _TEXT_ENCODER = SD1.components
+
+SD2 = replace(
+    SD1,
+    name="sd2",
+    title="Stable Diffusion 2",
+    a1111_version="SD2",
+    components=(
+        replace(
+            _UNET,
+            shapes=unet.attention_shapes((320, 640, 1280, 1280), (1, 1, 1, 0), 1024),
+            config={"cross_attention_dim": 1024},
+        ),
+        replace(
+            _TEXT_ENCODER,
+            shapes=clip.attention_shapes(23, 1024),
+            stacked=clip.OPENCLIP,
+            checkpoint_prefixes=("cond_stage_model.model.",),
+        ),
+    ),
+    versions=(
+        Version("epsilon", "sd_v2", "stable-diffusion-v2-512", 512),
+        Version("v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v", 768),
+    ),
+    metadata={"ss_v2": "True"},
+    marks=(
+        Mark(CROSS_KEY, "unet", 1024),
+        Mark("q_proj", "text_encoder", 1024, is_certain=False),
+    ),
+    stated_by={"ss_base_model_version": "sd_v2", "ss_v2": "True", "modelspec.architecture": "stable-diffusion-v2"},
+)

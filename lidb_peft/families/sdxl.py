@@ -1,0 +1,77 @@
+"""Stable Diffusion XL: a UNet of three levels that reads two text encoders."""
+
+from . import clip, unet
+from .family import Component, Family, Mark, Version
+from .sd1 import CROSS_KEY
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    a1111_version="SDXL",
+    components=(
+        Component(
+            name="unet",
+            title="UNet",
+            role="denoiser",
+            classes=("UNet2DConditionModel",),
+            targets=unet.TARGETS,
+            shapes=unet.attention_shapes((320, 640, 1280), (0, 2, 10), 2048),
+            words=unet.WORDS,
+            kohya_prefixes=("lora_unet_",),
+            originals=unet.sgm_names(3, attended=(1, 2)),
+            kohya_uses_originals=True,
+            kohya_attribute="input_blocks",
+            checkpoint_prefixes=("model.diffusion_model.",),
+            config={"cross_attention_dim": 2048},
+        ),
+        Component(
+            name="text_encoder",
+            title="first text encoder",
+            role="text encoder",
+            classes=("CLIPTextModel",),
+            targets=clip.TARGETS,
+            shapes=clip.attention_shapes(12, 768),
+            words=clip.WORDS,
+            kohya_prefixes=("lora_te1_", "lora_te_"),
+            checkpoint_prefixes=("conditioner.embedders.0.transformer.",),
+        ),
+        Component(
+            name="text_encoder_2",
+            title="second text encoder",
+            role="text encoder",
+            classes=("CLIPTextModelWithProjection",),
+            targets=clip.TARGETS,
+            shapes=clip.attention_shapes(32, 1280),
+            words=clip.WORDS,
+            kohya_prefixes=("lora_te2_",),
+            stacked=clip.OPENCLIP,
+            checkpoint_prefixes=("conditioner.embedders.1.model.",),
+        ),
+    ),
+    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    pipeline_options={"add_watermarker": False},
+    latent_channels=4,
+    vae_scale_factor=8,
+    versions=(
+        Version("epsilon", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024),
+        Version("v_prediction", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024),
+    ),
+    implementation="https://github.com/Stability-AI/generative-models",
+    metadata={"ss_v2": "False"},
+    marks=(
+        Mark(CROSS_KEY, "unet", 2048),
+        Mark("", "text_encoder_2"),
+        Mark("^lora_unet_(input_blocks|middle_block|output_blocks)_"),
+        # Its first text encoder is as wide as SD1's only one.
+        Mark("^lora_te1_", is_certain=False),
+    ),
+    stated_by={"ss_base_model_version": "sdxl_", "modelspec.architecture": "stable-diffusion-xl"},
+    is_hidden_unless_stated=True,
+    checkpoint_marker="model.diffusion_model.input_blocks.0.0.weight",
+    checkpoint_parts={
+        "first_stage_model.": "VAE",
+        "conditioner.embedders.0.transformer.": "first text encoder",
+        "conditioner.embedders.1.model.": "second text encoder",
+    },
+    kohya_blocks=(9, 3),
+)

@@ -1,0 +1,87 @@
+"""The UNets of Stable Diffusion: their modules by diffusers' names, and by those of the first authors (sgm)."""
+
+from .family import Shapes
+
+TARGETS = frozenset({"to_q", "to_k", "to_v", "to_out.0"})
+_WORDS = """
+    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks attn1 attn2 to_q
+    to_k to_v to_out ff net proj proj_in proj_out norm norm1 norm2 norm3 conv conv1 conv2 conv_in conv_out
+    conv_norm_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 input_blocks
+    middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
+"""
+WORDS = frozenset(_WORDS.split())
+_LAYERS_A_LEVEL = 2
+# (diffusers, sgm) inside a ResNet block.
+_RESNET_PARTS = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+)
+
+
+def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_width: int) -> Shapes:
+    """Return the attention projections, in natural order of their names.
+
+    Args:
+        channels: width of the levels, outermost first.
+        depths: transformer blocks of an attention on each level; 0 where there are no attentions.
+        cross_width: width of the prompt embeddings.
+    """
+    levels = list(enumerate(zip(channels, depths, strict=True)))
+    down = [(f"down_blocks.{level}.attentions.{i}", width, depth)
+            for level, (width, depth) in levels for i in range(_LAYERS_A_LEVEL)]  # fmt: skip
+    up = [(f"up_blocks.{len(channels) - 1 - level}.attentions.{i}", width, depth)
+          for level, (width, depth) in reversed(levels) for i in range(_LAYERS_A_LEVEL + 1)]  # fmt: skip
+    # The middle has the depth of the deepest level that has attentions.
+    middle = ("mid_block.attentions.0", channels[-1], next(depth for depth in reversed(depths) if depth))
+    shapes = {}
+    for path, width, depth in (*down, middle, *up):
+        for block in range(depth):
+            for attention, context in (("attn1", width), ("attn2", cross_width)):
+                inputs = {"to_k": context, "to_out.0": width, "to_q": width, "to_v": context}
+                prefix = f"{path}.transformer_blocks.{block}.{attention}"
+                shapes |= {f"{prefix}.{name}": (read, width) for name, read in inputs.items()}
+    return shapes
+
+
+def sgm_names(num_levels: int, attended: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Pairs (diffusers, sgm) of path prefixes that cover a UNet: 2 layers a level going down, 3 going up.
+
+    ``attended`` are the levels with attention, the widest being 0.
+    """
+    resnets: list[tuple[str, str]] = [
+        ("mid_block.resnets.0", "middle_block.0"),
+        ("mid_block.resnets.1", "middle_block.2"),
+    ]
+    others = [
+        ("mid_block.attentions.0", "middle_block.1"),
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+    ]
+    for level in range(num_levels):
+        is_last = level == num_levels - 1
+        for layer in range(_LAYERS_A_LEVEL):
+            sgm = f"input_blocks.{3 * level + layer + 1}"
+            resnets.append((f"down_blocks.{level}.resnets.{layer}", f"{sgm}.0"))
+            if level in attended:
+                others.append((f"down_blocks.{level}.attentions.{layer}", f"{sgm}.1"))
+        has_attention = num_levels - 1 - level in attended
+        for layer in range(_LAYERS_A_LEVEL + 1):
+            sgm = f"output_blocks.{3 * level + layer}"
+            resnets.append((f"up_blocks.{level}.resnets.{layer}", f"{sgm}.0"))
+            if has_attention:
+                others.append((f"up_blocks.{level}.attentions.{layer}", f"{sgm}.1"))
+        if not is_last:
+            others.append((f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{3 * level + 3}.0.op"))
+            upsampler = f"output_blocks.{3 * level + 2}.{1 + has_attention}.conv"
+            others.append((f"up_blocks.{level}.upsamplers.0.conv", upsampler))
+    parts = [(f"{ours}.{a}", f"{sgm}.{b}") for ours, sgm in resnets for a, b in _RESNET_PARTS]
+    return (*others, *parts)
