@@ -150,7 +150,7 @@ def memory_mb(entry: str) -> float:
 def missed(paths: list[Path], out: Path) -> float:
     """Return what the result misses of the true update, over its norm: the worst of one layer of each shape."""
     parts = weighted(paths)
-    sample = {(len(layer.up), layer.down.shape[1]): name for name, layer in parts[0][0].layers.items()}.values()
+    sample = {(len(layer.lora_B), layer.lora_A.shape[1]): name for name, layer in parts[0][0].layers.items()}.values()
     truth = merge([(some(lora, sample), weight) for lora, weight in parts], dtype=torch.float32)[0]
     return max(relative_errors(some(read_lora(out), sample), truth).values())
 

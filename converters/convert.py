@@ -65,7 +65,7 @@ def detect_format(path: str | os.PathLike) -> str:
         raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
     if layout.style == "PEFT":
         return "lidb" if layout.algorithm == "LiDB" else "peft"
-    old = SPELLINGS["diffusers-old"]["down"]
+    old = SPELLINGS["diffusers-old"]["lora_A"]
     return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
 
 

@@ -33,11 +33,11 @@ def is_power_of_two(number: float) -> bool:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """One layer's update, ``scale * up @ down`` with ``scale = alpha / rank``.
+    """One layer's update, ``scale * lora_B @ lora_A`` with ``scale = alpha / rank``.
 
     Args:
-        down: ``lora_A``, ``(rank, in)``; of a convolution ``(rank, in, height, width)``.
-        up: ``lora_B``, ``(out, rank)``; of a convolution ``(out, rank, 1, 1)``.
+        lora_A: ``(rank, in)``; of a convolution ``(rank, in, height, width)``.
+        lora_B: ``(out, rank)``; of a convolution ``(out, rank, 1, 1)``.
         alpha: finite and not 0.
         magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
 
@@ -45,21 +45,22 @@ class LoraLayer:
         ValueError: shapes that are of no one rank, another dtype than ``DTYPES``, NaN or infinity.
     """
 
-    down: Tensor
-    up: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     alpha: float
     magnitude: Tensor | None = None
 
     def __post_init__(self) -> None:
-        down, up = self.down, self.up
-        one_by_one = up.shape[2:] in ((), (1, 1))
-        if down.dim() not in (2, 4) or down.dim() != up.dim() or not one_by_one or down.shape[0] != up.shape[1]:
-            raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are of no one rank")
-        if 0 in (*down.shape, *up.shape):
-            raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are empty")
-        if self.magnitude is not None and self.magnitude.shape != up.shape[:1]:
+        lora_A, lora_B = self.lora_A, self.lora_B
+        one_by_one = lora_B.shape[2:] in ((), (1, 1))
+        same_rank = lora_A.dim() == lora_B.dim() and one_by_one and lora_A.shape[0] == lora_B.shape[1]
+        if lora_A.dim() not in (2, 4) or not same_rank:
+            raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are of no one rank")
+        if 0 in (*lora_A.shape, *lora_B.shape):
+            raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are empty")
+        if self.magnitude is not None and self.magnitude.shape != lora_B.shape[:1]:
             raise ValueError(
-                f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, not one for each of its {len(up)} outputs"
+                f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, not one for each of its {len(lora_B)} outputs"
             )
         if self.alpha == 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha {self.alpha}, which readers take differently; set it to the rank")
@@ -73,16 +74,16 @@ class LoraLayer:
 
     def widened(self, dtype: torch.dtype) -> "LoraLayer":
         """Return the layer in dtypes that hold both what it has and what ``dtype`` can; exact."""
-        down, up, *magnitude = (tensor.to(torch.promote_types(tensor.dtype, dtype)) for tensor in self.tensors())
-        return LoraLayer(down, up, self.alpha, *magnitude)
+        lora_A, lora_B, *magnitude = (tensor.to(torch.promote_types(tensor.dtype, dtype)) for tensor in self.tensors())
+        return LoraLayer(lora_A, lora_B, self.alpha, *magnitude)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what the layer holds besides alpha."""
-        return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+        return (self.lora_A, self.lora_B) if self.magnitude is None else (self.lora_A, self.lora_B, self.magnitude)
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.lora_A.shape[0]
 
     @property
     def scale(self) -> float:
@@ -91,7 +92,7 @@ class LoraLayer:
     @property
     def is_convolution(self) -> bool:
         """Whether it is more than a matrix: a convolution with a kernel larger than 1x1."""
-        return math.prod(self.down.shape[2:]) > 1
+        return math.prod(self.lora_A.shape[2:]) > 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Lora:
                 what = "a convolution" if layer.is_convolution else "DoRA"
                 raise ValueError(f"layer {name} is {what}, which is no product of two matrices; leave the layer out")
         return {
-            name: (layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale)
+            name: (layer.lora_A.float().flatten(1), layer.lora_B.float().flatten(1) * layer.scale)
             for name, layer in self.layers.items()
         }
 
@@ -127,8 +128,8 @@ class Lora:
 def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[str]]:
     """Give all layers one rank and one alpha, which diffusers needs, and leave every update as it is.
 
-    Narrower layers are padded with zeros; what their scale differs by is multiplied into ``up``. Where halves cannot
-    hold that to the last bit, as among float16's subnormals, all becomes float32.
+    Narrower layers are padded with zeros; what their scale differs by is multiplied into ``lora_B``. Where halves
+    cannot hold that to the last bit, as among float16's subnormals, all becomes float32.
 
     Args:
         scale: of all layers; None takes that of the first of the widest layers.
@@ -143,15 +144,15 @@ def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[s
     ratios = {name: (layer.alpha * rank) / (layer.rank * alpha) for name, layer in lora.layers.items()}
     folded = [name for name, ratio in ratios.items() if ratio != 1]
     notes = []
-    inexact = [name for name in folded if not _is_exact_product(lora.layers[name].up, ratios[name])]
-    needs_float32 = any(lora.layers[name].up.dtype != torch.float32 for name in inexact)
+    inexact = [name for name in folded if not _is_exact_product(lora.layers[name].lora_B, ratios[name])]
+    needs_float32 = any(lora.layers[name].lora_B.dtype != torch.float32 for name in inexact)
     if needs_float32:
         notes = ["its numbers become float32, because halves cannot hold them with alpha folded in"]
     layers, errors = {}, []
     for name, layer in lora.layers.items():
         layer = layer.widened(torch.float32) if needs_float32 else layer
-        up, error = _fold(name, layer.up, ratios[name])
-        layers[name] = replace(layer, down=_pad(layer.down, 0, rank), up=_pad(up, 1, rank), alpha=alpha)
+        lora_B, error = _fold(name, layer.lora_B, ratios[name])
+        layers[name] = replace(layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(lora_B, 1, rank), alpha=alpha)
         errors.append(error)
     num_padded = sum(layer.rank < rank for layer in lora.layers.values())
     if num_padded:
@@ -167,12 +168,12 @@ def _is_exact_product(tensor: Tensor, ratio: float) -> bool:
     return (is_power_of_two(ratio) or not tensor.any()) and torch.equal(tensor * ratio / ratio, tensor)
 
 
-def _fold(name: str, up: Tensor, ratio: float) -> tuple[Tensor, float]:
-    """Multiply ``up``; the second is the largest error, as a part of the largest entry."""
-    if ratio == 1 or _is_exact_product(up, ratio):
-        return up * ratio, 0.0
-    exact = up.double() * ratio
-    rounded = round_to(name, exact, up.dtype)
+def _fold(name: str, lora_B: Tensor, ratio: float) -> tuple[Tensor, float]:
+    """Multiply ``lora_B``; the second is the largest error, as a part of the largest entry."""
+    if ratio == 1 or _is_exact_product(lora_B, ratio):
+        return lora_B * ratio, 0.0
+    exact = lora_B.double() * ratio
+    rounded = round_to(name, exact, lora_B.dtype)
     return rounded, ((rounded.double() - exact).abs().max() / exact.abs().max()).item()
 
 
@@ -188,34 +189,34 @@ def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
 
 
 def layer_to_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
-    """Return layer ``name`` in ``dtype``; if this rounds it, the norms of down and up are balanced first.
+    """Return layer ``name`` in ``dtype``; if this rounds it, the norms of lora_A and lora_B are balanced first.
 
     Raises:
         ValueError: a value is beyond ``dtype``.
     """
-    down, up, magnitude = layer.down, layer.up, layer.magnitude
-    if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (down, up)):
-        down, up = balance(down.float(), up.float())
+    lora_A, lora_B, magnitude = layer.lora_A, layer.lora_B, layer.magnitude
+    if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (lora_A, lora_B)):
+        lora_A, lora_B = balance(lora_A.float(), lora_B.float())
     magnitude = None if magnitude is None else round_to(name, magnitude, dtype)
-    return LoraLayer(round_to(name, down, dtype), round_to(name, up, dtype), layer.alpha, magnitude)
+    return LoraLayer(round_to(name, lora_A, dtype), round_to(name, lora_B, dtype), layer.alpha, magnitude)
 
 
-def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring each row of ``down`` (r, in) and column of ``up`` (out, r) to the same size; ``up @ down`` stays the same.
+def balance(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring each row of ``lora_A`` (r, in) and column of ``lora_B`` (out, r) to the same size; their product stays.
 
     Only powers of two are moved from one to the other, so float32 loses nothing; the largest entries of the two then
     differ by less than a factor of 4, far inside float16's range for any LoRA that does something.
     """
-    down_max = down.abs().flatten(1).amax(1).tolist()
-    up_max = up.abs().transpose(0, 1).flatten(1).amax(1).tolist()
+    A_max = lora_A.abs().flatten(1).amax(1).tolist()
+    B_max = lora_B.abs().transpose(0, 1).flatten(1).amax(1).tolist()
     steps = [
         min(max((math.frexp(above)[1] - math.frexp(below)[1]) // 2, -126), 126) if above and below else 0
-        for below, above in zip(down_max, up_max, strict=True)
+        for below, above in zip(A_max, B_max, strict=True)
     ]
     # torch.ldexp computes a power in floating point; math.ldexp is exact.
     scale = torch.tensor([math.ldexp(1.0, step) for step in steps], dtype=torch.float32)
-    kernel = (1,) * (down.dim() - 2)
-    return down * scale.view(-1, 1, *kernel), up / scale.view(1, -1, *kernel)
+    kernel = (1,) * (lora_A.dim() - 2)
+    return lora_A * scale.view(-1, 1, *kernel), lora_B / scale.view(1, -1, *kernel)
 
 
 def round_to(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -94,74 +94,79 @@ def relative_errors(lora: Lora, reference: Lora) -> dict[str, float]:
 
 
 def matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return ``down`` ``(rank, in)`` and ``up`` ``(out, rank)`` in float64, the scale in ``up``, kernels flattened."""
-    return layer.down.double().flatten(1), layer.up.double().flatten(1) * layer.scale
+    """Return ``lora_A`` ``(rank, in)``, ``lora_B`` ``(out, rank)`` float64, the scale in ``lora_B``, kernels flat."""
+    return layer.lora_A.double().flatten(1), layer.lora_B.double().flatten(1) * layer.scale
 
 
 def to_layer(
-    name: str, down: Tensor, up: Tensor, in_shape: Sequence[int], dtype: torch.dtype, magnitude: Tensor | None = None
+    name: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    in_shape: Sequence[int],
+    dtype: torch.dtype,
+    magnitude: Tensor | None = None,
 ) -> LoraLayer:
-    """Return ``down`` ``(rank, in)`` and ``up`` ``(out, rank)`` as a layer of scale 1.
+    """Return ``lora_A`` ``(rank, in)`` and ``lora_B`` ``(out, rank)`` as a layer of scale 1.
 
     Args:
-        in_shape: ``(in,)``, or ``(in, height, width)`` of a convolution, whose kernel ``down`` has flattened.
+        in_shape: ``(in,)``, or ``(in, height, width)`` of a convolution, whose kernel ``lora_A`` has flattened.
 
     Raises:
         ValueError: a value that is not finite in ``dtype``.
     """
-    down = down.float().unflatten(1, tuple(in_shape))
-    up = up.float().reshape(*up.shape, *(1 for _ in in_shape[1:]))
-    return layer_to_dtype(name, LoraLayer(down, up, float(len(down)), magnitude), dtype)
+    lora_A = lora_A.float().unflatten(1, tuple(in_shape))
+    lora_B = lora_B.float().reshape(*lora_B.shape, *(1 for _ in in_shape[1:]))
+    return layer_to_dtype(name, LoraLayer(lora_A, lora_B, float(len(lora_A)), magnitude), dtype)
 
 
-def update_norm(down: Tensor, up: Tensor) -> float:
-    """Return the Frobenius norm of ``up @ down`` by the factors' Gram matrices; to 1e-8 of the norm if they cancel."""
-    return ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0).sqrt().item()
+def update_norm(lora_A: Tensor, lora_B: Tensor) -> float:
+    """Return the Frobenius norm of ``lora_B @ lora_A`` by Gram matrices; to 1e-8 of the norm if they cancel."""
+    return ((lora_B.mT @ lora_B) * (lora_A @ lora_A.mT)).sum().clamp(min=0).sqrt().item()
 
 
-def factor_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of ``up @ down``: ``(out, k)``, ``(k,)`` descending, ``(k, in)``; k is at most the rank."""
-    down_q, down_r = torch.linalg.qr(down.mT)
-    up_q, up_r = torch.linalg.qr(up)
-    left, singular, right = torch.linalg.svd(up_r @ down_r.mT, full_matrices=False)
-    return up_q @ left, singular, right @ down_q.mT
+def factor_svd(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of ``lora_B @ lora_A``: ``(out, k)``, ``(k,)`` descending, ``(k, in)``; k <= rank."""
+    A_q, A_r = torch.linalg.qr(lora_A.mT)
+    B_q, B_r = torch.linalg.qr(lora_B)
+    left, singular, right = torch.linalg.svd(B_r @ A_r.mT, full_matrices=False)
+    return B_q @ left, singular, right @ A_q.mT
 
 
-def singular_values(down: Tensor, up: Tensor) -> Tensor:
-    """Return the singular values of ``up @ down``, ``(k,)`` descending; k is at most the rank."""
-    down_r, up_r = (torch.linalg.qr(tensor, mode="r").R for tensor in (down.mT, up))
-    return torch.linalg.svdvals(up_r @ down_r.mT)
+def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Return the singular values of ``lora_B @ lora_A``, ``(k,)`` descending; k is at most the rank."""
+    A_r, B_r = (torch.linalg.qr(tensor, mode="r").R for tensor in (lora_A.mT, lora_B))
+    return torch.linalg.svdvals(B_r @ A_r.mT)
 
 
 def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:
     first, weight = parts[0]
     if len(parts) == 1 and weight == 1 and (rank is None or first.rank <= rank):
         return layer_to_dtype(name, first, dtype), 0.0
-    down, up = _concatenate(name, parts)
+    lora_A, lora_B = _concatenate(name, parts)
     error = 0.0
-    if rank is not None and len(down) > rank:
-        left, singular, right = factor_svd(down, up)
+    if rank is not None and len(lora_A) > rank:
+        left, singular, right = factor_svd(lora_A, lora_B)
         root = singular[:rank].sqrt()
-        down, up = right[:rank] * root[:, None], left[:, :rank] * root
+        lora_A, lora_B = right[:rank] * root[:, None], left[:, :rank] * root
         error = _share(singular[rank:].norm().item(), singular.norm().item())
-    return to_layer(name, down, up, first.down.shape[1:], dtype, first.magnitude), error
+    return to_layer(name, lora_A, lora_B, first.lora_A.shape[1:], dtype, first.magnitude), error
 
 
 def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:
-    """Return ``down`` and ``up`` of the weighted sum of one layer's updates, float64."""
-    downs, ups = [], []
+    """Return ``lora_A`` and ``lora_B`` of the weighted sum of one layer's updates, float64."""
+    lora_As, lora_Bs = [], []
     for layer, weight in parts:
         if layer.magnitude is not None and (weight != 1 or len(parts) > 1):
             raise ValueError(f"layer {name} is DoRA, whose update needs the base model; take it whole and alone")
         if not math.isfinite(weight):
             raise ValueError(f"a LoRA has the weight {weight}; choose a finite number")
-        down, up = matrices(layer)
-        downs.append(down)
-        ups.append(up * weight)
-    shapes = {(up.shape[0], down.shape[1]) for down, up in zip(downs, ups, strict=True)}
+        lora_A, lora_B = matrices(layer)
+        lora_As.append(lora_A)
+        lora_Bs.append(lora_B * weight)
+    shapes = {(lora_B.shape[0], lora_A.shape[1]) for lora_A, lora_B in zip(lora_As, lora_Bs, strict=True)}
     if len(shapes) > 1:
         raise ValueError(f"the updates of {name} have shapes {sorted(shapes)}; take LoRAs of one base model")
-    return torch.cat(downs), torch.cat(ups, dim=1)
+    return torch.cat(lora_As), torch.cat(lora_Bs, dim=1)
 
 
 def _widest_dtype(loras: Iterable[Lora]) -> torch.dtype:

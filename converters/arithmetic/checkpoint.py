@@ -224,11 +224,11 @@ def _layers_of_folder(file: Path, tensor: str) -> tuple[str, ...]:
 
 def _updated(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
     """Return a layer's weight with its update, float32."""
-    down, up = (factor.float() for factor in matrices(layer))
-    if weight.flatten(1).shape != (len(up), down.shape[1]):
-        raise ValueError(f"the update of {name} maps {down.shape[1]} to {len(up)}, but its weight has shape"
+    lora_A, lora_B = (factor.float() for factor in matrices(layer))
+    if weight.flatten(1).shape != (len(lora_B), lora_A.shape[1]):
+        raise ValueError(f"the update of {name} maps {lora_A.shape[1]} to {len(lora_B)}, but its weight has shape"
                          f" {tuple(weight.shape)}; take a base of the LoRA's family")  # fmt: skip
-    updated = torch.addmm(weight.float().flatten(1), up, down)
+    updated = torch.addmm(weight.float().flatten(1), lora_B, lora_A)
     if layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
         updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
     if not is_finite(updated.to(weight.dtype)):

@@ -43,8 +43,8 @@ def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[
     tensors: dict[str, Tensor] = {}
     for layer_name, layer in layers.items():
         name = name_of(layer_name)
-        tensors[name + endings["down"]], tensors[name + endings["up"]] = layer.down, layer.up
+        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = layer.lora_A, layer.lora_B
         if layer.magnitude is not None:  # of a convolution PEFT keeps it in the shape that it multiplies
-            shape = (-1,) if layer.up.dim() == 2 else (1, -1, 1, 1)
+            shape = (-1,) if layer.lora_B.dim() == 2 else (1, -1, 1, 1)
             tensors[name + endings["dora"]] = layer.magnitude.reshape(shape)
     return tensors

@@ -51,8 +51,8 @@ def save_kohya(
 ) -> None:
     """Write LoRA factors, layer name -> (``lora_A`` (r, in), ``lora_B`` (out, r)), as a kohya safetensors file.
 
-    Narrower layers are padded with zeros to the file's one rank, and the norms of down and up are balanced by powers
-    of two; both leave every ``lora_B @ lora_A`` as it is, so that only the rounding to ``dtype`` remains.
+    Narrower layers are padded with zeros to the file's one rank, and the norms of both factors are balanced by powers
+    of two; either leaves every ``lora_B @ lora_A`` as it is, so that only the rounding to ``dtype`` remains.
 
     Raises:
         ValueError: no layers, NaN or infinity, shapes that do not fit, a layer that the family does not have, a value
@@ -103,13 +103,13 @@ def kohya_tensors(lora: Lora, family: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer_name, layer in lora.layers.items():
         name = to_kohya_name(layer_name, family)
-        tensors[name + endings["down"]], tensors[name + endings["up"]] = layer.down, layer.up
-        alpha = torch.tensor(layer.alpha, dtype=layer.up.dtype)
+        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = layer.lora_A, layer.lora_B
+        alpha = torch.tensor(layer.alpha, dtype=layer.lora_B.dtype)
         if alpha.item() != layer.alpha:  # bfloat16 counts exactly to 256 only
             alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         tensors[name + endings["alpha"]] = alpha
         if layer.magnitude is not None:
-            tensors[name + endings["dora"]] = layer.magnitude.reshape(-1, *(1,) * (layer.up.dim() - 1))
+            tensors[name + endings["dora"]] = layer.magnitude.reshape(-1, *(1,) * (layer.lora_B.dim() - 1))
     return tensors
 
 
@@ -118,4 +118,4 @@ def _balanced_layer(name: str, lora_A: Tensor, lora_B: Tensor) -> LoraLayer:
         layer = LoraLayer(*(factor.detach().to("cpu", torch.float32) for factor in (lora_A, lora_B)), alpha=1.0)
     except ValueError as error:
         raise ValueError(f"layer {name} has {error}") from error
-    return LoraLayer(*balance(layer.down, layer.up), alpha=float(layer.rank))
+    return LoraLayer(*balance(layer.lora_A, layer.lora_B), alpha=float(layer.rank))

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 
 # How each format ends the names of a layer's tensors; it is written so, and read so.
 SPELLINGS = {
-    "kohya": {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
-    "diffusers": {"down": ".lora_A.weight", "up": ".lora_B.weight", "dora": ".lora_magnitude_vector"},
-    "diffusers-old": {"down": "_lora.down.weight", "up": "_lora.up.weight"},
-    "diffusers-old text encoder": {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
+    "kohya": {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
+    "diffusers": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "dora": ".lora_magnitude_vector"},
+    "diffusers-old": {"lora_A": "_lora.down.weight", "lora_B": "_lora.up.weight"},
+    "diffusers-old text encoder": {
+        "lora_A": ".lora_linear_layer.down.weight",
+        "lora_B": ".lora_linear_layer.up.weight",
+    },
 }
 # Tensor-name ending -> what it is; the longest ending that fits counts.
 ENDINGS = {
     **{ending: role for spelling in SPELLINGS.values() for role, ending in spelling.items()},
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_embedding_A": "down",
-    ".lora_embedding_B": "up",
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
+    ".lora_embedding_A": "lora_A",
+    ".lora_embedding_B": "lora_B",
     ".lora_magnitude_vector.weight": "dora",
     ".lora_mid.weight": "mid",
     ".diff": "full",
@@ -50,7 +53,7 @@ _CLIP_PATH = re.compile(r"(^|\.)encoder\.layers\.\d+\.|(^|\.)text_model\.")
 
 @dataclass
 class AdapterModule:
-    """One adapted layer: its name in the file, and role (``down``, ``up``, ``alpha`` ...) -> tensor names."""
+    """One adapted layer: its name in the file, and role (``lora_A``, ``lora_B``, ``alpha`` ...) -> tensor names."""
 
     name: str
     component: str
@@ -109,4 +112,4 @@ def _algorithm(modules: dict[str, AdapterModule]) -> str:
     roles = {role for module in modules.values() for role in module.parts}
     names = {"loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "lidb": "LiDB", "dora": "DoRA", "full": "full difference"}
     found = next((name for role, name in names.items() if role in roles), None)
-    return found or ("LoRA" if roles & {"down", "up"} else "")
+    return found or ("LoRA" if roles & {"lora_A", "lora_B"} else "")

@@ -52,7 +52,7 @@ class LiDBWeights:
         """Return the float32 LoRA of the same update; exact, of alpha = rank."""
         factors = {name: pair for component, model in self.models.items()
                    for name, pair in peft_factors(model, component).items()}  # fmt: skip
-        layers = {name: LoraLayer(down, up, float(len(down))) for name, (down, up) in factors.items()}
+        layers = {name: LoraLayer(lora_A, lora_B, float(len(lora_A))) for name, (lora_A, lora_B) in factors.items()}
         return Lora(layers, self.family, {"ss_sd_model_name": self.base_model_name} if self.base_model_name else {})
 
     def peft_folders(self) -> dict[str, tuple[dict[str, object], dict[str, Tensor]]]:

@@ -62,7 +62,7 @@ def read_lora(path: str | os.PathLike) -> Lora:
             if name in layers:
                 raise ValueError(f"{path} holds layer {name} twice, the second time as {module.name}; remove one")
             layers[name] = _read_layer(source.file, name, module, tensors, configs)
-            widths.append((module.name, name.partition(".")[0], layers[name].down.shape[1]))
+            widths.append((module.name, name.partition(".")[0], layers[name].lora_A.shape[1]))
         metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
         if source.config and source.config.get("base_model_name_or_path"):
             metadata.setdefault("ss_sd_model_name", str(source.config["base_model_name_or_path"]))
@@ -151,10 +151,10 @@ def _read_layer(
 ) -> LoraLayer:
     where = f"{file}: {module.name}"
     parts = {role: tensors[found[0]] for role, found in module.parts.items()}
-    missing = [role for role in ("down", "up") if role not in parts]
+    missing = [role for role in ("lora_A", "lora_B") if role not in parts]
     if missing:
         raise ValueError(f"{where} has no {' and no '.join(missing)}; the file is incomplete")
-    rank = parts["down"].shape[0] if parts["down"].dim() else 0
+    rank = parts["lora_A"].shape[0] if parts["lora_A"].dim() else 0
     component, _, path = name.partition(".")
     config = configs.get(component, configs.get(""))
     if "alpha" in parts:
@@ -166,8 +166,10 @@ def _read_layer(
     else:
         alpha = layer_alpha(config, path, rank, str(file)) if config else float(rank)
     try:
-        magnitude = _magnitude(module.parts["dora"][0], parts["dora"], len(parts["up"])) if "dora" in parts else None
-        return LoraLayer(parts["down"], parts["up"], alpha, magnitude)
+        magnitude = (
+            _magnitude(module.parts["dora"][0], parts["dora"], len(parts["lora_B"])) if "dora" in parts else None
+        )
+        return LoraLayer(parts["lora_A"], parts["lora_B"], alpha, magnitude)
     except ValueError as error:
         raise ValueError(f"{where} has {error}") from error
 

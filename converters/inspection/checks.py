@@ -41,7 +41,7 @@ def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
         yield "every layer changes nothing (all zeros)"
     partial = [module.name for module in modules if not module.is_complete]
     if partial:
-        yield f"{_count(partial, 'layer')} with only one of down and up: {_examples(partial)}"
+        yield f"{_count(partial, 'layer')} with only one of lora_A and lora_B: {_examples(partial)}"
 
 
 def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[str]:

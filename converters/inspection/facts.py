@@ -58,11 +58,11 @@ def gather_facts(tensors: Mapping[str, Tensor], layout: Layout, configs: Configs
 
 def _facts(module: AdapterModule, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> ModuleFacts:
     parts = {role: [tensors[name] for name in names] for role, names in module.parts.items()}
-    down, up, stored_alpha = (next(iter(parts.get(role, ())), None) for role in ("down", "up", "alpha"))
-    shape = () if down is None else down.shape
+    lora_A, lora_B, stored_alpha = (next(iter(parts.get(role, ())), None) for role in ("lora_A", "lora_B", "alpha"))
+    shape = () if lora_A is None else lora_A.shape
     rank, alpha, config_error = _rank_and_alpha(module.name, shape, _number(stored_alpha), config)
     is_sound = all(is_finite(tensor) for role, found in parts.items() if role != "alpha" for tensor in found)
-    factors = [tensor for role in ("down", "up", "lidb") for tensor in parts.get(role, ())]
+    factors = [tensor for role in ("lora_A", "lora_B", "lidb") for tensor in parts.get(role, ())]
     return ModuleFacts(
         name=module.name,
         component=module.component,
@@ -72,8 +72,8 @@ def _facts(module: AdapterModule, tensors: Mapping[str, Tensor], config: Mapping
         alpha_is_scalar=stored_alpha is None or stored_alpha.dim() == 0,
         has_non_finite=not is_sound,
         is_zero=any(not tensor.any() for tensor in factors),
-        is_complete=(down is None) == (up is None),
-        norm=_norm(down, up, alpha) if is_sound else None,
+        is_complete=(lora_A is None) == (lora_B is None),
+        norm=_norm(lora_A, lora_B, alpha) if is_sound else None,
         config_error=config_error,
     )
 
@@ -86,12 +86,12 @@ def _number(alpha: Tensor | None) -> float | None:
 
 
 def _rank_and_alpha(
-    name: str, down_shape: Sequence[int], alpha: float | None, config: Mapping[str, object]
+    name: str, shape: Sequence[int], alpha: float | None, config: Mapping[str, object]
 ) -> tuple[int, float | None, str]:
     """Return a layer's rank and alpha, from PEFT's config where the tensors do not tell, and what is wrong with it."""
-    rank = down_shape[0] if down_shape else 0
+    rank = shape[0] if shape else 0
     try:
-        if not down_shape:
+        if not shape:
             rank = int(stated_number(config, "r", name, "the config") or 0)
         elif alpha is None and config and config.get("peft_type", "LORA") == "LORA":
             alpha = layer_alpha(config, name, rank, "the config")
@@ -100,12 +100,12 @@ def _rank_and_alpha(
     return rank, alpha, ""
 
 
-def _norm(down: Tensor | None, up: Tensor | None, alpha: float | None) -> float | None:
-    """The norm of ``alpha / rank * up @ down``; None if these two are no product."""
-    if down is None or up is None or down.is_complex() or up.is_complex():
+def _norm(lora_A: Tensor | None, lora_B: Tensor | None, alpha: float | None) -> float | None:
+    """The norm of ``alpha / rank * lora_B @ lora_A``; None if these two are no product."""
+    if lora_A is None or lora_B is None or lora_A.is_complex() or lora_B.is_complex():
         return None
-    if down.dim() < 2 or up.shape[1:] != (len(down), *(1 for _ in down.shape[2:])) or not len(down):
+    if lora_A.dim() < 2 or lora_B.shape[1:] != (len(lora_A), *(1 for _ in lora_A.shape[2:])) or not len(lora_A):
         return None
-    norm = update_norm(*(tensor.double().flatten(1) for tensor in (down, up)))
-    norm *= 1.0 if alpha is None else abs(alpha) / len(down)
+    norm = update_norm(*(tensor.double().flatten(1) for tensor in (lora_A, lora_B)))
+    norm *= 1.0 if alpha is None else abs(alpha) / len(lora_A)
     return norm if math.isfinite(norm) else None

@@ -429,8 +429,8 @@ def test_ranks_and_alphas_of_their_own_stay_in_peft_and_are_folded_elsewhere(tmp
     layers = read_lora(tmp_path / "out").layers
     for name in names:
         down, up, alpha, _ = modules[kohya_name(name)]
-        assert torch.equal(layers[name].down, down)
-        assert torch.equal(layers[name].up, up)
+        assert torch.equal(layers[name].lora_A, down)
+        assert torch.equal(layers[name].lora_B, up)
         assert layers[name].alpha == alpha
 
 

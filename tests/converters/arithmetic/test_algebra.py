@@ -31,7 +31,7 @@ def lora(family="sd1", **layers):
 
 def dense(layer):
     """alpha / rank * up @ down as one float64 matrix, kernels flattened."""
-    down, up = layer.down.double().flatten(1), layer.up.double().flatten(1)
+    down, up = layer.lora_A.double().flatten(1), layer.lora_B.double().flatten(1)
     return layer.alpha / len(down) * (up @ down)
 
 
@@ -54,8 +54,8 @@ def test_a_resized_layer_is_the_nearest_of_its_rank(options):
     assert close(dense(found), expected)
     assert errors[LINEAR] == pytest.approx(error, rel=1e-9)
     assert (found.rank, found.alpha) == (3, 3.0)
-    assert found.down.shape[1:] == source.layers[LINEAR].down.shape[1:]
-    assert found.up.shape[2:] == source.layers[LINEAR].up.shape[2:]
+    assert found.lora_A.shape[1:] == source.layers[LINEAR].lora_A.shape[1:]
+    assert found.lora_B.shape[2:] == source.layers[LINEAR].lora_B.shape[2:]
     assert (resized.family, resized.metadata) == ("sd1", {"ss_v2": "False", "ss_seed": "1"})
 
 
@@ -63,10 +63,10 @@ def test_half_precision_goes_in_and_comes_out_and_only_its_rounding_is_lost():
     source = lora(linear=layer(8, dtype=torch.float16))
     resized, _ = resize(source, rank=4)
     found = resized.layers[LINEAR]
-    assert found.down.dtype == found.up.dtype == torch.float16
+    assert found.lora_A.dtype == found.lora_B.dtype == torch.float16
     expected, _ = best(dense(source.layers[LINEAR]), 4)
     assert close(dense(found), expected, 1e-3)
-    assert resize(source, rank=4, dtype=torch.float32)[0].layers[LINEAR].down.dtype == torch.float32
+    assert resize(source, rank=4, dtype=torch.float32)[0].layers[LINEAR].lora_A.dtype == torch.float32
 
 
 def test_updates_far_from_one_keep_half_precisions_digits():
@@ -78,7 +78,7 @@ def test_updates_far_from_one_keep_half_precisions_digits():
 def test_a_layer_that_is_narrow_enough_keeps_its_bits():
     source = lora(linear=layer(8, dtype=torch.bfloat16), wide=layer(2, alpha=1, dtype=torch.bfloat16))
     resized, errors = resize(source, rank=4)
-    assert torch.equal(resized.layers[WIDE].up, source.layers[WIDE].up)
+    assert torch.equal(resized.layers[WIDE].lora_B, source.layers[WIDE].lora_B)
     assert (resized.layers[WIDE].alpha, errors[WIDE]) == (1.0, 0.0)
 
 
@@ -112,7 +112,7 @@ def test_a_layer_that_changes_nothing_can_be_resized():
 
 def test_resizing_dora_keeps_its_magnitudes():
     plain = layer(8)
-    dora = LoraLayer(plain.down, plain.up, plain.alpha, torch.rand(24))
+    dora = LoraLayer(plain.lora_A, plain.lora_B, plain.alpha, torch.rand(24))
     resized, _ = resize(lora(linear=dora), rank=2)
     assert torch.equal(resized.layers[LINEAR].magnitude, dora.magnitude)
 
@@ -138,18 +138,18 @@ def test_a_sum_is_cut_to_the_nearest_of_its_rank():
     expected, error = best(0.7 * dense(first.layers[LINEAR]) + dense(second.layers[LINEAR]), 4)
     assert close(dense(merged.layers[LINEAR]), expected)
     assert errors == {LINEAR: pytest.approx(error, rel=1e-9), WIDE: 0.0}
-    assert torch.equal(merged.layers[WIDE].up, second.layers[WIDE].up)
+    assert torch.equal(merged.layers[WIDE].lora_B, second.layers[WIDE].lora_B)
 
 
 def test_a_linear_layer_and_a_1x1_convolution_are_added():
     merged, _ = merge([(lora(linear=layer(2, kernel=(1, 1))), 1.0), (lora(linear=layer(2, seed=1)), 1.0)])
-    assert merged.layers[LINEAR].down.shape == (4, 40, 1, 1)
+    assert merged.layers[LINEAR].lora_A.shape == (4, 40, 1, 1)
     assert close(dense(merged.layers[LINEAR]), dense(layer(2)) + dense(layer(2, seed=1)))
 
 
 def test_a_lora_minus_itself_is_nothing_and_merging_half_with_whole_widens():
     half, whole = lora(linear=layer(3, dtype=torch.float16)), lora(linear=layer(3))
-    assert merge([(half, 1.0), (whole, 1.0)])[0].layers[LINEAR].down.dtype == torch.float32
+    assert merge([(half, 1.0), (whole, 1.0)])[0].layers[LINEAR].lora_A.dtype == torch.float32
     difference = merge([(whole, 1.0), (whole, -1.0)])[0].layers[LINEAR]
     assert update_norm(*matrices(difference)) < 1e-5
 

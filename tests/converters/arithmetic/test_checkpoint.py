@@ -73,7 +73,7 @@ SHAPES = {
 
 
 def update(layer):
-    return layer.scale * (layer.up.flatten(1) @ layer.down.flatten(1))
+    return layer.scale * (layer.lora_B.flatten(1) @ layer.lora_A.flatten(1))
 
 
 def test_a_lora_is_added_to_its_weights_and_all_else_keeps_its_bits(checkpoint, tensors, tmp_path):

@@ -47,7 +47,7 @@ def bases(space):
 def test_a_loras_theta_is_the_nearest_and_says_what_it_misses(space):
     lora = random_lora()
     found = project(lora_updates(lora), space)
-    update = 2.0 * (lora.layers[Q].up.double() @ lora.layers[Q].down.double())
+    update = 2.0 * (lora.layers[Q].lora_B.double() @ lora.layers[Q].lora_A.double())
     expected = nearest(update, space)
     lora_A, lora_B = space.factors(found.theta)[Q]
     assert (lora_B.double() @ lora_A.double() - expected).norm() < 1e-5 * expected.norm()
@@ -62,8 +62,8 @@ def test_bases_that_hold_an_update_miss_none_of_it(space):
     down_key, up_key = space.basis_keys(space.layer_names.index(Q))
     generator = torch.Generator().manual_seed(3)
     bases = {
-        down_key.label: torch.cat([layer.down, torch.randn(5, 16, generator=generator)]),
-        up_key.label: torch.cat([layer.up, torch.randn(12, 3, generator=generator)], dim=1),
+        down_key.label: torch.cat([layer.lora_A, torch.randn(5, 16, generator=generator)]),
+        up_key.label: torch.cat([layer.lora_B, torch.randn(12, 3, generator=generator)], dim=1),
     }
     assert project(lora_updates(Lora({Q: layer})), space, bases).errors[Q] < 1e-6
     assert project(lora_updates(Lora({Q: layer})), space).errors[Q] > 0.5

@@ -132,7 +132,7 @@ def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_up.weight": None}, "has no up"),
+        ({"lora_up.weight": None}, "has no lora_B"),
         ({"lora_up.weight": torch.ones(2, 3)}, "of no one rank"),
         ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, "of no one rank"),
         ({"alpha": torch.tensor(0.0)}, "alpha 0.0"),

@@ -25,7 +25,7 @@ def test_the_layers_of_the_real_models_are_recognised_without_them(tmp_path, rea
     expected = space.factors(theta)
     for name in (space.layer_names[0], space.layer_names[-1]):
         layer, (lora_A, lora_B) = lora.layers[name], expected[name]
-        torch.testing.assert_close(layer.up @ layer.down, lora_B @ lora_A)
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, lora_B @ lora_A)
 
 
 def test_a_theta_of_some_models_or_layers_is_recognised(tmp_path, real_models):
@@ -79,8 +79,8 @@ def test_bases_of_its_own_reach_the_lora_but_no_theta_file(tmp_path, real_models
     save_file(state | {"lidb_basis.down:768:3.values": torch.eye(768)[:3].contiguous()}, file)
     weights = read_lidb_folder(tmp_path / "folder")
     for name, layer in weights.to_lora().layers.items():
-        assert not layer.down[:, 3:].any()
-        assert torch.equal(layer.up, plain.layers[name].up)
+        assert not layer.lora_A[:, 3:].any()
+        assert torch.equal(layer.lora_B, plain.layers[name].lora_B)
     with pytest.raises(ValueError, match="rank, scale and bases"):
         weights.save_theta(tmp_path / "again.safetensors")
 

@@ -36,8 +36,8 @@ def test_every_spelling_of_diffusers_is_the_same_lora(tmp_path, state):
     layers = read_lora(tmp_path / "a.safetensors").layers
     assert layers.keys() == {Q, CLIP_Q}
     for layer in layers.values():
-        assert torch.equal(layer.down, DOWN)
-        assert torch.equal(layer.up, UP)
+        assert torch.equal(layer.lora_A, DOWN)
+        assert torch.equal(layer.lora_B, UP)
         assert layer.scale == 1
 
 

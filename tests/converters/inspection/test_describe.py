@@ -195,7 +195,7 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         (lora(UNET, 1024), {"ss_base_model_version": "sd_v1"}, "layers are SD2's but its metadata says SD1"),
         (lora(UNET) | lora("lora_unet_input_blocks_4_1_proj_in"), {}, "in both diffusers' and sgm's spelling"),
         (lora(UNET, 2048) | lora(CLIP.replace("te_", "te2_", 1), 1280), {}, "without all of q, k, v and out"),
-        (lora(UNET) | {f"{UNET}x.lora_up.weight": torch.ones(2, 2)}, {}, "only one of down and up"),
+        (lora(UNET) | {f"{UNET}x.lora_up.weight": torch.ones(2, 2)}, {}, "only one of lora_A and lora_B"),
         (lora(UNET) | {"mystery": torch.ones(1)}, {}, "1 tensor of unknown meaning: mystery"),
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.zeros(8, 2)}, {}, "every layer changes nothing"),
         (lora(UNET) | {f"{UNET}.lora_up.weight": torch.full((8, 2), torch.inf)}, {}, f"NaN or infinity.*{UNET}"),
