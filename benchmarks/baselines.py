@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_error, predict
+from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import Subject
-from hypernet.fitting.losses import ask, draw_noise
+from hypernet.fitting.losses import denoising_error
+from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.inputs.people import derive_seed
 
 PRIOR_WEIGHT = 1.0
@@ -30,16 +30,16 @@ def dreambooth(
         lr: at the start; it decays linearly to a tenth, as the fits' does.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "dreambooth", subject.key))
-    prompt_ids = torch.cat([base.token_ids(subject.prompt), base.token_ids(subject.class_prompt)])
+    prompts = base.prepare_prompts([subject.prompt, subject.class_prompt])
     weights = torch.tensor([1.0, PRIOR_WEIGHT])
 
     def loss() -> Tensor:
         chosen = torch.randint(len(class_moments), (1,), generator=generator)
         moments = torch.cat([subject.moments, class_moments[chosen]])
         noise = draw_noise(base, moments.shape, [generator, generator])
-        noisy, target = ask(base, moments, noise)
-        answers = predict(base, noisy, noise.timesteps, base.encode(prompt_ids))
-        return (weights * denoising_error(answers, target)).sum()
+        noisy_latents, target = noise_photos(base, moments, noise)
+        noise_pred = base.denoise(noisy_latents, noise.timesteps, base.encode_prompts(prompts))
+        return (weights * denoising_error(noise_pred, target)).sum()
 
     with _restored(base.unet, base.text_encoder):
         _train([*base.unet.parameters(), *base.text_encoder.parameters()], loss, steps, lr)
@@ -64,7 +64,7 @@ def textual_inversion(
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "inversion", each.key)) for each in subjects]
     moments = torch.cat([subject.moments for subject in subjects])
-    prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
+    prompts = base.prepare_prompts([subject.prompt for subject in subjects])
     embedding = base.text_encoder.get_input_embeddings()
     vectors = nn.Parameter(embedding.weight[_token_id(base, start)].repeat(len(subjects), 1))
     token_id = _token_id(base, token)
@@ -76,9 +76,9 @@ def textual_inversion(
 
     def loss() -> Tensor:
         noise = draw_noise(base, moments.shape, generators)
-        noisy, target = ask(base, moments, noise)
-        answers = predict(base, noisy, noise.timesteps, base.encode(prompt_ids))
-        return denoising_error(answers, target).sum()
+        noisy_latents, target = noise_photos(base, moments, noise)
+        noise_pred = base.denoise(noisy_latents, noise.timesteps, base.encode_prompts(prompts))
+        return denoising_error(noise_pred, target).sum()
 
     hook = embedding.register_forward_hook(read_as_vectors)
     try:

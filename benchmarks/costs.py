@@ -29,9 +29,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hypernet.base_models import BaseModel, PromptEmbeds
+from hypernet.bases.base import BaseModel, PromptEmbeds
 from hypernet.devices import choose_device, choose_dtype, describe_choice
-from hypernet.diffusion import predict
 from hypernet.errors import first_sentence
 from hypernet.recipe import FitConfig, PersonalizeConfig
 from lidb_peft import LiDBConfig
@@ -104,22 +103,22 @@ class Passes:
 
 def bare_passes(base: BaseModel, passes: Passes, steps: int) -> Callable[[Callable], None]:
     """A run, for `measure`, of these passes with no adapter; gradients go to the latents and token embeddings."""
-    side, device = base.unet.config.sample_size, base.device
-    prompt_ids = base.token_ids("a face").expand(passes.prompts, -1, -1)
-    latents = torch.randn(passes.samples, base.unet.config.in_channels, side, side, device=device, requires_grad=True)
+    device = base.device
+    prompts = base.prepare_prompts(["a face"] * passes.prompts)
+    latents = torch.randn(passes.samples, *base.latent_shape, device=device, requires_grad=True)
     others = torch.randn(passes.forward_only, *latents.shape[1:], device=device)
     shift = torch.zeros(1, device=device, dtype=base.dtype, requires_grad=True)  # takes the embeddings' gradient
 
-    def ask(noisy: Tensor, embeds: PromptEmbeds) -> Tensor:
-        samples = torch.arange(len(noisy), device=device)
-        return predict(base, noisy, torch.full_like(samples, 500), embeds.rows(samples % passes.prompts))
+    def denoise(noisy_latents: Tensor, embeds: PromptEmbeds) -> Tensor:
+        samples = torch.arange(len(noisy_latents), device=device)
+        return base.denoise(noisy_latents, torch.full_like(samples, 500), embeds.rows(samples % passes.prompts))
 
     def step() -> None:
-        embeds = base.encode(prompt_ids)
+        embeds = base.encode_prompts(prompts)
         if passes.forward_only:
             with torch.no_grad():
-                ask(others, embeds)
-        ask(latents, embeds).square().mean().backward()
+                denoise(others, embeds)
+        denoise(latents, embeds).square().mean().backward()
 
     def run(tick: Callable) -> None:
         embeddings = [encoder.get_input_embeddings() for encoder in base.text_encoders]

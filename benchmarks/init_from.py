@@ -17,9 +17,11 @@ from costs import new_parser, report
 from scoring import equal_steps
 from torch import Tensor
 
-from hypernet.base_models import BaseModel, load_base
+from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
-from hypernet.fitting.losses import ask, base_losses, draw_noise
+from hypernet.fitting.losses import base_losses
+from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import TARGET_STEPS
 from lidb_peft import LiDBSpace
@@ -38,10 +40,10 @@ def photo_losses(base: BaseModel, space: LiDBSpace, subjects: Sequence[Subject],
     for number, (subject, theta) in enumerate(zip(subjects, thetas, strict=True)):
         moments = subject.moments.expand(COPIES, -1, -1, -1)
         noise = draw_noise(base, moments.shape, [torch.Generator().manual_seed(JUDGED_SEED + number)])
-        noisy, target = ask(base, moments, noise)
-        ids, background = base.token_ids(subject.prompt)[None], MINIATURE_RECIPE.background
+        noisy_latents, target = noise_photos(base, moments, noise)
+        prompts, background = base.prepare_prompts([subject.prompt]), MINIATURE_RECIPE.background
         with space.apply(space.expand(theta[None])):
-            loss, _ = base_losses(base, ids, noisy, noise.timesteps, target, background, None)
+            loss, _ = base_losses(base, prompts, noisy_latents, noise.timesteps, target, background, None)
         losses.append(loss)
     return torch.cat(losses)
 

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import predict
-from hypernet.fitting.losses import checkpointed
+from hypernet.bases.base import Prompts
+from hypernet.bases.stable_diffusion import StableDiffusion
 from lidb_peft import LiDBConfig, LiDBSpace
 
 RANK = 4
@@ -78,17 +77,20 @@ def build_vae(size_px: int, dtype: torch.dtype = torch.bfloat16) -> AutoencoderK
     return build(lambda: AutoencoderKL(**VAE, sample_size=size_px), dtype)
 
 
-def build_base(family: str) -> BaseModel:
+def build_base(family: str) -> StableDiffusion:
     """A base of a family at full size, without tokenizers and scheduler."""
     unet = build(lambda: UNet2DConditionModel(**UNETS[family]))
     first = build(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
     second = build(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))) if family == "sdxl" else None
-    base = BaseModel(family, unet, first, None, build_vae(8 * unet.config.sample_size), None, second)
+    base = StableDiffusion(
+        name=family, vae=build_vae(8 * unet.config.sample_size), scheduler=None, unet=unet, text_encoder=first,
+        tokenizer=None, text_encoder_2=second,
+    )  # fmt: skip
     base.time_ids = torch.zeros(6, dtype=base.dtype)  # its own would ask real tensors
     return base
 
 
-def count_encoding(base: BaseModel) -> int:
+def count_encoding(base: StableDiffusion) -> int:
     """Bytes that encoding a photo takes beside UNet and text encoders, the float32 VAE included."""
     vae = build_vae(base.size_px, torch.float32)
     with Peak(vae) as peak, torch.no_grad():
@@ -96,7 +98,7 @@ def count_encoding(base: BaseModel) -> int:
     return peak.bytes + model_bytes(vae)
 
 
-def count_drawing(base: BaseModel) -> int:
+def count_drawing(base: StableDiffusion) -> int:
     """Bytes that decoding a picture takes beside UNet and text encoders, the VAE included."""
     side = base.unet.config.sample_size
     with Peak(base.vae) as peak, torch.no_grad():
@@ -104,16 +106,16 @@ def count_drawing(base: BaseModel) -> int:
     return peak.bytes + model_bytes(base.vae)
 
 
-def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
+def count_step(base: StableDiffusion, latents: int, checkpointing: bool) -> int:
     """Bytes that a step of finetuning takes beside UNet and text encoders, with a prompt for each noisy latent."""
     space, side = LiDBSpace(base.adapted, LiDBConfig()), base.unet.config.sample_size
     values = torch.zeros_like(space.init_lora(RANK, torch.Generator()))[None].requires_grad_()
-    ids = torch.ones(latents, len(base.text_encoders), TOKENS, dtype=torch.long)
-    with Peak(*base.adapted.values()) as peak, checkpointed(base, checkpointing):
+    prompts = Prompts(torch.ones(latents, len(base.text_encoders), TOKENS, dtype=torch.long))
+    with Peak(*base.adapted.values()) as peak, base.checkpointed(checkpointing):
         optimizer = torch.optim.AdamW([values])
         with space.apply(space.split_lora(values, RANK)):
             noisy, timesteps = torch.zeros(latents, 4, side, side), torch.zeros(latents, dtype=torch.long)
-            loss = predict(base, noisy, timesteps, base.encode(ids)).square().mean()
+            loss = base.denoise(noisy, timesteps, base.encode_prompts(prompts)).square().mean()
         loss.backward()
         optimizer.step()
     return peak.bytes + values.untyped_storage().nbytes()

@@ -49,9 +49,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypernet.base_models import BaseModel, load_base
+from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import load_base
 from hypernet.devices import choose_device, choose_dtype, precision_name
-from hypernet.diffusion import encode_photos, predict
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBSpace
@@ -105,7 +105,7 @@ def peft_loop(job: Job, tick: Tick) -> None:
     trained = [p for model in base.adapted.values() for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
     moments = subject.moments.expand(recipe.timesteps_per_step, -1, -1, -1)
-    prompt_ids = base.token_ids(subject.prompt)
+    prompts = base.prepare_prompts([subject.prompt])
     for _ in range(recipe.steps):
         clean = DiagonalGaussianDistribution(moments).sample() * base.vae.config.scaling_factor
         noise = torch.randn_like(clean)
@@ -113,8 +113,8 @@ def peft_loop(job: Job, tick: Tick) -> None:
         noisy = base.scheduler.add_noise(clean, noise, timesteps)
         is_epsilon = base.prediction_type == "epsilon"
         target = noise if is_epsilon else base.scheduler.get_velocity(clean, noise, timesteps)
-        embeds = base.encode(prompt_ids).rows(torch.zeros_like(timesteps))
-        mse_loss(predict(base, noisy, timesteps, embeds), target).backward()
+        embeds = base.encode_prompts(prompts).rows(torch.zeros_like(timesteps))
+        mse_loss(base.denoise(noisy, timesteps, embeds), target).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.lora_fit.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -163,7 +163,7 @@ def bare(job: Job, tick: Tick) -> None:
 
 def _subject(base: BaseModel, recipe: PersonalizeConfig) -> Subject:
     pixels = torch.from_numpy(np.array(_photo(base.size_px))).permute(2, 0, 1)[None] / 127.5 - 1
-    return Subject("person", encode_photos(base, pixels), recipe.trigger, recipe.class_prompt)
+    return Subject("person", base.encode_photos(pixels), recipe.trigger, recipe.class_prompt)
 
 
 def _photo(size_px: int) -> Image.Image:

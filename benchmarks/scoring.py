@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hypernet.base_models import load_base
-from hypernet.diffusion import encode_photos
+from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -62,7 +61,7 @@ class World:
             self.base, None, None, CLASS_PICTURES, seed=CLASS_SEED, guidance=MINIATURE_RECIPE.guidance,
             prompts=[MINIATURE_RECIPE.class_prompt],
         )  # fmt: skip
-        return encode_photos(self.base, pictures[:, 0])
+        return self.base.encode_photos(pictures[:, 0])
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> list[dict]:
         """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1]: `Scores.by_person`, `features`, and by prompt."""

@@ -16,7 +16,7 @@ from testbed import MINIATURE_RECIPE
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from hypernet.base_models import BaseModel
+    from hypernet.bases.base import BaseModel
     from lidb_peft import LiDBConfig
 
 
@@ -156,7 +156,7 @@ def open_base(name: str, device: str, precision: str, max_vram: int | None = Non
         options: ``attention`` and ``compile`` of `load_base`.
     """
     from cli.progress import quiet_libraries
-    from hypernet.base_models import load_base
+    from hypernet.bases.loading import load_base
     from hypernet.devices import choose_device, describe_choice, limit_memory
     from lidb_peft import LiDBConfig
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from converters import KohyaMetadata, write_lora
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
 from hypernet.network.config import HyperNetworkConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from converters import FileDescription, describe
 from converters.lora import is_finite
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path, check_writable
@@ -51,9 +51,8 @@ def generate(
 
     with space.apply(factors) if factors is not None else nullcontext():
         return pipeline(
-            list(prompts),
+            **base.pipeline_inputs(prompts, guidance),
             num_inference_steps=num_steps,
-            guidance_scale=guidance,
             height=base.size_px,
             width=base.size_px,
             generator=[torch.Generator().manual_seed(seed) for _ in prompts],

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
 from hypernet.personalize import Personalization, personalize

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import encode_photos
+from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE
@@ -61,7 +60,7 @@ def shown_photos(people: Sequence[int]) -> Tensor:
 
 def shown_subjects(base: BaseModel, people: Sequence[int]) -> list[Subject]:
     """Each person as a subject on the shown photo, with the prompts of `MINIATURE_RECIPE`."""
-    moments = encode_photos(base, shown_photos(people))
+    moments = base.encode_photos(shown_photos(people))
     trigger, class_prompt = MINIATURE_RECIPE.trigger, MINIATURE_RECIPE.class_prompt
     return [Subject(str(person), m[None], trigger, class_prompt) for person, m in zip(people, moments, strict=True)]
 
@@ -188,8 +187,8 @@ def draw_prompts(
     start = seed * 1_000_003 + first * len(prompts)
     noise = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
     with space.apply(_stacked(factors)) if factors is not None else nullcontext():
-        asked = base.encode(torch.cat([base.token_ids(text) for text in texts])).hidden
-        nothing = base.encode(base.token_ids("").expand(len(texts), -1, -1)).hidden
+        asked = base.encode_prompts(base.prepare_prompts(texts)).prompt_embeds
+        nothing = base.encode_prompts(base.prepare_prompts([""] * len(texts))).prompt_embeds
     # Guidance puts all negative prompts before all positive ones, so the UNet sees the people twice.
     with space.apply(_stacked([*factors, *factors])) if factors is not None else nullcontext():
         latents = base.pipeline()(

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypernet.base_models import BaseModel, load_base
+from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import fit_lora
 from hypernet.sampling import contact_sheet, save_picture, to_image
 from lidb_peft import LiDBSpace

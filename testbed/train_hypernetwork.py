@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY, free_bytes
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.recipe import FitConfig
@@ -36,8 +36,8 @@ def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> int:
 
 def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> list[int]:
     """The most memory that a step of one and of two people takes on top of the base, as far as they fit."""
-    side = base.unet.config.sample_size
-    moments = torch.zeros(1, 2 * base.vae.config.latent_channels, side, side)
+    channels, *size = base.latent_shape
+    moments = torch.zeros(1, 2 * channels, *size)
     subjects = [Subject(str(i), moments, "a face", "a face") for i in range(2)]
     peaks: list[int] = []
     for count in (1, 2):

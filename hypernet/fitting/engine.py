@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
-from hypernet.fitting.losses import Noise, ask, base_losses, checkpointed, draw_noise
+from hypernet.bases.base import BaseModel, Prompts
+from hypernet.fitting.losses import base_losses
+from hypernet.fitting.noise import Noise, draw_noise, noise_photos
 from hypernet.fitting.preservation import Choice, PromptPreservation
 from hypernet.fitting.replay import Replay
 from hypernet.inputs.people import derive_seed
@@ -32,7 +33,7 @@ class Subject:
 
     Attributes:
         key: names the identity; its noise and timesteps follow from the key and the seed.
-        moments: VAE moments of its photos, ``(photos, 8, h, w)``.
+        moments: VAE moments of its photos, ``(photos, 2 * c, h, w)``.
         prompt: what the photos show, e.g. ``a sks face``.
         class_prompt: the same without the subject, ``a face``; prompt preservation needs it.
     """
@@ -143,7 +144,7 @@ def _optimize(
 ) -> tuple[Tensor, Tensor]:
     parameters.requires_grad_(True)
     history = []
-    with checkpointed(base, recomputes):
+    with base.checkpointed(recomputes):
         step = _Step(base, space, subjects, config, parameters, parts, recomputes)
         for number in range(config.steps):
             history.append(step(config.lr * (1 - 0.9 * number / config.steps)))
@@ -170,7 +171,7 @@ class _Step:
         self.parameters, self.parts = parameters, parts
         self.moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
         self.num_photos = [len(subject.moments) for subject in subjects]
-        self.prompt_ids = torch.cat([base.token_ids(subject.prompt) for subject in subjects])
+        self.prompts = _prepare_prompts(base, subjects)
         self.preservation = _make_preservation(base, subjects, config)
         self.generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
         self.loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
@@ -214,11 +215,11 @@ class _Step:
     def _compute(self) -> Tensor:
         config, base = self.config, self.base
         rows, noise, choice = self.inputs[0], Noise(*self.inputs[1:4]), self.inputs[4:]
-        noisy, target = ask(base, self.moments[rows], noise)
-        preserved = self.preservation and self.preservation.preserve(noisy, noise.timesteps, Choice(*choice))
+        noisy_latents, target = noise_photos(base, self.moments[rows], noise)
+        preserved = self.preservation and self.preservation.preserve(noisy_latents, noise.timesteps, Choice(*choice))
         with self.space.apply(*self.parts(self.parameters)):
             denoising, change = base_losses(
-                base, self.prompt_ids, noisy, noise.timesteps, target, config.background, preserved
+                base, self.prompts, noisy_latents, noise.timesteps, target, config.background, preserved
             )
         losses = denoising if change is None else denoising + config.preservation * change
         (gradient,) = torch.autograd.grad(losses.sum() * self.loss_scale, self.parameters)
@@ -228,6 +229,13 @@ class _Step:
         if self.steps_inside:
             self.optimizer.step()
         return denoising.detach()
+
+
+def _prepare_prompts(base: BaseModel, subjects: Sequence[Subject]) -> Prompts:
+    """Each subject's prompt; a text that many have is read once."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(subject.prompt for subject in subjects))}
+    rows = torch.tensor([places[subject.prompt] for subject in subjects], device=base.device)
+    return base.prepare_prompts(list(places)).rows(rows)
 
 
 def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPreservation | None:

@@ -1,76 +1,27 @@
-"""What a step asks of the base, for many people at once: a fit's and the hypernetwork's denoising and preservation."""
+"""The losses of a step, person by person: denoising, prompt preservation, and the distance to a target.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+A fit takes the first two; training a hypernetwork may take all three (`hypernet.training.objective`).
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import denoising_error, predict, question, sample_latents
+from hypernet.bases.base import BaseModel, Prompts
 from hypernet.fitting.preservation import Preserved
-from hypernet.recipe import NUM_TIMESTEPS
+from lidb_peft import LiDBSpace, squared_distance
 
-
-class Noise(NamedTuple):
-    """What is random in the noisy latents of a step, for B people with k copies each.
-
-    Attributes:
-        latent: with it the latents are drawn from the VAE's moments, ``(B * k, 4, h, w)``.
-        added: what is added to them, same shape.
-        timesteps: ``(B * k,)``.
-    """
-
-    latent: Tensor
-    added: Tensor
-    timesteps: Tensor
-
-    def to(self, device: torch.device) -> "Noise":
-        return Noise(*(tensor.to(device) for tensor in self))
-
-
-def draw_noise(
-    base: BaseModel,
-    shape: Sequence[int],
-    generators: Sequence[torch.Generator],
-    max_timestep: int = NUM_TIMESTEPS,
-) -> Noise:
-    """Draw noise on the CPU, so that every device draws the same, person by person.
-
-    The timesteps of one person's k copies are stratified, so that every step sees all of the schedule below
-    ``max_timestep``.
-
-    Args:
-        shape: of the photos' moments, ``(B * k, 8, h, w)``.
-        generators: each person's own, B of them.
-    """
-    num_timesteps = min(max_timestep, base.scheduler.config.num_train_timesteps)
-    copies = shape[0] // len(generators)
-    size = (copies, shape[1] // 2, *shape[2:])
-    latent, added, timesteps = [], [], []
-    for generator in generators:
-        latent.append(torch.randn(size, generator=generator))
-        added.append(torch.randn(size, generator=generator))
-        position = (torch.arange(copies) + torch.rand(copies, generator=generator)) / copies
-        timesteps.append((position * num_timesteps).long().clamp(max=num_timesteps - 1))
-    return Noise(torch.cat(latent), torch.cat(added), torch.cat(timesteps))
-
-
-def ask(base: BaseModel, moments: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """The noisy latents of photos and the target for each, as `hypernet.diffusion.question` gives them.
-
-    Args:
-        moments: ``(B * k, 8, h, w)``, on the device of ``noise``.
-    """
-    clean = sample_latents(moments, noise.latent, base.vae.config.scaling_factor)
-    return question(base, clean, noise.added, noise.timesteps)
+# Of a portrait as `prepare_photo` crops it, in halves of the picture.
+HEAD_HALF_WIDTH, HEAD_HALF_HEIGHT = 0.725, 0.9
+SMALLEST_SCALE = 1e-3  # of the layers' mean; or a layer that no target changes would outweigh all others
 
 
 def base_losses(
     base: BaseModel,
-    prompt_ids: Tensor,
-    noisy: Tensor,
+    prompts: Prompts,
+    noisy_latents: Tensor,
     timesteps: Tensor,
     target: Tensor,
     background: float,
@@ -81,46 +32,75 @@ def base_losses(
     Both come from one pass of the base. The second is None if nothing is preserved.
 
     Args:
-        prompt_ids: ``(B, E, tokens)``.
-        noisy, target: as `ask` gives them, ``(B * k, 4, h, w)``, person by person.
+        prompts: B of them.
+        noisy_latents, target: as `noise_photos` gives them, ``(B * k, c, h, w)``, person by person.
         timesteps: ``(B * k,)``.
     """
-    ids, rows = prompt_ids[:, None], torch.arange(len(noisy), device=noisy.device).view(len(prompt_ids), -1)
+    people, device = len(prompts), noisy_latents.device
+    rows = torch.arange(len(noisy_latents), device=device).view(people, -1)
+    places = torch.arange(people, device=device)[:, None]  # in `prompts`, a person's plain and styled ones together
     copies = rows.shape[1]
     if preserved is not None:
-        ids = torch.cat([ids, preserved.token_ids.unflatten(0, (len(ids), -1))], dim=1)
-        rows = torch.cat([rows, preserved.rows.view(len(ids), -1)], dim=1)
-    prompts = torch.arange(ids.shape[0] * ids.shape[1], device=ids.device).view(ids.shape[:2])
-    prompts = torch.cat([prompts[:, :1].expand(-1, copies), prompts[:, 1:]], dim=1)
-    embeds = base.encode(ids.flatten(0, 1)).rows(prompts.flatten())
-    answers = predict(base, noisy[rows.flatten()], timesteps[rows.flatten()], embeds).unflatten(0, rows.shape)
-    plain, styled = answers[:, :copies].flatten(0, 1), answers[:, copies:].flatten(0, 1)
+        prompts = Prompts.concatenate([prompts, preserved.prompts])
+        places = torch.cat([places, people + torch.arange(len(preserved.rows), device=device).view(people, -1)], dim=1)
+        rows = torch.cat([rows, preserved.rows.view(people, -1)], dim=1)
+    encoded = torch.arange(places.numel(), device=device).view(places.shape)
+    encoded = torch.cat([encoded[:, :1].expand(-1, copies), encoded[:, 1:]], dim=1)
+    prompt_embeds = base.encode_prompts(prompts.rows(places.flatten())).rows(encoded.flatten())
+    rows_flat = rows.flatten()
+    noise_pred = base.denoise(noisy_latents[rows_flat], timesteps[rows_flat], prompt_embeds).unflatten(0, rows.shape)
+    plain, styled = noise_pred[:, :copies].flatten(0, 1), noise_pred[:, copies:].flatten(0, 1)
     denoising = denoising_error(plain, target, background).view(-1, copies).mean(dim=1)
     if preserved is None:
         return denoising, None
-    return denoising, preserved.loss(plain[preserved.rows], styled).view(len(ids), -1).mean(dim=1)
+    change = preservation_error(plain[preserved.rows], styled, preserved.change)
+    return denoising, change.view(people, -1).mean(dim=1)
 
 
-@contextmanager
-def checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing of the base for a block; diffusers and transformers recompute in training mode only.
+def denoising_error(noise_pred: Tensor, target: Tensor, background: float = 1.0) -> Tensor:
+    """Mean squared error per sample, ``(n,)``; the background counts ``background`` times as much as the head.
 
-    The bases have no dropout, so training mode changes nothing else.
+    The head is the ellipse in which prepared portraits show it with its hair; weights have mean 1.
     """
-    if not enabled:
-        yield
-        return
-    models = base.adapted.values()
-    base.unet.enable_gradient_checkpointing()
-    for encoder in base.text_encoders:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    for model in models:
-        model.train()
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-        for encoder in base.text_encoders:
-            encoder.gradient_checkpointing_disable()
-        for model in models:
-            model.eval()
+    error = (noise_pred - target).square()
+    if background != 1:
+        error = error * _head_weights(*error.shape[-2:], background, error.device)
+    return error.mean(dim=(1, 2, 3))
+
+
+def preservation_error(plain: Tensor, styled: Tensor, change: Tensor) -> Tensor:
+    """Mean squared error per sample, ``(n,)``, of the change from the plain to the styled predictions ``(n, ...)``.
+
+    Only the styled ones get a gradient: see `hypernet.fitting.preservation`.
+    """
+    return (styled - (plain.detach() + change)).square().mean(dim=(1, 2, 3))
+
+
+def layer_distance(
+    space: LiDBSpace, theta: Tensor, target: Tensor, compare: str, bases: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """How far each layer of theta ``(*batch, L, row)`` is from the target's, ``(*batch, L)``.
+
+    Args:
+        compare: ``updates``, ||dW - dW'||_F^2; or ``factors``, the mean square of theta - target.
+        bases: the learned ones of theta; the target's are the frozen ones.
+    """
+    if compare == "updates":
+        return squared_distance(space, theta, target, bases)
+    mask = space.mask.to(theta.device)
+    return ((theta - target) * mask).square().sum(dim=-1) / mask.sum(dim=-1)
+
+
+def layer_scale(space: LiDBSpace, targets: Tensor, compare: str) -> Tensor:
+    """What `layer_distance` is divided by, ``(L,)``: the mean distance of targets ``(n, L, row)`` from theta_0."""
+    scale = layer_distance(space, targets, space.theta_0.to(targets.device), compare).mean(dim=0)
+    return scale.clamp(min=(SMALLEST_SCALE * scale.mean()).clamp(min=torch.finfo(scale.dtype).tiny))
+
+
+@lru_cache(maxsize=8)  # a copy to the device would make every step wait for it
+def _head_weights(height: int, width: int, background: float, device: torch.device) -> Tensor:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 2 * height + 1)[1::2], torch.linspace(-1, 1, 2 * width + 1)[1::2],
+                          indexing="ij")  # fmt: skip
+    inside = (x / HEAD_HALF_WIDTH) ** 2 + (y / HEAD_HALF_HEIGHT) ** 2 < 1
+    weights = torch.where(inside, 1.0, background)
+    return (weights / weights.mean()).to(device)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import fit_theta

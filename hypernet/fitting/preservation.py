@@ -1,7 +1,7 @@
 """Prompt preservation: what a prompt changes in the base model, it goes on changing in the personalised one.
 
-At one noisy latent x_t the base answers "a pencil drawing of a face" otherwise than "a face"; the personalised model is
-to answer "a pencil drawing of a sks face" otherwise than "a sks face" by that same difference:
+At one noisy latent x_t the base predicts otherwise for "a pencil drawing of a face" than for "a face"; the personalised
+model is to predict otherwise for "a pencil drawing of a sks face" than for "a sks face" by that same difference:
 
     || v(x_t, styled [V]) - sg[v(x_t, [V]) + v_base(x_t, styled) - v_base(x_t, plain)] ||^2
 
@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypernet.base_models import BaseModel, PromptEmbeds
-from hypernet.diffusion import predict
+from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts
 
 
 @dataclass(frozen=True)
@@ -25,25 +24,21 @@ class Preserved:
     """What one step preserves: N subjects, m prompts each.
 
     Attributes:
-        token_ids: the subjects' styled prompts, ``(N * m, E, tokens)``, subject by subject.
-        rows: which noisy latents of the step's batch they are asked at, ``(N * m,)``.
-        change: by how much the base's answer changes there, ``(N * m, 4, h, w)`` float32.
+        prompts: the subjects' styled ones, N * m, subject by subject.
+        rows: at which noisy latents of the step's batch, ``(N * m,)``.
+        change: by how much the base's prediction changes there, ``(N * m, c, h, w)`` float32.
     """
 
-    token_ids: Tensor
+    prompts: Prompts
     rows: Tensor
     change: Tensor
-
-    def loss(self, plain: Tensor, styled: Tensor) -> Tensor:
-        """Mean squared error ``(N * m,)`` of the change from the plain to the styled predictions ``(N * m, ...)``."""
-        return (styled - (plain.detach() + self.change)).square().mean(dim=(1, 2, 3))
 
 
 class Choice(NamedTuple):
     """What is random in a step's preservation, for N subjects with m prompts each.
 
     Attributes:
-        rows: which noisy latents of the step's batch are asked, ``(N * m,)``, subject by subject.
+        rows: which noisy latents of the step's batch, ``(N * m,)``, subject by subject.
         templates: with which prompt each, ``(N * m,)``.
     """
 
@@ -60,7 +55,7 @@ class PromptPreservation:
     def __init__(
         self, base: BaseModel, prompts: Sequence[str], class_prompts: Sequence[str], templates: Sequence[str]
     ) -> None:
-        """Ask the base's text encoder once for all prompts.
+        """Encode all prompts once.
 
         Args:
             prompts: what each subject's photos show, e.g. ``a sks face``.
@@ -69,12 +64,15 @@ class PromptPreservation:
         """
         self.base, self.num_subjects, self.num_templates = base, len(prompts), len(templates)
         styled = [template.format(prompt) for prompt in prompts for template in templates]
-        ids = {text: base.token_ids(text) for text in dict.fromkeys(styled)}
-        self.token_ids = torch.cat([ids[text] for text in styled]).unflatten(0, (-1, len(templates)))
+        places = {text: place for place, text in enumerate(dict.fromkeys(styled))}
+        self.styled = base.prepare_prompts(list(places))
+        self.styled_rows = torch.tensor([places[text] for text in styled], device=base.device).view(len(prompts), -1)
         texts = [t.format(prompt) for prompt in dict.fromkeys(class_prompts) for t in ("{}", *templates)]
         self.plain = torch.tensor([texts.index(prompt) for prompt in class_prompts], device=base.device)
         with torch.no_grad():  # one by one, for together they may be more than a step's
-            self.embeds = PromptEmbeds.concatenate([base.encode(base.token_ids(text)) for text in texts])
+            self.prompt_embeds = PromptEmbeds.concatenate(
+                [base.encode_prompts(base.prepare_prompts([text])) for text in texts]
+            )
 
     def choose(self, copies: int, generators: Sequence[torch.Generator]) -> Choice:
         """Choose, for each subject, half of its ``copies`` noisy latents (rounded up) and prompts; on the CPU.
@@ -90,17 +88,17 @@ class PromptPreservation:
         return Choice(torch.cat(rows), torch.cat(templates))
 
     @torch.no_grad()
-    def preserve(self, noisy: Tensor, timesteps: Tensor, choice: Choice) -> Preserved:
-        """Ask the base what it answers there.
+    def preserve(self, noisy_latents: Tensor, timesteps: Tensor, choice: Choice) -> Preserved:
+        """Find out what the base itself predicts there.
 
         Args:
-            noisy: the step's ``(N * k, 4, h, w)``.
+            noisy_latents: the step's ``(N * k, c, h, w)``.
             timesteps: ``(N * k,)``.
             choice: on their device.
         """
         rows, templates = choice
-        subjects = rows // (len(noisy) // self.num_subjects)
+        subjects = rows // (len(noisy_latents) // self.num_subjects)
         twice, plain = torch.cat([rows, rows]), self.plain[subjects]
-        embeds = self.embeds.rows(torch.cat([plain, plain + 1 + templates]))
-        before, after = predict(self.base, noisy[twice], timesteps[twice], embeds).chunk(2)
-        return Preserved(self.token_ids[subjects, templates], rows, after - before)
+        prompt_embeds = self.prompt_embeds.rows(torch.cat([plain, plain + 1 + templates]))
+        before, after = self.base.denoise(noisy_latents[twice], timesteps[twice], prompt_embeds).chunk(2)
+        return Preserved(self.styled.rows(self.styled_rows[subjects, templates]), rows, after - before)

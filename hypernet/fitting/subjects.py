@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import encode_photos
+from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import Subject
 from hypernet.inputs.people import PreparedPerson
 
@@ -14,7 +13,7 @@ def make_subjects(
     base: BaseModel, people: Sequence[PreparedPerson], prompt: str, class_prompt: str = ""
 ) -> list[Subject]:
     """Make each person a subject, all with one prompt; their photos go through the VAE here."""
-    moments = encode_photos(base, torch.cat([person.pixels for person in people]))
+    moments = base.encode_photos(torch.cat([person.pixels for person in people]))
     counts = [len(person.photos) for person in people]
     return [
         Subject(person.key, own, prompt, class_prompt)

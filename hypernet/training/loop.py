@@ -19,16 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hypernet.base_models import BaseModel
-from hypernet.diffusion import release_vae
+from hypernet.bases.base import BaseModel
 from hypernet.errors import first_sentence
-from hypernet.fitting.losses import checkpointed
+from hypernet.fitting.losses import layer_scale
 from hypernet.fitting.targets import SKIPPED_FILE
 from hypernet.inputs.people import People, Skipped, check_detector, write_skipped
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
-from hypernet.training.objective import SUMMED, Objective, layer_scale
+from hypernet.training.objective import SUMMED, Objective
 from hypernet.training.setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
 from hypernet.training.state import STATE_FILE, TrainingState
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
@@ -113,12 +112,12 @@ def train(
         out,
         data,
     )  # fmt: skip
-    with _told_of_the_dead(accelerator.num_processes), checkpointed(base, config.gradient_checkpointing):
+    with _told_of_the_dead(accelerator.num_processes), base.checkpointed(config.gradient_checkpointing):
         try:
             run.start(resume)
             run.go(progress)
         finally:
-            release_vae(base)
+            base.release_vae()
         accelerator.end_training()
     return run.result
 

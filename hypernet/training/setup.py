@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
-from hypernet.base_models import BaseModel
+from hypernet.bases.base import BaseModel
 from hypernet.devices import WAIT
 from hypernet.fitting.targets import TargetStore
 from hypernet.network.hypernetwork import HyperNetwork

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hypernet.diffusion import release_vae
 from hypernet.sampling import contact_sheet, generate, save_picture, to_image
 from hypernet.training.examples import Example, Examples, validation_places
 from hypernet.training.objective import SUMMED, Objective
@@ -43,7 +42,7 @@ def draw_sheet(objective: Objective, examples: Examples, path: Path) -> None:
     for example in _usable(examples, PICTURED):
         theta = objective.network(example.seen[None].to(objective.base.device))[0]
         factors = objective.space.factors(theta, objective.network.bases)
-        release_vae(objective.base)
+        objective.base.release_vae()
         pictures = generate(objective.base, prompts, objective.space, factors, num_steps=PICTURE_STEPS)
         rows.append((example.name, [to_image(example.seen), *pictures]))
     objective.train()

@@ -7,7 +7,7 @@ import pytest
 
 import testbed
 from converters import describe
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.network.config import HyperNetworkConfig
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.devices import choose_device, free_bytes, limit_memory
 from hypernet.fitting import engine
 from hypernet.fitting.batch_size import choose_batch

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels

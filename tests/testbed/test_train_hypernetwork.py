@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import testbed.train_hypernetwork as recipe
-from hypernet.base_models import load_base
+from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from hypernet.base_models import load_base
-from hypernet.diffusion import sample_latents
+from hypernet.bases.base import sample_moments
+from hypernet.bases.loading import load_base
 from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import FitConfig, PersonalizeConfig
@@ -35,14 +35,14 @@ def gradients(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """Every step's ``(clean, noise, timesteps)``."""
-    seen, original = [], engine.ask
+    seen, original = [], engine.noise_photos
 
     def record(base, moments, noise):
-        clean = sample_latents(moments, noise.latent, base.vae.config.scaling_factor)
+        clean = sample_moments(moments, noise.latent) * base.vae.config.scaling_factor
         seen.append((clean, noise.added.clone(), noise.timesteps.clone()))
         return original(base, moments, noise)
 
-    monkeypatch.setattr(engine, "ask", record)
+    monkeypatch.setattr(engine, "noise_photos", record)
     return seen
 
 
@@ -156,7 +156,7 @@ def test_the_loss_is_that_of_merged_weights_under_diffusers_own_scheduler(
             component, path = name.split(".", 1)
             modules = dict(merged.adapted[component].named_modules())
             (modules.get(path) or modules[path.removeprefix("text_model.")]).weight += lora_B @ lora_A
-        embeds = merged.encode(merged.token_ids("a sks face").expand(3, -1, -1)).hidden
+        embeds = merged.encode_prompts(merged.prepare_prompts(["a sks face"] * 3)).prompt_embeds
         noisy = scheduler.add_noise(clean, noise, timesteps)
         expected = torch.nn.functional.mse_loss(merged.unet(noisy, timesteps, embeds).sample, target)
     assert losses[0, 0].item() == pytest.approx(expected.item(), rel=1e-5)

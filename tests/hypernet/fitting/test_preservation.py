@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hypernet.diffusion import predict
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.preservation import PromptPreservation
 from hypernet.recipe import FitConfig
@@ -22,15 +21,15 @@ def test_what_is_preserved_is_the_base_s_own_change(base):
     drawn = preservation.preserve(noisy, timesteps, preservation.choose(3, generators(2)))
     assert drawn.rows.shape == (4,)  # two of each subject's three
     assert sorted(row // 3 for row in drawn.rows.tolist()) == [0, 0, 1, 1]
-    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.token_ids[:, 0]]
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.prompts.token_ids[:, 0]]
     assert all("sks face" in text for text in texts[:2])
     assert all("zwx man" in text for text in texts[2:])
     with torch.no_grad():
         for row, text, change in zip(drawn.rows, texts, drawn.change, strict=True):
             subject, plain = ("sks face", "face") if row < 3 else ("zwx man", "man")
             answers = [
-                predict(base, noisy[row, None], timesteps[row, None], base.encode(base.token_ids(prompt)))
-                for prompt in (f"a {plain}", text.replace(subject, plain))
+                base.denoise(noisy[row, None], timesteps[row, None], base.encode_prompts(prompts))
+                for prompts in map(base.prepare_prompts, ([f"a {plain}"], [text.replace(subject, plain)]))
             ]
             torch.testing.assert_close(change, (answers[1] - answers[0])[0], atol=1e-4, rtol=1e-4)
 
@@ -63,8 +62,8 @@ def test_a_prompt_keeps_its_effect(base, space, new_subject):
 
     @torch.no_grad()
     def change(prompt, styled):
-        embeds = [base.encode(base.token_ids(text).expand(8, -1, -1)) for text in (prompt, styled)]
-        return predict(base, noisy, timesteps, embeds[1]) - predict(base, noisy, timesteps, embeds[0])
+        embeds = [base.encode_prompts(base.prepare_prompts([text] * 8)) for text in (prompt, styled)]
+        return base.denoise(noisy, timesteps, embeds[1]) - base.denoise(noisy, timesteps, embeds[0])
 
     expected = change("a face", "a pencil drawing of a face")
     lost = {}

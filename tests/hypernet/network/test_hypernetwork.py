@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hypernet.diffusion import predict
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import prepare_pictures
 from hypernet.network.hypernetwork import HyperNetwork, read_config
@@ -84,9 +83,9 @@ def test_the_first_gradient_reaches_both_halves_of_theta_and_everything_before(b
     """With both factors starting at zero, or heads of zeros, the gradients were zero for ever."""
     net = make(space, train_encoder=True)
     noisy, target = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
-    ids = torch.cat([base.token_ids(net.config.trigger)] * 2)
+    prompts = base.prepare_prompts([net.config.trigger] * 2)
     with space.apply(space.expand(net(pixels))):
-        answer = predict(base, noisy, torch.tensor([100, 700]), base.encode(ids))
+        answer = base.denoise(noisy, torch.tensor([100, 700]), base.encode_prompts(prompts))
     (answer - target).square().mean().backward()
     layers = [space.layer_names.index(name) for name in taught]
     for half in split_theta(net.heads.weight.grad[layers], space.config):
@@ -419,14 +418,14 @@ def test_learned_bases_start_at_the_frozen_ones_and_leave_in_the_lora(base, padd
         for index, basis in enumerate(net.bases.values()):
             basis.add_(0.1 * torch.randn(basis.shape, generator=torch.Generator().manual_seed(index)))
     lora = padded_space.factors(theta[0], net.bases)
-    ids = base.token_ids(net.config.trigger)
+    ids = base.prepare_prompts([net.config.trigger])
     with torch.no_grad():
         with padded_space.apply(padded_space.expand(theta[0], net.bases)):
-            used = base.encode(ids).hidden
+            used = base.encode_prompts(ids).prompt_embeds
         with padded_space.apply(lora):
-            exported = base.encode(ids).hidden
+            exported = base.encode_prompts(ids).prompt_embeds
         with padded_space.weights(theta[0]):
-            by_frozen = base.encode(ids).hidden
+            by_frozen = base.encode_prompts(ids).prompt_embeds
     assert torch.equal(used, exported)
     assert not torch.allclose(used, by_frozen, atol=1e-4)
     assert make(padded_space).bases is None

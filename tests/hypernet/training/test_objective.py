@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import ViTConfig
 
-from hypernet.diffusion import encode_photos, predict, release_vae
-from hypernet.fitting.losses import ask, checkpointed, draw_noise
+from hypernet.fitting.losses import layer_distance, layer_scale
+from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
 from hypernet.training.examples import Batch
-from hypernet.training.objective import SUMMED, Objective, layer_distance, layer_scale
+from hypernet.training.objective import SUMMED, Objective
 from lidb_peft import squared_distance
 
 ENCODER = ViTConfig(
@@ -48,9 +48,9 @@ def dense_updates(space, theta, bases=None):
 
 def asked(base, batch):
     """What the base is asked and should answer: noisy latents, timesteps, targets."""
-    moments = encode_photos(base, batch.denoised).repeat_interleave(batch.copies, dim=0)
+    moments = base.encode_photos(batch.denoised).repeat_interleave(batch.copies, dim=0)
     noise = draw_noise(base, moments.shape, batch.generators())
-    noisy, target = ask(base, moments, noise)
+    noisy, target = noise_photos(base, moments, noise)
     return noisy, noise.timesteps, target
 
 
@@ -95,14 +95,14 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
     scale = layer_scale(space, thetas, "updates")
     loss, sums = Objective(base, space, network, config, scale)(batch)
     noisy, timesteps, target = asked(base, batch)
-    prompt = base.token_ids("a sks face")
+    prompts = base.prepare_prompts(["a sks face"] * 2)
     expected = []
     for person in range(2):
         theta = network(batch.seen[person : person + 1])[0]
         rows = slice(2 * person, 2 * person + 2)
         with space.weights(theta):
-            embeds = base.encode(prompt.expand(2, -1, -1))
-            denoising = (predict(base, noisy[rows], timesteps[rows], embeds) - target[rows]).square().mean()
+            embeds = base.encode_prompts(prompts)
+            denoising = (base.denoise(noisy[rows], timesteps[rows], embeds) - target[rows]).square().mean()
         distance = (squared_distance(space, theta, batch.targets[person]) / scale).mean()
         expected.append(torch.stack([denoising, distance]))
     expected = torch.stack(expected)
@@ -138,8 +138,8 @@ def test_without_its_caption_a_person_answers_to_the_empty_prompt(base, space, b
     _, sums = Objective(base, space, network, CONFIG)(replace(batch, drops_caption=torch.tensor([True, True])))
     noisy, timesteps, target = asked(base, batch)
     with space.weights(network(batch.seen)):
-        embeds = base.encode(base.token_ids("").expand(2, -1, -1)).rows(torch.tensor([0, 0, 1, 1]))
-        error = predict(base, noisy, timesteps, embeds) - target
+        embeds = base.encode_prompts(base.prepare_prompts([""] * 2)).rows(torch.tensor([0, 0, 1, 1]))
+        error = base.denoise(noisy, timesteps, embeds) - target
     expected = error.square().mean(dim=(1, 2, 3)).view(2, 2).mean(dim=1).sum()
     assert torch.allclose(sums[0], expected, rtol=1e-5)
 
@@ -175,7 +175,7 @@ def test_checkpointing_changes_no_gradient_and_learned_bases_get_theirs(base, sp
         if enabled:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         objective = Objective(base, space, network, replace(CONFIG, timesteps_per_step=1))
-        with checkpointed(base, enabled):
+        with base.checkpointed(enabled):
             objective(replace(batch, copies=1))[0].backward()
         assert not base.unet.training
         return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
@@ -196,5 +196,5 @@ def test_moments_are_encoded_once_unless_photos_change(base, space, batch):
             assert torch.equal(objective(batch)[1], first)
         assert (objective.latents.kept and set(objective.latents.kept)) == kept
         other = objective.latents.moments(batch.seen, batch.photos)
-        assert torch.equal(other, encode_photos(base, batch.denoised if kept else batch.seen))
-        release_vae(base)
+        assert torch.equal(other, base.encode_photos(batch.denoised if kept else batch.seen))
+        base.release_vae()

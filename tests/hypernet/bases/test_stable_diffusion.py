@@ -6,16 +6,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from hypernet.base_models import load_base
-from hypernet.diffusion import (
-    add_noise,
-    denoising_error,
-    encode_photos,
-    predict,
-    prediction_target,
-    question,
-    sample_latents,
-)
+from hypernet.bases.base import sample_moments
+from hypernet.bases.loading import load_base
+from hypernet.bases.stable_diffusion import add_noise, prediction_target
+from hypernet.fitting.losses import denoising_error
 from testbed import miniature_path
 
 TIMESTEPS = torch.tensor([0, 1, 499, 998, 999])
@@ -59,7 +53,7 @@ def test_latents_are_drawn_as_diffusers_draws_them():
     moments[0, 4:] = 50.0  # beyond the clamp of the log variance
     noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     expected = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(2)) * 0.18215
-    assert torch.allclose(sample_latents(moments, noise, 0.18215), expected)
+    assert torch.allclose(sample_moments(moments, noise) * 0.18215, expected)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -68,11 +62,12 @@ def test_the_loss_is_per_sample(base, pair, prediction_type):
     typed = replace(base, scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type=prediction_type))
     timesteps = torch.tensor([10, 500, 990])
     with torch.no_grad():
-        embeds = base.encode(base.token_ids("a face").expand(3, -1, -1))
+        embeds = base.encode_prompts(base.prepare_prompts(["a face"] * 3))
 
         def losses(rows):
-            noisy, target = question(typed, clean[rows], noise[rows], timesteps[rows])
-            return denoising_error(predict(typed, noisy, timesteps[rows], embeds.rows(torch.arange(3)[rows])), target)
+            asked = clean[rows], noise[rows], timesteps[rows]
+            noisy, target = typed.add_noise(*asked), typed.target(*asked)
+            return denoising_error(typed.denoise(noisy, timesteps[rows], embeds.rows(torch.arange(3)[rows])), target)
 
         together, alone = losses(slice(3)), [losses(slice(i, i + 1)) for i in range(3)]
     assert together.shape == (3,)
@@ -82,7 +77,7 @@ def test_the_loss_is_per_sample(base, pair, prediction_type):
 
 def test_photos_are_encoded_as_the_autoencoder_encodes_them(base):
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    moments = encode_photos(base, pixels)
+    moments = base.encode_photos(pixels)
     with torch.no_grad():
         expected = base.vae.encode(pixels).latent_dist
     mean, log_variance = moments.chunk(2, dim=1)
@@ -95,9 +90,9 @@ def test_photos_are_encoded_in_float32_whatever_the_base_runs_in():
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         expected = copy.deepcopy(half.vae).float().encode(pixels).latent_dist.parameters
-    staying = encode_photos(half, pixels, release=False)
+    staying = half.encode_photos(pixels, release=False)
     assert half.vae.dtype == torch.float32
-    moments = encode_photos(half, pixels)
+    moments = half.encode_photos(pixels)
     assert half.vae.dtype == torch.bfloat16  # as it was
     assert moments.dtype == torch.float32
     assert torch.allclose(moments, expected, atol=1e-5)

@@ -1,34 +1,68 @@
-"""From a Hugging Face id, a folder or a checkpoint to diffusers' pipeline: whole, of a kind we know, or a sentence."""
+"""From a Hugging Face id, a diffusers folder or a single-file checkpoint to a base model: whole, or one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from hypernet.base_files import (
-    TEXT_ENCODERS,
-    check_channels,
-    check_checkpoint,
-    check_folder,
-    mend_text_encoder,
-    pipeline_class,
-)
+from hypernet.bases.base import BaseModel
+from hypernet.bases.checkpoints import check_checkpoint
+from hypernet.bases.folders import TEXT_ENCODERS, check_folder, mend_text_encoder, pipeline_class
+from hypernet.bases.stable_diffusion import PIPELINE_OPTIONS, StableDiffusion
+from hypernet.devices import choose_device, choose_dtype
 from hypernet.errors import first_sentence
+from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
 from lidb_peft.safe_read import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+    from hypernet.bases.stable_diffusion import Pipeline
 
 
-# What each class is made with beside its parts: nothing that would censor or mark a picture.
-PIPELINE_OPTIONS = {
-    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
+def load_base(
+    source: str = DEFAULT_BASE,
+    device: str = "auto",
+    precision: str = "auto",
+    attention: str = "auto",
+    compile: bool = False,
+) -> BaseModel:
+    """Load a frozen base model; weights are read from safetensors only and never unpickled.
+
+    Args:
+        attention: of the denoiser, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
+        compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
+
+    Raises:
+        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, or is a pickled checkpoint; or xformers is
+            asked for and not to be had.
+        FileNotFoundError: the source is neither here nor can it be had from the hub.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
+    torch_device = choose_device(device)
+    base = StableDiffusion.from_pipeline(source, load_pipeline(source, choose_dtype(precision, torch_device)))
+    for component in (*base.adapted.values(), base.vae):
+        component.requires_grad_(False).eval().to(torch_device)
+    if attention == "xformers":
+        _use_xformers(base.denoiser)
+    if compile:
+        base.denoiser.compile()
+    return base
+
+
+def _use_xformers(denoiser: nn.Module) -> None:
+    try:
+        if find_spec("xformers") is None:
+            raise ModuleNotFoundError("it is not installed")
+        denoiser.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # built for another torch, no CUDA, or a card that it does not know
+        raise ValueError(
+            f"attention xformers cannot be had ({first_sentence(error)}); pip install 'lidb-peft[cuda]' on a machine "
+            f"with CUDA, or choose sdpa"
+        ) from error
 
 
 def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
@@ -45,7 +79,6 @@ def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
         pipeline = _load_folder(path, dtype)
     else:
         pipeline = _load_from_hub(source, dtype)
-    _check_architecture(source, pipeline)
     return pipeline
 
 
@@ -126,27 +159,3 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> "Pipeline":
             f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
             f"({first_sentence(error)})"
         ) from error
-
-
-def _check_architecture(source: str, pipeline: "Pipeline") -> None:
-    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS[type(pipeline).__name__]]
-    read, given = pipeline.unet.config.cross_attention_dim, [encoder.config.hidden_size for encoder in text_encoders]
-    if read != sum(given):
-        raise ValueError(
-            f"{source} has a UNet that reads prompts of width {read} and text encoders of width "
-            f"{' + '.join(map(str, given))}; pass a plain SD 1.x, 2.x or SDXL base"
-        )
-    check_channels(source, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
-    for part in (pipeline.unet, *text_encoders, pipeline.vae):
-        missing = [name for name, parameter in part.named_parameters() if parameter.is_meta]
-        if missing:
-            raise ValueError(f"{source} lacks {len(missing)} weights of its {type(part).__name__}, {missing[0]} for "
-                             f"one; download the base model again")  # fmt: skip
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")
-    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"{source} comes with a {type(pipeline.scheduler).__name__}, which adds noise otherwise than Stable "
-            f"Diffusion; pass a plain SD 1.x, 2.x or SDXL base"
-        )

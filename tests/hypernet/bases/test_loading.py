@@ -7,8 +7,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-import hypernet.base_loading as base_loading
-from hypernet.base_models import load_base
+import hypernet.bases.loading as base_loading
+from hypernet.bases.loading import load_base
 from testbed import miniature_path
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -74,8 +74,8 @@ def test_an_sdxl_folder_loads_frozen(sdxl):
 def test_prompts_become_the_pipelines_tokens(base):
     prompt = "a pencil drawing of a sks face"
     expected = base.tokenizer(prompt, padding="max_length", max_length=base.tokenizer.model_max_length)["input_ids"]
-    assert base.token_ids(prompt).tolist() == [[expected]]
-    long = base.token_ids("a face " * 200)
+    assert base.prepare_prompts([prompt]).token_ids.tolist() == [[expected]]
+    long = base.prepare_prompts(["a face " * 200]).token_ids
     assert long.shape == (1, 1, base.tokenizer.model_max_length)
 
 
@@ -93,7 +93,8 @@ def test_weights_of_the_fp16_variant_load(folder, base):
 def test_a_tokenizer_of_two_classic_files_is_the_same_tokenizer(folder, base):
     (folder / "tokenizer/tokenizer.json").unlink()
     prompt = "a watercolour painting of a sks face wearing a crown"
-    assert torch.equal(load_base(str(folder), device="cpu").token_ids(prompt), base.token_ids(prompt))
+    expected = base.prepare_prompts([prompt]).token_ids
+    assert torch.equal(load_base(str(folder), device="cpu").prepare_prompts([prompt]).token_ids, expected)
 
 
 def test_text_encoder_weights_load_with_and_without_the_text_model_level(folder, base):
@@ -118,7 +119,8 @@ def test_a_single_file_checkpoint_loads(request, tmp_path, monkeypatch, import_h
         found = getattr(loaded, part).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), part
-    assert torch.equal(loaded.token_ids("a sks face"), base.token_ids("a sks face"))
+    ours, theirs = (model.prepare_prompts(["a sks face"]).token_ids for model in (loaded, base))
+    assert torch.equal(ours, theirs)
 
 
 # ---- folders that are no Stable Diffusion ----

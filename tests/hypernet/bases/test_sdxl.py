@@ -10,10 +10,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from converters import describe, write_lora
-from hypernet.base_models import PromptEmbeds, load_base
-from hypernet.diffusion import encode_photos, predict
+from hypernet.bases.base import PromptEmbeds
+from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
-from hypernet.fitting.losses import checkpointed
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people
 from hypernet.personalize import lora_metadata, personalize
@@ -68,13 +67,14 @@ def new_subjects(*keys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(sdxl_folder, precision):
     base = load_base(str(sdxl_folder), device="cpu", precision=precision)
-    ids = torch.cat([base.token_ids(prompt) for prompt in PROMPTS])
+    prompts = base.prepare_prompts(PROMPTS)
+    ids = prompts.token_ids
     assert not torch.equal(ids[:, 0], ids[:, 1])  # the encoders are padded differently
-    embeds = base.encode(ids)
+    embeds = base.encode_prompts(prompts)
     expected, _, pooled, _ = base.pipeline().encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    assert embeds.hidden.dtype == base.dtype
-    assert torch.equal(embeds.hidden, expected)
-    assert torch.equal(embeds.pooled, pooled)
+    assert embeds.prompt_embeds.dtype == base.dtype
+    assert torch.equal(embeds.prompt_embeds, expected)
+    assert torch.equal(embeds.pooled_prompt_embeds, pooled)
 
 
 def test_the_unet_is_asked_what_the_pipeline_asks_it(sdxl, pipeline):
@@ -85,7 +85,7 @@ def test_the_unet_is_asked_what_the_pipeline_asks_it(sdxl, pipeline):
             latents(pipeline, steps=1, guidance=1.0)
             ((_, (noisy, timestep), theirs, expected),) = asked
         else:
-            answer = predict(sdxl, noisy, timestep[None].long(), sdxl.encode(sdxl.token_ids(PROMPTS[0])))
+            answer = sdxl.denoise(noisy, timestep[None].long(), sdxl.encode_prompts(sdxl.prepare_prompts([PROMPTS[0]])))
         handle.remove()
     _, (seen, _, hidden), ours, _ = asked[1]
     assert torch.equal(seen, noisy)
@@ -97,10 +97,10 @@ def test_the_unet_is_asked_what_the_pipeline_asks_it(sdxl, pipeline):
 
 
 def test_rows_of_prompts_keep_both_embeddings_together(sdxl):
-    first, second = (sdxl.encode(sdxl.token_ids(prompt)) for prompt in PROMPTS)
+    first, second = (sdxl.encode_prompts(sdxl.prepare_prompts([prompt])) for prompt in PROMPTS)
     both = PromptEmbeds.concatenate([first, second])
     turned = both.rows(torch.tensor([1, 0, 1]))
-    for name in PromptEmbeds._fields:
+    for name in vars(both):
         one, two = getattr(first, name), getattr(second, name)
         assert torch.equal(getattr(turned, name), torch.cat([two, one, two]))
 
@@ -124,13 +124,13 @@ def test_nobody_s_fit_depends_on_who_shares_the_batch(sdxl, xl_space):
 def test_gradient_checkpointing_changes_no_gradient(sdxl, xl_space):
     theta = (xl_space.theta_0 + 0.1 * xl_space.mask).requires_grad_()
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    ids = torch.cat([sdxl.token_ids(prompt) for prompt in PROMPTS])
+    prompts = sdxl.prepare_prompts(PROMPTS)
     gradients = []
     for enabled in (False, True):
-        with checkpointed(sdxl, enabled), xl_space.apply(xl_space.expand(theta)):
+        with sdxl.checkpointed(enabled), xl_space.apply(xl_space.expand(theta)):
             for model in sdxl.adapted.values():
                 assert model.training == enabled
-            answer = predict(sdxl, noisy, torch.tensor([100, 700]), sdxl.encode(ids))
+            answer = sdxl.denoise(noisy, torch.tensor([100, 700]), sdxl.encode_prompts(prompts))
             gradients += torch.autograd.grad(answer.square().sum(), theta)
     assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
@@ -220,9 +220,9 @@ def test_a_model_that_encodes_the_empty_prompt_goes_on_doing_so(sdxl_folder, tmp
     (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
     base = load_base(str(folder), device="cpu", precision="fp32")
     _, empty, _, pooled = base.pipeline().encode_prompt(PROMPTS[0])
-    expected = base.encode(base.token_ids(""))
-    assert torch.equal(empty, expected.hidden)
-    assert torch.equal(pooled, expected.pooled)
+    expected = base.encode_prompts(base.prepare_prompts([""]))
+    assert torch.equal(empty, expected.prompt_embeds)
+    assert torch.equal(pooled, expected.pooled_prompt_embeds)
 
 
 def test_in_half_precision_the_vae_encodes_and_draws_in_full(sdxl_folder):
@@ -233,7 +233,7 @@ def test_in_half_precision_the_vae_encodes_and_draws_in_full(sdxl_folder):
         part.to(torch.float16)
     for part in (base.vae.encoder, base.vae.decoder):
         part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    encode_photos(base, torch.zeros(1, 3, 32, 32))
+    base.encode_photos(torch.zeros(1, 3, 32, 32))
     generate(base, PROMPTS[:1], num_steps=1)
     assert seen == [torch.float32, torch.float32]
     assert base.vae.dtype == torch.float16

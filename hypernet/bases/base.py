@@ -1,0 +1,205 @@
+"""What is asked of a base model, by fitting, training, prompt preservation and sampling alike.
+
+A family of base models is one subclass of `BaseModel`; nothing outside of this folder knows which one it holds.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tensors of n samples each, ``(n, ...)``; None for what a base does not have."""
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def __len__(self) -> int:
+        return next(len(tensor) for tensor in self.tensors if tensor is not None)
+
+    def rows(self, index: Tensor) -> "Self":
+        """The samples at ``index`` ``(m,)``, in its order."""
+        return type(self)(*(None if tensor is None else tensor[index] for tensor in self.tensors))
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Self]") -> "Self":
+        """The samples of all parts, one part after the other; all are of one base."""
+        columns = zip(*(part.tensors for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class Prompts(_Batch):
+    """n prompts, as far as they can be read before any adapted weights come in.
+
+    Attributes:
+        token_ids: for the E text encoders that are adapted, ``(n, E, tokens)``.
+    """
+
+    token_ids: Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbeds(_Batch):
+    """What the denoiser is told of n prompts.
+
+    Attributes:
+        prompt_embeds: the text encoders' states, ``(n, tokens, width)``.
+        pooled_prompt_embeds: a summary of each prompt, ``(n, width)``; None where the base takes none.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+
+
+@dataclass
+class BaseModel(ABC):
+    """A frozen base model, its components as diffusers and transformers classes.
+
+    Attributes:
+        name: the id, folder or file it came from.
+    """
+
+    name: str
+    vae: "AutoencoderKL"
+    scheduler: "SchedulerMixin"
+
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """As `converters` names the architectures."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The model that predicts from noisy latents, a UNet or a transformer."""
+
+    @property
+    @abstractmethod
+    def adapted(self) -> dict[str, nn.Module]:
+        """The models whose layers are adapted, by component name, the denoiser first."""
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What the denoiser predicts, as diffusers' schedulers call it."""
+
+    @property
+    @abstractmethod
+    def size_px(self) -> int:
+        """The side of the square pictures it was trained on."""
+
+    @abstractmethod
+    def prepare_prompts(self, texts: Sequence[str]) -> Prompts:
+        """Read prompts as far as no adapted weights are needed for it; on the base's device."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
+        """What the denoiser is told of n prompts under the weights that are applied; differentiable."""
+
+    @abstractmethod
+    def timesteps(self, positions: Tensor, max_timestep: int) -> Tensor:
+        """The timesteps ``(n,)`` to train at: the quantiles ``positions`` in [0, 1) of those below ``max_timestep``."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents ``(n, c, h, w)`` at ``timesteps`` ``(n,)``."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict of `add_noise`'s result, ``(n, c, h, w)``."""
+
+    @abstractmethod
+    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
+        """What the denoiser predicts of ``(n, c, h, w)`` at ``timesteps`` ``(n,)``, same shape, float32."""
+
+    @abstractmethod
+    def pipeline(self) -> "DiffusionPipeline":
+        """The same components, not copies, as diffusers' pipeline that draws pictures."""
+
+    @abstractmethod
+    def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
+        """What `pipeline` is called with to draw prompts under the weights that are applied."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device  # its own property goes through all of its modules
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one picture's latents, ``(c, h, w)``."""
+        side = self.size_px // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, side, side
+
+    @torch.no_grad()
+    def encode_photos(self, pixels: Tensor, release: bool = True) -> Tensor:
+        """The VAE's moments of photos, encoded once and resampled at each step: ``(photos, 2 * c, h, w)`` float32.
+
+        The VAE is moved to the base's device for this. It runs in float32: SD1.5's overflows in float16.
+
+        Args:
+            pixels: ``(photos, 3, size, size)`` in [-1, 1].
+            release: call `release_vae` at the end; False leaves the VAE there for the next photos.
+        """
+        vae = self.vae.to(self.device).type(torch.float32)  # at a cast by to() diffusers logs a warning
+        # One at a time: a batch of 512 px takes gigabytes.
+        moments = torch.cat([vae.encode(photo[None].to(self.device)).latent_dist.parameters for photo in pixels])
+        if release:
+            self.release_vae()
+        return moments
+
+    def release_vae(self) -> None:
+        """Move the VAE to the CPU, so that it holds no memory while fitting, in the base's dtype, to draw with."""
+        self.vae.type(self.dtype).to("cpu")
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Draw latents ``(n, c, h, w)`` from moments ``(n, 2 * c, h, w)``, scaled as the denoiser takes them."""
+        return sample_moments(moments, noise) * self.vae.config.scaling_factor
+
+    @contextmanager
+    def checkpointed(self, enabled: bool = True) -> Iterator[None]:
+        """Gradient checkpointing for a block; diffusers and transformers recompute in training mode only.
+
+        The bases have no dropout, so training mode changes nothing else.
+        """
+        if not enabled:
+            yield
+            return
+        models = self.adapted.values()
+        for model in models:
+            if hasattr(model, "enable_gradient_checkpointing"):  # diffusers'
+                model.enable_gradient_checkpointing()
+            else:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        try:
+            yield
+        finally:
+            for model in models:
+                if hasattr(model, "disable_gradient_checkpointing"):
+                    model.disable_gradient_checkpointing()
+                else:
+                    model.gradient_checkpointing_disable()
+                model.eval()
+
+
+def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
+    """Draw latents ``(n, c, h, w)`` from a VAE's moments ``(n, 2 * c, h, w)`` with standard normal ``noise``."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise

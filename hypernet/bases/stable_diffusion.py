@@ -1,0 +1,199 @@
+"""Stable Diffusion 1.x, 2.x and XL: a UNet that predicts the noise, or the velocity, of a discrete noise schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts
+from hypernet.bases.checkpoints import check_channels
+from hypernet.bases.folders import TEXT_ENCODERS
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+
+PIPELINE_OPTIONS = {
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+"""What each class of pipeline is made with beside its components: nothing that would censor or mark a picture."""
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """q(x_t | x_0), Ho et al. 2020, equation 4. ``alphas_cumprod`` ``(n,)`` at each sample's timestep."""
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+def prediction_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
+    """What the UNet should predict: the noise, or the velocity of Salimans & Ho 2022, appendix D."""
+    if prediction_type == "epsilon":
+        return noise
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+
+@dataclass
+class StableDiffusion(BaseModel):
+    """A frozen Stable Diffusion 1.x, 2.x or XL.
+
+    Attributes:
+        text_encoder_2, tokenizer_2: SDXL's second ones; None for others.
+        zeros_for_no_prompt: SDXL was trained to take zeros for the embeddings of no prompt; some of its kind were not.
+    """
+
+    unet: "UNet2DConditionModel"
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
+    text_encoder_2: "CLIPTextModelWithProjection | None" = None
+    tokenizer_2: "CLIPTokenizer | None" = None
+    zeros_for_no_prompt: bool = True
+
+    @classmethod
+    def from_pipeline(cls, name: str, pipeline: "Pipeline") -> "StableDiffusion":
+        """Take over the components of diffusers' pipeline.
+
+        Raises:
+            ValueError: they do not go together, lack weights, or are not those of a plain Stable Diffusion.
+        """
+        _check_components(name, pipeline)
+        return cls(
+            name=name,
+            vae=pipeline.vae,
+            scheduler=pipeline.scheduler,
+            unet=pipeline.unet,
+            text_encoder=pipeline.text_encoder,
+            tokenizer=pipeline.tokenizer,
+            text_encoder_2=getattr(pipeline, "text_encoder_2", None),
+            tokenizer_2=getattr(pipeline, "tokenizer_2", None),
+            zeros_for_no_prompt=pipeline.config.get("force_zeros_for_empty_prompt", True),
+        )
+
+    @property
+    def family(self) -> str:
+        if self.text_encoder_2 is not None:
+            return "sdxl"
+        # SD2.x took OpenCLIP's text encoder of width 1024; everything else of this shape is SD1.x to its readers.
+        return "sd2" if self.unet.config.cross_attention_dim == 1024 else "sd1"
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def text_encoders(self) -> "list[CLIPTextModel | CLIPTextModelWithProjection]":
+        """Those there are, one or two."""
+        return [self.text_encoder] if self.text_encoder_2 is None else [self.text_encoder, self.text_encoder_2]
+
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet} | dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
+
+    @property
+    def prediction_type(self) -> str:
+        """``epsilon`` or ``v_prediction``."""
+        return self.scheduler.config.prediction_type
+
+    @property
+    def size_px(self) -> int:
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule, ``(num_train_timesteps,)`` float32 on the base's device."""
+        return self.scheduler.alphas_cumprod.to(self.device, torch.float32)
+
+    @cached_property
+    def time_ids(self) -> Tensor:
+        """What SDXL's UNet is told of a picture: that it is whole and of the trained size, ``(6,)`` on the device."""
+        original = target = (self.size_px, self.size_px)
+        crop_top_left = (0, 0)
+        return torch.tensor([*original, *crop_top_left, *target], dtype=self.dtype, device=self.device)
+
+    def prepare_prompts(self, texts: Sequence[str]) -> Prompts:
+        """Token ids, padded as the pipeline pads them."""
+        tokenizers = [self.tokenizer] if self.tokenizer_2 is None else [self.tokenizer, self.tokenizer_2]
+        ids = [
+            tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+            for text in texts
+            for tokenizer in tokenizers
+        ]
+        return Prompts(torch.tensor(ids, device=self.device).unflatten(0, (len(texts), len(tokenizers))))
+
+    def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
+        """What the text encoders make of prompts, as the pipeline asks them."""
+        ids = prompts.token_ids
+        if self.text_encoder_2 is None:
+            return PromptEmbeds(self.text_encoder(ids[:, 0])[0])
+        first, second = (
+            encoder(part, output_hidden_states=True)
+            for encoder, part in zip(self.text_encoders, ids.unbind(1), strict=True)
+        )
+        # SDXL was trained on the last but one layer of both.
+        return PromptEmbeds(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
+
+    def timesteps(self, positions: Tensor, max_timestep: int) -> Tensor:
+        """All of them are alike likely."""
+        num_timesteps = min(max_timestep, self.scheduler.config.num_train_timesteps)
+        return (positions * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return add_noise(latents, noise, self.alphas_cumprod[timesteps])
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return prediction_target(latents, noise, self.alphas_cumprod[timesteps], self.prediction_type)
+
+    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
+        added = None
+        if prompt_embeds.pooled_prompt_embeds is not None:
+            time_ids = self.time_ids.expand(len(noisy_latents), -1)
+            added = {"text_embeds": prompt_embeds.pooled_prompt_embeds, "time_ids": time_ids}
+        noise_pred = self.unet(
+            noisy_latents.to(self.dtype), timesteps, prompt_embeds.prompt_embeds, added_cond_kwargs=added
+        ).sample
+        return noise_pred.float()
+
+    def pipeline(self) -> "Pipeline":
+        import diffusers
+
+        kind = "StableDiffusionPipeline" if self.text_encoder_2 is None else "StableDiffusionXLPipeline"
+        parts = {"tokenizer": self.tokenizer, "scheduler": self.scheduler, "vae": self.vae.to(self.device)}
+        if self.tokenizer_2 is not None:
+            parts |= {"tokenizer_2": self.tokenizer_2, "force_zeros_for_empty_prompt": self.zeros_for_no_prompt}
+        pipeline = getattr(diffusers, kind)(**self.adapted, **parts, **PIPELINE_OPTIONS[kind])
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
+        return {"prompt": list(texts), "guidance_scale": guidance}
+
+
+def _check_components(source: str, pipeline: "Pipeline") -> None:
+    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS[type(pipeline).__name__]]
+    read, given = pipeline.unet.config.cross_attention_dim, [encoder.config.hidden_size for encoder in text_encoders]
+    if read != sum(given):
+        raise ValueError(
+            f"{source} has a UNet that reads prompts of width {read} and text encoders of width "
+            f"{' + '.join(map(str, given))}; pass a plain SD 1.x, 2.x or SDXL base"
+        )
+    check_channels(source, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
+    for part in (pipeline.unet, *text_encoders, pipeline.vae):
+        missing = [name for name, parameter in part.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of its {type(part).__name__}, {missing[0]} for "
+                             f"one; download the base model again")  # fmt: skip
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{source} comes with a {type(pipeline.scheduler).__name__}, which adds noise otherwise than Stable "
+            f"Diffusion; pass a plain SD 1.x, 2.x or SDXL base"
+        )
