@@ -4,6 +4,8 @@ import atexit
 import gc
 import importlib
 import os
+import signal
+import threading
 import warnings
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -113,6 +115,8 @@ def main() -> None:
     # Imports make 800,000 objects that stay. Looking for garbage among them a thousand times, and once more at the end,
     # takes as long as importing torch.
     gc.set_threshold(50_000)
+    if threading.current_thread() is threading.main_thread():  # containers and job schedulers send this, not Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     atexit.register(gc.freeze)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -67,7 +67,7 @@ def convert_batch(
         options: as `prepare_conversion` takes them.
     """
     for source, target in jobs:
-        if target.exists() and not overwrite:
+        if not overwrite and (is_adapter_folder(target) if target.is_dir() else target.exists()):
             yield Outcome(source, target, kept=True)
             continue
         try:

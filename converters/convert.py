@@ -7,6 +7,7 @@ which the notes say, or refused.
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from converters.formats.kohya import kohya_tensors, write_tensors
 from converters.formats.layout import SPELLINGS, read_layout
 from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
-from converters.formats.reading import find_sources, read_lora
+from converters.formats.reading import find_sources, is_adapter_folder, read_lora
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
 from converters.sidecar import Companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
-from lidb_peft.files import atomic_path, check_suffix, write_safetensors
+from lidb_peft.files import atomic_folder, check_suffix, write_safetensors
 from lidb_peft.safe_read import read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
@@ -216,8 +217,9 @@ def _write_kohya(
         base_model_name=lora.metadata.get("ss_sd_model_name", ""),
     )
     sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
+    written = write_companions(target, about, companions)
     write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
-    return [target, *write_companions(target, about, companions)]
+    return [target, *written]
 
 
 def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:
@@ -235,13 +237,19 @@ def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype 
 def _write_folders(
     target: Path, folders: Mapping[str, tuple[dict[str, object], dict[str, Tensor]]], metadata: dict[str, str]
 ) -> list[Path]:
-    """Write ``target/component`` for each; the config comes last, so that a folder with a config is whole."""
-    written = []
-    for component, (config, tensors) in folders.items():
-        folder = target / component
-        folder.mkdir(parents=True, exist_ok=True)
-        written += _write_file(folder / PEFT_WEIGHTS, tensors, metadata)
-        with atomic_path(folder / PEFT_CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
-        written.append(folder / PEFT_CONFIG)
-    return written
+    """Write ``target/component`` for each, all of them or none; what else an earlier adapter's folder holds stays.
+
+    Raises:
+        FileExistsError: ``target`` is a folder of something else.
+    """
+    if target.is_dir() and any(target.iterdir()) and not is_adapter_folder(target):
+        raise FileExistsError(f"{target} is a folder of something else; name a new one")
+    with atomic_folder(target, overwrite=True) as whole:
+        if target.is_dir():
+            shutil.copytree(target, whole, ignore=shutil.ignore_patterns(PEFT_CONFIG, PEFT_WEIGHTS), dirs_exist_ok=True)
+        for component, (config, tensors) in folders.items():
+            (whole / component).mkdir(exist_ok=True)
+            _write_file(whole / component / PEFT_WEIGHTS, tensors, metadata)
+            text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
+            (whole / component / PEFT_CONFIG).write_text(text, encoding="utf-8")
+    return [target / component / name for component in folders for name in (PEFT_WEIGHTS, PEFT_CONFIG)]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.metadata import KohyaMetadata
-from lidb_peft.families import get_family
+from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
+from lidb_peft.safe_read import read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,10 +77,46 @@ def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str
         "activation text": metadata.trigger,
         "preferred weight": metadata.preferred_weight,
     }
+    ours |= _changed_by_the_user(lora_path, earlier, ours)
     text = json.dumps({"notes": ""} | earlier | ours | dict(carried or {}), indent=4, ensure_ascii=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # Half of a character, which JSON may hold, becomes JSON's own escape.
+        temporary.write_bytes((text + "\n").encode("utf-8", errors="backslashreplace"))
     return path
+
+
+def _changed_by_the_user(
+    lora_path: Path, earlier: Mapping[str, object], ours: Mapping[str, object]
+) -> dict[str, object]:
+    """Return those of the entries of ``ours`` that somebody has edited: they are not as the earlier LoRA has them.
+
+    An activation text goes with the words that were trained: an edited one stays only if those are the same still.
+    """
+    written = {"preferred weight": KohyaMetadata.preferred_weight, "description": ""} | _entries_of(lora_path)
+    kept = {key: earlier[key] for key in ours if key in earlier and earlier[key] != written.get(key, earlier[key])}
+    text, trigger = earlier.get("activation text"), ours["activation text"]
+    kept.pop("activation text", None)
+    if isinstance(text, str) and trigger and (trigger in text or written.get("activation text") == trigger):
+        kept["activation text"] = text
+    return kept
+
+
+def _entries_of(lora_path: Path) -> dict[str, object]:
+    """What `write_sidecar` has written beside the LoRA that is there, as far as its metadata tell."""
+    try:
+        metadata = read_header(lora_path).metadata
+    except (OSError, ValueError):
+        return {}
+    stated = metadata.get("ss_base_model_version")
+    families = (
+        family for family in FAMILIES.values() if stated in (version.base_version for version in family.versions)
+    )
+    family = next(families, None)
+    return {
+        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "description": metadata.get("modelspec.description", ""),
+        **({"sd version": family.a1111_version} if family else {}),
+    }
 
 
 def read_sidecar(lora_path: Path) -> dict[str, object] | None:

@@ -20,7 +20,7 @@ from hypernet.personalize import choose_recipe, draw_base, fit_people, open_star
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
-from lidb_peft.files import check_writable
+from lidb_peft.files import check_writable, locked_folder
 
 _NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in Windows; and in a prompt ":" and ">" end a LoRA's name
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the suffix and that of the temporary file
@@ -73,6 +73,7 @@ def personalize_each(
         progress: called with (stage, people done, people in all or None if that is not known).
 
     Raises:
+        BlockingIOError: another run is at work in ``out``.
         ValueError, OSError: as `check_each`, or a fit or an output fails; what is written stays.
     """
     out, hypernet = Path(out), read_once(hypernet)
@@ -83,7 +84,6 @@ def personalize_each(
             hypernet = load_network(hypernet)
     space, theta = open_start(base, lidb_config, None, hypernet)
     batch = batch or choose_batch(base, space, config.lora_fit)
-    out.mkdir(parents=True, exist_ok=True)
     report = _people_done(result, people.count(), progress)
     stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
 
@@ -93,17 +93,18 @@ def personalize_each(
     bases, base_pictures = None, []
     unmade = _without_lora(people, out, result, report)
     usable = _prepared(unmade, base.size_px, config.crop, result, report)
-    while group := list(islice(usable, batch)):
-        prepared = [person for person, _ in group]
-        if hypernet is not None:
-            with timed(result.seconds, "predict"):
-                theta, bases = predict_people(hypernet, prepared, base.device)
-        results = fit_people(prepared, base, space, config, theta, bases, result.seconds, share(len(group)))
-        base_pictures = base_pictures or draw_base(results[0], previews)
-        for personalization, (_, file) in zip(results, group, strict=True):
-            write_result(personalization, file, previews, base_pictures, share(1))
-            result.made.append(file)
-            report(1 / stages)
+    with locked_folder(out, "hdb personalize --each"):
+        while group := list(islice(usable, batch)):
+            prepared = [person for person, _ in group]
+            if hypernet is not None:
+                with timed(result.seconds, "predict"):
+                    theta, bases = predict_people(hypernet, prepared, base.device)
+            results = fit_people(prepared, base, space, config, theta, bases, result.seconds, share(len(group)))
+            base_pictures = base_pictures or draw_base(results[0], previews)
+            for personalization, (_, file) in zip(results, group, strict=True):
+                write_result(personalization, file, previews, base_pictures, share(1))
+                result.made.append(file)
+                report(1 / stages)
     report(0)
     return result
 

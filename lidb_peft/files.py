@@ -1,16 +1,29 @@
-"""Files and folders that appear whole or not at all: written beside the target, flushed, renamed."""
+"""Files and folders that appear whole or not at all: written beside the target, flushed, renamed.
+
+What a killed process has left half written is told by its lock, which the system takes back, and is removed by the next
+process that writes into the same folder.
+"""
 
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .safe_read import TensorInfo
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not remove a file that somebody has open
+    fcntl = None
 
 # dtype -> its name in a safetensors file, in the order in which the library sorts tensors: the last first.
 _DTYPE_NAMES = {
@@ -18,6 +31,10 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
 _DTYPES = tuple(_DTYPE_NAMES)
+_SUFFIX = ".hdb-tmp"
+_TEMPORARY = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}", re.DOTALL)
+_LOCK = ".hdb-lock"
+_cleaned: set[str] = set()  # folders in which this process has looked for what others left
 
 
 def check_writable(target: str | os.PathLike) -> None:
@@ -54,43 +71,197 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target)
     check_writable(target)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    except PermissionError as error:
-        raise PermissionError(f"{target.parent} is not writable; choose another output folder") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _temporary(target, _make_file) as temporary:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
-        if error.errno is None or str(error.filename) not in ("None", name):
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error  # a full disk names no file
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder; rename it to ``target``, which is not there yet, when the block ends well.
+def atomic_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder; rename it to ``target`` when the block ends well.
+
+    Args:
+        overwrite: a folder ``target`` may be there, and is replaced as a whole.
 
     Raises:
         FileExistsError: ``target`` exists.
         OSError: as `check_writable`.
     """
     target = Path(target)
-    if target.exists():
+    is_there = target.exists()
+    if is_there and not (overwrite and target.is_dir()):
         raise FileExistsError(f"{target} exists; name a new folder, or remove it first")
-    check_writable(target)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        folder = Path(temporary) / target.name
-        folder.mkdir()
-        yield folder
-        folder.rename(target)
+    check_writable(target / "name" if is_there else target)
+    with _temporary(target, _make_folder) as temporary:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and fcntl:
+                _flush(file)
+        temporary.chmod(0o777 & ~_umask())
+        if is_there:
+            with _temporary(target, _make_folder) as earlier:
+                os.replace(target, earlier)  # an empty folder may be renamed onto
+                os.replace(temporary, target)
+        else:
+            os.rename(temporary, target)
+
+
+@contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder whose files are moved into ``folder`` when the block ends well, each of them whole.
+
+    What else is in ``folder``, which is made where it is missing, stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _temporary(folder / "files", _make_folder) as temporary:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _flush(file)
+            os.replace(file, folder / file.name)
+
+
+@contextmanager
+def locked_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """Make ``folder`` and hold it for a block, so that no second run that goes on in it writes there meanwhile.
+
+    Args:
+        what: works there, for messages: "a training".
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / _LOCK)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{what} is at work in {folder} already; wait for its end, or choose another folder"
+        ) from error
+    except NotImplementedError:
+        warnings.warn(
+            f"the file system of {folder} has no locks; see to it that nothing else writes there", stacklevel=3
+        )
+    try:
+        _remove_leftovers(folder)
+        yield
+    finally:
+        if fcntl is not None:  # while it is held: whoever has opened it meanwhile sees that it is gone, and tries anew
+            (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """Yield a new file or folder beside ``target``, locked; afterwards it is gone unless it was renamed."""
+    _remove_leftovers(target.parent)
+    try:
+        temporary, lock = _make_locked(target, make)
+    except PermissionError as error:
+        raise PermissionError(f"{target.parent} is not writable; choose another output folder") from error
+    try:
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        told = _told_of(target, temporary, error)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_file(target: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _make_folder(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+
+
+def _make_locked(target: Path, make: Callable[[Path], Path]) -> tuple[Path, int | None]:
+    while True:
+        temporary = make(target)
+        try:
+            lock = _lock(temporary)
+        except FileNotFoundError:  # another process took it for a leftover before it was locked
+            continue
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Return a handle whose closing, or the end of this process, unlocks ``path``; None if it cannot be locked.
+
+    Raises:
+        BlockingIOError: it is locked.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):  # a file system without locks
+            return None
+        raise
+    return handle
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left half written in ``folder``; looked for once."""
+    place = os.path.realpath(folder)
+    if place in _cleaned or not os.path.isdir(place):
+        return
+    _cleaned.add(place)
+    for entry in os.scandir(place):
+        if _TEMPORARY.fullmatch(entry.name):
+            try:
+                lock = _lock(Path(entry.path))
+            except OSError:  # somebody is writing it
+                continue
+            if lock is not None:
+                _remove(Path(entry.path))
+                os.close(lock)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb" if fcntl else "rb+") as opened:  # Windows flushes only what is open for writing
+        os.fsync(opened.fileno())
+
+
+def _told_of(target: Path, temporary: Path, error: Exception) -> Exception:
+    """Say of ``target`` what an error says of the temporary path, of no file, or in another library's way."""
+    if isinstance(error, OSError) and error.errno is not None:
+        is_ours = error.filename is None or str(error.filename).startswith(str(temporary))
+        return OSError(error.errno, os.strerror(error.errno), str(target)) if is_ours else error
+    text = str(error)
+    if isinstance(error, shutil.Error):  # a list of all files that could not be copied
+        text = str(error.args[0][0][-1])
+    number = re.search(r"(?:os error |\[Errno )(\d+)", text)
+    if number is not None:
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(target))
+    return error if isinstance(error, OSError) else OSError(f"{target} could not be written: {text}")
 
 
 def _umask() -> int:
@@ -120,7 +291,8 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name, info in tensors.items():
         header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The library reads no half of a character, which JSON and so somebody's sidecar may hold.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", errors="replace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

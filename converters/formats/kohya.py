@@ -33,14 +33,16 @@ def write_lora(
 ) -> list[Path]:
     """Write a LoRA for A1111: the file, its sidecar with the activation text, and a preview; return what was written.
 
-    Sidecar and preview never overwrite another's file; see :func:`save_kohya` for the rest.
+    The LoRA comes last, so that where it is, all is. Sidecar and preview never overwrite another's file; see
+    :func:`save_kohya` for the rest.
     """
     path = Path(path)
-    save_kohya(path, factors, metadata, dtype)
-    written = [path, write_sidecar(path, metadata)]
+    tensors, entries = _prepare_kohya(path, factors, metadata, dtype)
+    companions = [write_sidecar(path, metadata)]
     if preview is not None:
-        written.append(write_preview(path, preview))
-    return [file for file in written if file is not None]
+        companions.append(write_preview(path, preview))
+    write_tensors(path, tensors, entries)
+    return [path, *(file for file in companions if file is not None)]
 
 
 def save_kohya(
@@ -58,8 +60,15 @@ def save_kohya(
         ValueError: no layers, NaN or infinity, shapes that do not fit, a layer that the family does not have, a value
             beyond ``dtype``, or a file name without ``.safetensors``.
     """
+    write_tensors(path, *_prepare_kohya(Path(path), factors, metadata, dtype))
+
+
+def _prepare_kohya(
+    path: Path, factors: LoraFactors, metadata: KohyaMetadata, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    check_suffix(path)
     tensors, rank = lora_tensors(factors, metadata.family, dtype)
-    write_tensors(path, tensors, build_metadata(metadata, Path(path).stem, rank))
+    return tensors, build_metadata(metadata, path.stem, rank)
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ so a run that was killed goes on with the shards that are missing, whichever pro
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
 from hypernet.recipe import PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
+from lidb_peft.files import locked_folder
 
 Item = TypeVar("Item")
 
@@ -107,10 +109,26 @@ def preoptimize(
     Raises:
         ValueError: there are no people, they are not those of a finished shard, that shard is damaged, or a batch does
             not fit into the memory.
+        BlockingIOError: another run is at work in the store.
         OSError: a shard cannot be written; those before it stay.
     """
     if config.recipe.crop:
         check_detector()
+    with locked_folder(store.folder, "hdb preoptimize") if rank == 0 else nullcontext():
+        return _preoptimize(people, base, space, store, config, start, rank, world, progress)
+
+
+def _preoptimize(
+    people: People,
+    base: BaseModel,
+    space: LiDBSpace,
+    store: TargetStore,
+    config: PreoptimizeConfig,
+    start: Start | None,
+    rank: int,
+    world: int,
+    progress: StageProgress | None,
+) -> Preoptimized:
     result, total_loss, began = Preoptimized(), 0.0, time.perf_counter()
     report = _people_done(store, people.count(), rank, world, progress)
     missing = _missing_shards(people, store, base.size_px, config.recipe.crop, rank, world, result)

@@ -8,7 +8,6 @@ layer's weights. Predicted is a residual on the shared starting vector theta_0.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
-from lidb_peft.files import atomic_path
+from lidb_peft.files import atomic_files
 from lidb_peft.safe_read import read_header, read_json_object
 from lidb_peft.space import distinct_basis_keys, starting_theta, theta_mask
 
@@ -203,16 +202,11 @@ class HyperNetwork(PreTrainedModel):
             dtype: what parameters are stored in, float16 for half the size; None leaves them as they are.
             options: of transformers' own method.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         if dtype is not None:
             parameters = dict(self.named_parameters())
             options["state_dict"] = {k: v.to(dtype) if k in parameters else v for k, v in self.state_dict().items()}
-        with TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-            super().save_pretrained(temporary, **options)
-            for file in sorted(Path(temporary).iterdir()):
-                with atomic_path(folder / file.name) as target:
-                    file.replace(target)
+        with atomic_files(save_directory) as folder:
+            super().save_pretrained(folder, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> "HyperNetwork":

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from hypernet.training.objective import SUMMED, Objective
 from hypernet.training.setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
 from hypernet.training.state import STATE_FILE, TrainingState
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
-from lidb_peft.files import atomic_path
+from lidb_peft.files import atomic_path, locked_folder
 
 BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"
 
@@ -86,6 +86,7 @@ def train(
         FileNotFoundError: there is no target store, or nothing to resume.
         ValueError: base, targets, network, people and config do not fit together, or the training diverged.
         ConnectionError: another process has died.
+        BlockingIOError: another training is at work in ``out``.
         OSError: a checkpoint cannot be written; the one before stays.
     """
     out = Path(out)
@@ -112,7 +113,14 @@ def train(
         out,
         data,
     )  # fmt: skip
-    with _told_of_the_dead(accelerator.num_processes), base.checkpointed(config.gradient_checkpointing):
+    is_main = accelerator.is_main_process
+    with (
+        _told_of_the_dead(accelerator.num_processes),
+        locked_folder(out, "a training") if is_main else nullcontext(),
+        base.checkpointed(config.gradient_checkpointing),
+    ):
+        if is_main:
+            _check_folder(out, resume)  # another may have begun, and ended, since
         try:
             run.start(resume)
             run.go(progress)

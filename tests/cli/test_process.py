@@ -68,7 +68,8 @@ print(json.dumps(sorted(sys.modules)))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT between processes")
-def test_ctrl_c_in_the_middle_of_a_fit_leaves_no_file(environment, portrait, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_schedulers_stop_in_the_middle_of_a_fit_leave_no_file(environment, portrait, tmp_path, number):
     (tmp_path / "me.safetensors").write_text("the one from yesterday")
     arguments = ("personalize", portrait, "--base", "testbed", "--hypernet", "none", "--no-crop", "--save-theta",
                  "theta.safetensors", "--theta-steps", 1_000_000, "--out", "me.safetensors")  # fmt: skip
@@ -81,7 +82,7 @@ def test_ctrl_c_in_the_middle_of_a_fit_leaves_no_file(environment, portrait, tmp
             break
     time.sleep(1.5)  # the fit has begun
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode in (1, 130)
     assert stderr.rstrip().endswith("Aborted!")

@@ -1,8 +1,15 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lidb_peft.files import atomic_folder, safetensors_chunks, write_safetensors
+import lidb_peft.files as files
+from lidb_peft.files import atomic_folder, atomic_path, locked_folder, safetensors_chunks, write_safetensors
 
 
 def to_bytes(tensors, metadata):
@@ -47,3 +54,81 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         write(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; make the folder first"):
         write(tmp_path / "nowhere/out")
+
+
+def test_a_folder_that_is_there_is_replaced_as_a_whole_on_request_only(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        assert (tmp_path / "out/old").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "out"]
+    (tmp_path / "file").write_text("a file is no folder")
+    with pytest.raises(FileExistsError, match="file exists"), atomic_folder(tmp_path / "file", overwrite=True):
+        pass
+
+
+KILLED = """
+import os, sys
+import lidb_peft.files as files
+from lidb_peft.files import atomic_files, atomic_folder, atomic_path
+folder = sys.argv[1]
+with atomic_path(f"{folder}/a") as a, atomic_folder(f"{folder}/b") as b, atomic_files(f"{folder}/c") as c:
+    for path in (a, b / "x", c / "y"):
+        path.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def killed_writer(folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells a leftover by nobody having it open")
+def test_the_next_process_removes_what_a_killed_one_left_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / ".a.notes.tmp").write_text("mine")
+    with killed_writer(tmp_path) as writer:
+        assert writer.stdout.readline() == b"writing\n"
+        with locked_folder(tmp_path, "the test"), locked_folder(tmp_path / "c", "the test"):
+            assert len([file for file in tmp_path.rglob("*") if file.name.endswith(".hdb-tmp")]) == 3  # in use
+        writer.kill()
+    monkeypatch.setattr(files, "_cleaned", set())
+    write_safetensors(tmp_path / "d", {}, {})
+    with locked_folder(tmp_path / "c", "the test"):
+        pass
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [".a.notes.tmp", "c", "d"]
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    with (
+        locked_folder(tmp_path / "new", "a training"),
+        pytest.raises(BlockingIOError, match=r"a training is at work in .*new already; wait for its end"),
+        locked_folder(tmp_path / "new", "a training"),
+    ):
+        pass
+    with locked_folder(tmp_path / "new", "a training"):
+        pass
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'"), ("c", "d", "[Errno 5] ...")]),
+    ],
+    ids=["own", "safetensors", "shutil"],
+)
+def test_a_full_disk_is_told_of_the_file_that_was_to_be_written_whoever_noticed_it(tmp_path, error):
+    for context in (atomic_path, atomic_folder):
+        with pytest.raises(OSError, match=r"No space left on device: '.*target'") as told, context(tmp_path / "target"):
+            raise error
+        assert told.value.errno == 28
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "target"):
+        (tmp_path / "elsewhere").read_text()
+    assert not list(tmp_path.iterdir())
