@@ -25,12 +25,15 @@ FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 @dtype_option()
 @click.option("--family", metavar="NAME", default="",
               help="The base model's, where a LoRA does not tell; a name that is none lists them.")  # fmt: skip
+@click.option("--rank", type=click.IntRange(1), help="Of the nearest LoRA, where IN is LoHa, LoKr or a difference.")
+@click.option("--alpha", type=float, help="Of PEFT's tensors whose adapter_config.json is lost.")
+@click.option("--drop-nan", is_flag=True, help="Leave layers out that hold NaN or infinity.")
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
               help="Base model of LiDB weights, if it is of no known family.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that are there; else they are kept.")
-def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) -> None:
+def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, base, dry_run, overwrite) -> None:
     """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
 
     What IN is, is told by its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several, or all of a
@@ -54,7 +57,7 @@ def command(sources, out, to, dtype, family, trigger, base, dry_run, overwrite) 
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
     options = {"dtype": dtype, "family": family, "trigger": trigger, "v_prediction": v_prediction,
-               "models": models}  # fmt: skip
+               "models": models, "rank": rank, "drop_nan": drop_nan, "alpha": alpha}  # fmt: skip
     outcomes = []
     with progress_bars() as report:
         for outcome in convert_batch(jobs, to, overwrite, dry_run, **options):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, rank_option, write_result
+from cli.results import dtype_option, echo_notes, rank_option, write_result
 
 
 class WeightedPath(click.ParamType):
@@ -47,10 +47,12 @@ def command(loras, out, rank, into, dtype) -> None:
     from converters.arithmetic.algebra import merge
     from converters.arithmetic.checkpoint import merge_into
 
-    parts = [(read_lora(path), weight) for path, weight in loras]
+    parts = [(read_lora(path, full_updates=into is not None), weight) for path, weight in loras]
     if into is not None:
-        merge_into(into, merge(parts, dtype=torch.float32)[0], out)
+        merged = merge(parts, dtype=torch.float32)[0]
+        merge_into(into, merged, out)
         click.echo(f"wrote {out}")
+        echo_notes(merged)
         return
     merged, errors = merge(parts, rank, dtype)
     write_result(merged, [path for path, _ in loras], out, errors)

@@ -44,6 +44,16 @@ def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str,
         click.echo(f"rank {max(layer.rank for layer in lora.layers.values())}: {what_is_missed(errors)}")
 
 
+def echo_notes(lora: "Lora") -> None:
+    """Say what reading a LoRA took, and what of it a model cannot hold."""
+    from lidb_peft.safe_read import examples
+
+    for note in lora.notes:
+        click.echo(f"  {note}")
+    if lora.embeddings:
+        click.echo(f"  embeddings left out, which a model's file does not hold: {examples(list(lora.embeddings))}")
+
+
 def what_is_missed(errors: dict[str, float]) -> str:
     """What layers miss, for people; ``errors`` are relative, by layer."""
     worst = max(errors, key=errors.__getitem__)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from converters.arithmetic.low_rank import to_low_rank
 from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
 from converters.formats.kohya import kohya_tensors, write_tensors
 from converters.formats.layout import SPELLINGS, read_layout
@@ -23,10 +24,11 @@ from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import find_sources, is_adapter_folder, read_lora
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
+from converters.shapes import fit_shapes
 from converters.sidecar import Companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_folder, check_suffix, write_safetensors
-from lidb_peft.safe_read import read_header
+from lidb_peft.safe_read import count, examples, read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
 LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}
@@ -84,6 +86,9 @@ def prepare_conversion(
     trigger: str = "",
     v_prediction: bool = False,
     models: Mapping[str, nn.Module] | None = None,
+    rank: int | None = None,
+    drop_nan: bool = False,
+    alpha: float | None = None,
 ) -> Conversion:
     """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
 
@@ -96,6 +101,8 @@ def prepare_conversion(
         trigger: activation text, e.g. ``a sks face``.
         v_prediction: the base model predicts v, where the adapter does not tell.
         models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
+        rank: of the LoRA that LoHa, LoKr and whole differences become.
+        drop_nan, alpha: as `read_lora`.
 
     Raises:
         OSError: ``source`` is not there.
@@ -111,7 +118,10 @@ def prepare_conversion(
             )
         weights = _read_lidb(found, source, models)
         return Conversion(found, (), lambda: _write_lidb(target, weights, to, dtype))
-    lora = _read_lidb(found, source, models).to_lora() if found in LIDB_FORMATS else read_lora(source)
+    if found in LIDB_FORMATS:
+        lora = _read_lidb(found, source, models).to_lora()
+    else:
+        lora = _as_lora(read_lora(source, rank is not None, drop_nan, alpha), source, rank, dtype)
     lora, companions = _with_companions(replace(lora, family=family or lora.family), [source], trigger)
     lora, notes = _fit_to(lora, to, dtype)
     return Conversion(found, notes, _writer(target, lora, to, companions, v_prediction))
@@ -156,6 +166,18 @@ def _read_lidb(found: str, source: Path, models: Mapping[str, nn.Module] | None)
     return (read_theta if found == "theta" else read_lidb_folder)(source, models)
 
 
+def _as_lora(lora: Lora, source: Path, rank: int | None, dtype: torch.dtype | None) -> Lora:
+    """Make LoRA of ``rank`` of what is none, if there is such."""
+    if rank is None:
+        return lora
+    if not lora.full_updates:
+        raise ValueError(f"{source} is a LoRA, which keeps its rank; hdb resize changes it")
+    try:
+        return to_low_rank(lora, rank, dtype)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def _with_companions(lora: Lora, sources: Sequence[Path], trigger: str = "") -> tuple[Lora, Companions]:
     """Read what stands beside the sources; the LoRA says its activation text too, unless it says one itself."""
     companions = read_companions(sources)
@@ -167,13 +189,18 @@ def _with_companions(lora: Lora, sources: Sequence[Path], trigger: str = "") -> 
 
 def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora, tuple[str, ...]]:
     """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
-    notes: list[str] = []
+    notes = list(lora.notes)
     if dtype is not None:  # folding then rounds as little as it can
         lora = replace(lora, layers={name: layer.widened(dtype) for name, layer in lora.layers.items()})
-    if to == "kohya":
-        lora, notes = with_one_alpha(lora, _stated_scale(lora))
-    elif to != "peft":
-        lora, notes = with_one_alpha(lora, 1.0)
+    elif any(tensor.dtype == torch.float64 for layer in lora.layers.values() for tensor in layer.tensors()):
+        raise ValueError("its numbers are float64, which no reader of LoRA files needs; choose a dtype: --dtype fp32")
+    lora = fit_shapes(lora, for_kohya=to == "kohya")
+    if to != "peft":
+        lora, taken = with_one_alpha(lora, _stated_scale(lora) if to == "kohya" else 1.0)
+        notes += taken
+    if to != "kohya" and lora.embeddings:
+        notes.append(f"{count(list(lora.embeddings), 'tensor')} of embeddings left out, which only kohya's files hold:"
+                     f" {examples(list(lora.embeddings))}")  # fmt: skip
     if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
         notes.append(
             "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
@@ -200,7 +227,7 @@ def _writer(
     if to == "kohya":
         if not lora.family:
             raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
-        tensors = kohya_tensors(lora, lora.family)
+        tensors = kohya_tensors(lora, lora.family) | lora.embeddings
         return lambda: _write_kohya(target, tensors, lora, companions, v_prediction)
     tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
     return lambda: _write_file(target, tensors, lora.metadata)

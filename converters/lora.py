@@ -5,14 +5,30 @@ is a number of the layer here.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lidb_peft.relax import LoraFactors
 
+if TYPE_CHECKING:
+    from converters.full_update import FullUpdate, SumOfUpdates
+
+# Written to LoRA files; float64 is read too, but nobody else reads it.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HELD_DTYPES = (*DTYPES, torch.float64)
+# Their numbers are all among float16's.
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+class NotFiniteError(ValueError):
+    """NaN or infinity among an update's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("NaN or infinity; its training diverged")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -24,6 +40,11 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def held(tensor: Tensor) -> Tensor:
+    """Return a float8 tensor in float16, which is exact; any other as it is."""
+    return tensor.half() if tensor.dtype in _FLOAT8 else tensor
 
 
 def is_power_of_two(number: float) -> bool:
@@ -42,7 +63,7 @@ class LoraLayer:
         magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
 
     Raises:
-        ValueError: shapes that are of no one rank, another dtype than ``DTYPES``, NaN or infinity.
+        ValueError: shapes that are of no one rank, a dtype that is none of floating point, NaN or infinity.
     """
 
     lora_A: Tensor
@@ -52,9 +73,8 @@ class LoraLayer:
 
     def __post_init__(self) -> None:
         lora_A, lora_B = self.lora_A, self.lora_B
-        one_by_one = lora_B.shape[2:] in ((), (1, 1))
-        same_rank = lora_A.dim() == lora_B.dim() and one_by_one and lora_A.shape[0] == lora_B.shape[1]
-        if lora_A.dim() not in (2, 4) or not same_rank:
+        are_factors = lora_A.dim() == lora_B.dim() in (2, 4) and lora_B.shape[2:] in ((), (1, 1))
+        if not are_factors or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are of no one rank")
         if 0 in (*lora_A.shape, *lora_B.shape):
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are empty")
@@ -65,12 +85,12 @@ class LoraLayer:
         if self.alpha == 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha {self.alpha}, which readers take differently; set it to the rank")
         for tensor in self.tensors():
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in _HELD_DTYPES:
                 raise ValueError(
-                    f"a tensor of {tensor.dtype}; only {', '.join(str(dtype) for dtype in DTYPES)} are held"
+                    f"a tensor of {tensor.dtype}; only {', '.join(str(dtype) for dtype in _HELD_DTYPES)} are held"
                 )
             if not is_finite(tensor):
-                raise ValueError("NaN or infinity; its training diverged")
+                raise NotFiniteError
 
     def widened(self, dtype: torch.dtype) -> "LoraLayer":
         """Return the layer in dtypes that hold both what it has and what ``dtype`` can; exact."""
@@ -103,11 +123,17 @@ class Lora:
         layers: layer name, as in ``lidb_peft.naming``, -> its update.
         family: ``sd1``, ``sd2`` or ``sdxl``; "" where the file does not tell.
         metadata: what the file says about itself, text to text, without what its format needs for itself.
+        full_updates: layer name -> an update that is no LoRA; a bias goes by its layer's name and ``.bias``.
+        embeddings: tensors of textual inversions that came in the same file, by their names in it.
+        notes: a sentence on each thing that reading the file took.
     """
 
     layers: dict[str, LoraLayer]
     family: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
+    full_updates: Mapping[str, "FullUpdate | SumOfUpdates"] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def factors(self) -> LoraFactors:
         """Return plain float32 factors, ``alpha / rank`` folded into ``lora_B``; 1x1 convolutions become matrices.
@@ -196,7 +222,8 @@ def layer_to_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer
     """
     lora_A, lora_B, magnitude = layer.lora_A, layer.lora_B, layer.magnitude
     if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (lora_A, lora_B)):
-        lora_A, lora_B = balance(lora_A.float(), lora_B.float())
+        lora_A, lora_B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (lora_A, lora_B))
+        lora_A, lora_B = balance(lora_A, lora_B)
     magnitude = None if magnitude is None else round_to(name, magnitude, dtype)
     return LoraLayer(round_to(name, lora_A, dtype), round_to(name, lora_B, dtype), layer.alpha, magnitude)
 

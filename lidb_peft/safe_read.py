@@ -7,7 +7,7 @@ about offsets or a pickle under another name is one clear ``ValueError`` instead
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _MAX_JSON_BYTES = 10_000_000
 _MAX_DIMS = 8
 _MAX_COUNT = 2**63
 _MAX_SHOWN_CHARS = 100
+_MAX_NAME_CHARS = 240
 _LOOKED_AT_BYTES = 4096
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # A zip archive (torch >= 1.6), then pickle protocols 2 to 5.
@@ -185,6 +186,17 @@ def printable(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
     """Anybody's text for a message or a terminal: no control characters, no lone surrogates, and no novel."""
     text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: max_chars + 1])
     return text if len(text) <= max_chars else text[:max_chars] + "..."
+
+
+def count(items: Sequence[str], noun: str) -> str:
+    """Return how many there are: "1 layer", "3 layers"."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def examples(names: Sequence[str]) -> str:
+    """Return the first of anybody's names for a message, and how many more there are."""
+    shown = ", ".join(printable(name, _MAX_NAME_CHARS) for name in names[:2])
+    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
 
 
 def _short(value: object) -> str:

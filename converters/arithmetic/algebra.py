@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from converters.full_update import SumOfUpdates
 from converters.lora import Lora, LoraLayer, layer_to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
@@ -45,12 +46,15 @@ def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = Non
         raise ValueError(f"the LoRAs are for {' and '.join(families)}; merge those of one family of base models")
     dtype = dtype or _widest_dtype(lora for lora, _ in parts)
     layers, errors = {}, {}
-    for name in dict.fromkeys(name for lora, _ in parts for name in lora.layers):
+    full_updates = _merge_full_updates(parts, rank)
+    for name in dict.fromkeys(name for lora, _ in parts for name in lora.layers if name not in full_updates):
         own = [(lora.layers[name], weight) for lora, weight in parts if name in lora.layers]
         layers[name], errors[name] = _merge_layer(name, own, rank, dtype)
     common = set.intersection(*(set(lora.metadata.items()) for lora, _ in parts))
     metadata = {key: value for key, value in sorted(common) if key not in _STALE_METADATA}
-    return Lora(layers, families[0] if families else "", metadata), errors
+    embeddings, notes = _merge_embeddings([lora for lora, _ in parts])
+    family = families[0] if families else ""
+    return Lora(layers, family, metadata, full_updates, embeddings, notes), errors
 
 
 def resize(
@@ -136,6 +140,32 @@ def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """Return the singular values of ``lora_B @ lora_A``, ``(k,)`` descending; k is at most the rank."""
     A_r, B_r = (torch.linalg.qr(tensor, mode="r").R for tensor in (lora_A.mT, lora_B))
     return torch.linalg.svdvals(B_r @ A_r.mT)
+
+
+def _merge_full_updates(parts: Parts, rank: int | None) -> dict[str, SumOfUpdates]:
+    """Return the sums on layers where some part has an update that is no LoRA."""
+    sums = {}
+    for name in dict.fromkeys(name for lora, _ in parts for name in lora.full_updates):
+        if rank is not None:
+            raise ValueError(f"the update of {name} is no LoRA, and keeps its rank; hdb convert --rank makes one of it")
+        terms = [(updates[name], weight) for lora, weight in parts for updates in (lora.layers, lora.full_updates)
+                 if name in updates]  # fmt: skip
+        try:
+            sums[name] = SumOfUpdates(tuple(terms))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+    return sums
+
+
+def _merge_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the embeddings that come with any of the LoRAs, and what reading those and this took."""
+    embeddings: dict[str, Tensor] = {}
+    notes = [note for lora in loras for note in lora.notes]
+    for lora in loras:
+        for name, tensor in lora.embeddings.items():
+            if not torch.equal(embeddings.setdefault(name, tensor), tensor):
+                notes.append(f"{name} left out, of which the first LoRA that has it has another")
+    return embeddings, tuple(dict.fromkeys(notes))
 
 
 def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:

@@ -6,8 +6,8 @@ names are known here, from the tables of :mod:`converters.key_maps`; nothing is 
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from converters.arithmetic.algebra import matrices, to_layer
 from converters.formats.family import find_base
+from converters.full_update import FullUpdate, SumOfUpdates
 from converters.key_maps import from_checkpoint_name
 from converters.lora import Lora, LoraLayer, is_finite
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
@@ -109,13 +110,14 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> 
     model, out = Path(model), Path(out)
     if model.resolve() == out.resolve():
         raise ValueError(f"{out} would be both what is read and what is written; choose another output")
-    weights = find_weights(model)
-    missing = sorted(set(lora.layers) - set(weights))
+    updates = lora.layers | dict(lora.full_updates)
+    weights = _with_biases(find_weights(model), updates)
+    missing = sorted(set(updates) - set(weights))
     if missing:
-        raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(lora.layers)} layers,"
+        raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(updates)} layers,"
                          f" {', '.join(missing[:_MAX_SHOWN])} for one; take a base of its family")  # fmt: skip
     changes: dict[Path, dict[str, list[str]]] = {}
-    for name in lora.layers:
+    for name in updates:
         changes.setdefault(weights[name].file, {}).setdefault(weights[name].tensor, []).append(name)
 
     def write(file: Path, target: Path) -> None:
@@ -124,7 +126,7 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> 
             changed = tensor.clone() if names else tensor
             for name in names:
                 rows = weights[name].rows(changed)
-                rows.copy_(_updated(name, rows, lora.layers[name]))
+                rows.copy_(_updated(name, rows, updates[name]))
             return changed
 
         rewrite(file, target, change)
@@ -163,7 +165,7 @@ def extract(
     for name, difference in differences(tuned_weights, base_weights, progress):
         if _is_extracted(name, difference):
             matrix = difference.double().flatten(1)
-            left, errors[name] = _leading_columns(matrix, rank)
+            left, errors[name] = leading_columns(matrix, rank)
             layers[name] = to_layer(name, left.mT @ matrix, left, difference.shape[1:], dtype)
         else:
             left_out.append(name)
@@ -222,8 +224,26 @@ def _layers_of_folder(file: Path, tensor: str) -> tuple[str, ...]:
     return () if path == tensor else (layer_name(file.parent.name, path),)
 
 
-def _updated(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
+def _with_biases(weights: dict[str, Weight], names: Iterable[str]) -> dict[str, Weight]:
+    """Add the biases among ``names`` to the weights: beside a layer's weight, unless that is one of several in it."""
+    found = dict(weights)
+    for name in names:
+        weight = weights.get(name.removesuffix(".bias"))
+        if name not in weights and weight is not None and weight.num_parts == 1:
+            tensor = weight.tensor.removesuffix("weight") + "bias"
+            if tensor in read_header(weight.file).tensors:
+                found[name] = replace(weight, tensor=tensor)
+    return found
+
+
+def _updated(name: str, weight: Tensor, layer: LoraLayer | FullUpdate | SumOfUpdates) -> Tensor:
     """Return a layer's weight with its update, float32."""
+    if not isinstance(layer, LoraLayer):
+        delta = layer.delta()
+        if delta.numel() != weight.numel() or delta.shape[0] != weight.shape[0]:
+            raise ValueError(f"the update of {name} has shape {tuple(delta.shape)}, but its weight has"
+                             f" {tuple(weight.shape)}; take a base of its family")  # fmt: skip
+        return _finite(name, weight.float() + delta.view(weight.shape).float(), weight.dtype)
     lora_A, lora_B = (factor.float() for factor in matrices(layer))
     if weight.flatten(1).shape != (len(lora_B), lora_A.shape[1]):
         raise ValueError(f"the update of {name} maps {lora_A.shape[1]} to {len(lora_B)}, but its weight has shape"
@@ -231,9 +251,13 @@ def _updated(name: str, weight: Tensor, layer: LoraLayer) -> Tensor:
     updated = torch.addmm(weight.float().flatten(1), lora_B, lora_A)
     if layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
         updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
-    if not is_finite(updated.to(weight.dtype)):
-        raise ValueError(f"the sum of {name} is not finite in {weight.dtype}; merge with a smaller weight")
-    return updated.view(weight.shape)
+    return _finite(name, updated.view(weight.shape), weight.dtype)
+
+
+def _finite(name: str, updated: Tensor, dtype: torch.dtype) -> Tensor:
+    if not is_finite(updated.to(dtype)):
+        raise ValueError(f"the sum of {name} is not finite in {dtype}; merge with a smaller weight")
+    return updated
 
 
 def _is_extracted(name: str, difference: Tensor) -> bool:
@@ -241,7 +265,7 @@ def _is_extracted(name: str, difference: Tensor) -> bool:
     return is_matrix and any(part in name for part in _EXTRACTED)
 
 
-def _leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+def leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
     """Return the ``rank`` leading left singular vectors of ``(out, in)``, and the share of the norm without them.
 
     By the smaller Gram matrix: float64 leaves 1e-8 of the largest singular value, less than the models' own rounding,

@@ -21,21 +21,33 @@ ENDINGS = {
     **{ending: role for spelling in SPELLINGS.values() for role, ending in spelling.items()},
     ".lora.down.weight": "lora_A",
     ".lora.up.weight": "lora_B",
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
+    ".lora_layer.down.weight": "lora_A",
+    ".lora_layer.up.weight": "lora_B",
+    ".lora_A": "lora_A",
+    ".lora_B": "lora_B",
+    "_lora.alpha": "alpha",
+    ".lora_embedding_A": "token lora_A",
+    ".lora_embedding_B": "token lora_B",
     ".lora_magnitude_vector.weight": "dora",
     ".lora_mid.weight": "mid",
-    ".diff": "full",
-    ".diff_b": "full",
-    ".oft_blocks": "oft",
-    ".oft_diag": "oft",
-    **{f".hada_{part}": "loha" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{part}": "lokr" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    **{f".{name}": name for name in ("diff", "diff_b", "w_norm", "b_norm")},
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    **dict.fromkeys((".oft_blocks", ".oft_diag", ".oft_R.weight"), "oft"),
+    **{f".{part}.weight": f"glora_{part}" for part in ("a1", "a2", "b1", "b2")},
+    ".on_input": "ia3",
     ".lidb_down": "lidb",
     ".lidb_up": "lidb",
 }
+# The algorithm that a role tells, by how the role begins; the first that a file has counts.
+_ALGORITHMS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "ia3": "(IA)^3", "lidb": "LiDB",
+               "dora": "DoRA", "diff": "full difference", "w_norm": "full difference",
+               "b_norm": "full difference"}  # fmt: skip
+# The name of an adapter, which PEFT's models have in their tensors' names and its files do not.
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?$")
 # Of LiDB's bases, or of what they are checked by; layers share them.
 BASIS_START = "lidb_basis."
+EMBEDDING_START = "bundle_emb."
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 
 _KOHYA_COMPONENTS = {
@@ -62,32 +74,58 @@ class AdapterModule:
 
 @dataclass
 class Layout:
-    """How a file lays its layers out; ``style`` is ``kohya``, ``diffusers``, ``PEFT`` or ``""`` where none is found."""
+    """How a file lays its layers out.
+
+    Args:
+        style: ``kohya``, ``diffusers``, ``PEFT`` or ``""`` where none is found.
+        algorithm: ``LoRA`` or another one that some of its layers have.
+        modules: module's name in the file -> its parts.
+        embeddings: names of textual inversions' tensors.
+        adapters: PEFT's names of adapters, of which a model may hold several.
+        unknown: names that fit no layout.
+    """
 
     style: str
     algorithm: str
     modules: dict[str, AdapterModule]
+    embeddings: list[str]
+    adapters: list[str]
     unknown: list[str]
 
 
 def read_layout(names: list[str]) -> Layout:
     """Sort a file's tensor names into layers; names that fit no layout are listed in ``unknown``."""
-    modules: dict[str, AdapterModule] = {}
-    unknown, styles = [], set()
+    layout = Layout("", "", {}, [], [], [])
+    styles = set()
     for name in names:
         if name.removeprefix("base_model.model.").startswith(BASIS_START):
             continue
-        ending = next((ending for ending in _BY_LENGTH if name.endswith(ending)), None)
-        module = name.removesuffix(ending) if ending else ""
-        if not module:
-            unknown.append(name)
+        if name.startswith(EMBEDDING_START):
+            layout.embeddings.append(name)
             continue
+        plain, adapter = _without_adapter(name)
+        ending = next((ending for ending in _BY_LENGTH if plain.endswith(ending)), None)
+        module = plain.removesuffix(ending) if ending else ""
+        if not module:
+            layout.unknown.append(name)
+            continue
+        if adapter and adapter not in layout.adapters:
+            layout.adapters.append(adapter)
         style, component = _style_and_component(module)
         styles.add(style)
-        entry = modules.setdefault(module, AdapterModule(module, component))
+        entry = layout.modules.setdefault(module, AdapterModule(module, component))
         entry.parts.setdefault(ENDINGS[ending], []).append(name)
-    style = next((style for style in ("kohya", "PEFT", "diffusers") if style in styles), "")
-    return Layout(style, _algorithm(modules), modules, unknown)
+    layout.style = next((style for style in ("kohya", "PEFT", "diffusers") if style in styles), "")
+    layout.algorithm = _algorithm(layout.modules)
+    return layout
+
+
+def _without_adapter(name: str) -> tuple[str, str]:
+    """Return a tensor's name as PEFT's files have it, and the adapter's name that was in it, "" if none was."""
+    match = _ADAPTER.search(name)
+    if match is None or match[2] in ("weight", "bias"):
+        return name, ""
+    return name[: match.start()] + match[1] + (match[3] or ""), match[2]
 
 
 def _style_and_component(module: str) -> tuple[str, str]:
@@ -110,6 +148,5 @@ def _component_of_path(path: str) -> str:
 
 def _algorithm(modules: dict[str, AdapterModule]) -> str:
     roles = {role for module in modules.values() for role in module.parts}
-    names = {"loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "lidb": "LiDB", "dora": "DoRA", "full": "full difference"}
-    found = next((name for role, name in names.items() if role in roles), None)
-    return found or ("LoRA" if roles & {"lora_A", "lora_B"} else "")
+    found = (name for start, name in _ALGORITHMS.items() if any(role.startswith(start) for role in roles))
+    return next(found, "LoRA" if roles & {"lora_A", "lora_B"} else "")

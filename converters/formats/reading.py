@@ -2,23 +2,31 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from converters.formats.diffusers import DIFFUSERS_WEIGHTS
 from converters.formats.family import find_base
-from converters.formats.layout import AdapterModule, read_layout
+from converters.formats.layout import AdapterModule, Layout, read_layout
 from converters.formats.lora_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
+from converters.formats.module import read_module
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from converters.full_update import FullUpdate
 from converters.key_maps import from_kohya_name, from_path_name
-from converters.lora import Lora, LoraLayer
+from converters.lora import Lora, LoraLayer, NotFiniteError
+from converters.shapes import kernel_side
 from lidb_peft.families import COMPONENTS, FAMILIES, TITLES
-from lidb_peft.safe_read import PICKLE_SUFFIXES, printable, read_json_object, read_tensors
+from lidb_peft.safe_read import PICKLE_SUFFIXES, count, examples, printable, read_json_object, read_tensors
 
 # A LoRA of another model family has thousands of keys, all of them unknown.
-_MAX_KEYS_SHOWN = 20
+_MAX_KEYS_SHOWN = 3
+_READ_ALGORITHMS = ("", "LoRA", "DoRA", "LoHa", "LoKr", "full difference")
+# Roles that a file of such an algorithm may have, and that are not read: a text encoder's new words.
+_UNREAD = frozenset({"token lora_A", "token lora_B"})
+_SCALAR = torch.zeros(())
 # What a format needs for itself, or computes anew.
 _OWN_METADATA = frozenset({"format", METADATA_KEY, "sshs_model_hash", "sshs_legacy_hash"})
 
@@ -40,34 +48,82 @@ class Source:
         return {"": self.config} if self.config else metadata_configs(metadata, str(self.file))
 
 
-def read_lora(path: str | os.PathLike) -> Lora:
-    """Read a LoRA of any author: kohya's file, diffusers' (old and new names), or a folder that PEFT saved.
+@dataclass
+class _Found:
+    """What reading an adapter has found so far; ``dropped`` and ``changed`` are layers, by what was done to them."""
+
+    layers: dict[str, LoraLayer] = field(default_factory=dict)
+    full_updates: dict[str, FullUpdate] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    widths: list[tuple[str, str, int]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+
+    def change(self, what: str, name: str) -> None:
+        self.changed.setdefault(what, []).append(name)
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(what.format(count(names, "layer"), examples(names)) for what, names in self.changed.items())
+
+
+def read_lora(
+    path: str | os.PathLike, full_updates: bool = False, drop_nan: bool = False, alpha: float | None = None
+) -> Lora:
+    """Read a LoRA of any author: kohya's file, diffusers' (old and new names), ComfyUI's, or a folder that PEFT saved.
 
     A PEFT adapter of several models is a folder of such folders, named ``unet``, ``text_encoder``, ``text_encoder_2``.
+    Tucker's cores are multiplied into ``lora_A``, and layers of rank 0 left out; the notes of the LoRA say so.
+
+    Args:
+        full_updates: read LoHa, LoKr and whole differences too, which are no LoRA.
+        drop_nan: leave layers out that hold NaN or infinity.
+        alpha: of the layers of a PEFT adapter whose config is lost.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that holds anything that a `Lora` cannot; what it is, is named.
     """
-    layers: dict[str, LoraLayer] = {}
-    metadata: dict[str, str] = {}
-    widths: list[tuple[str, str, int]] = []
+    found = _Found()
     for source in find_sources(Path(path)):
-        tensors, entries = read_tensors(source.file)
-        modules = _read_modules(source, list(tensors))
-        configs = source.configs(entries)
-        for component, config in configs.items():
-            check_config(config, f"{source.file} {component}".rstrip())
-        for name, module in modules:
-            if name in layers:
-                raise ValueError(f"{path} holds layer {name} twice, the second time as {module.name}; remove one")
-            layers[name] = _read_layer(source.file, name, module, tensors, configs)
-            widths.append((module.name, name.partition(".")[0], layers[name].lora_A.shape[1]))
-        metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
-        if source.config and source.config.get("base_model_name_or_path"):
-            metadata.setdefault("ss_sd_model_name", str(source.config["base_model_name_or_path"]))
-    base = find_base(widths, metadata)
-    return Lora(layers, base if base in FAMILIES else "", metadata)
+        _read_source(source, found, drop_nan, alpha)
+    if found.full_updates and not full_updates:
+        algorithms = " and ".join(sorted({update.algorithm for update in found.full_updates.values()}))
+        raise ValueError(
+            f"{path} is {algorithms}, not LoRA, in {count(list(found.full_updates), 'layer')}; hdb convert --rank makes"
+            " the nearest LoRA of it, hdb merge --into adds it to a model exactly"
+        )
+    if not found.layers and not found.full_updates:
+        raise ValueError(f"{path} holds no LoRA layers" + "".join(f"; {note}" for note in found.notes()))
+    base = find_base(found.widths, found.metadata)
+    return Lora(
+        found.layers,
+        base if base in FAMILIES else "",
+        found.metadata,
+        found.full_updates,
+        found.embeddings,
+        found.notes(),
+    )
+
+
+def _read_source(source: Source, found: _Found, drop_nan: bool, alpha: float | None) -> None:
+    tensors, entries = read_tensors(source.file)
+    layout = read_layout(list(tensors))
+    modules = _read_modules(source, layout, alpha)
+    configs = source.configs(entries)
+    for component, config in configs.items():
+        check_config(config, f"{source.file} {component}".rstrip())
+    for name, module in modules:
+        if name in found.names:
+            raise ValueError(
+                f"{source.file} holds layer {name} twice, as {found.names[name]} and as {module.name}; remove one"
+            )
+        found.names[name] = module.name
+        _read_layer(source.file, name, module, tensors, configs, found, drop_nan, alpha)
+    found.embeddings |= {name: tensors[name] for name in layout.embeddings}
+    found.metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
+    if source.config and source.config.get("base_model_name_or_path"):
+        found.metadata.setdefault("ss_sd_model_name", str(source.config["base_model_name_or_path"]))
 
 
 def find_sources(path: Path) -> list[Source]:
@@ -102,29 +158,30 @@ def _peft_source(folder: Path) -> Source:
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
 
-def _read_modules(source: Source, names: list[str]) -> list[tuple[str, AdapterModule]]:
-    """Sort tensor names into modules of plain LoRA or DoRA, each with our name; anything else is refused by name."""
-    file, layout = source.file, read_layout(names)
-    if layout.style == "PEFT" and source.config is None:
-        raise ValueError(f"{file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it")
-    if layout.algorithm not in ("", "LoRA", "DoRA"):
-        raise ValueError(f"{file} is {layout.algorithm}, not LoRA; it cannot be converted without loss")
-    known, unknown = [], [*layout.unknown, *(name for name in names if "lora_embedding_" in name)]
+def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[tuple[str, AdapterModule]]:
+    """Return modules of what can be read, each with our name; anything else is refused by name."""
+    file = source.file
+    if layout.style == "PEFT" and source.config is None and alpha is None:
+        without = [module.name for module in layout.modules.values() if "alpha" not in module.parts]
+        if without:
+            raise ValueError(f"{file} has PEFT's names but no {PEFT_CONFIG} beside it, which says its alpha; add it, or"
+                             " say it: hdb convert --alpha")  # fmt: skip
+    if len(layout.adapters) > 1:
+        raise ValueError(f"{file} holds several adapters, {examples(layout.adapters)}; save one of them alone")
+    if layout.algorithm not in _READ_ALGORITHMS:
+        raise ValueError(f"{file} is {layout.algorithm}, which needs the base model's weights; it cannot be converted")
+    known, unknown = [], list(layout.unknown)
     for module in layout.modules.values():
-        is_lora = not {"mid", "full"} & module.parts.keys() and all(len(found) == 1 for found in module.parts.values())
-        name = _known_name(source, module) if is_lora else None
+        is_whole = all(len(found) == 1 for found in module.parts.values()) and not _UNREAD & module.parts.keys()
+        name = _known_name(source, module) if is_whole else None
         if name is not None:
             known.append((name, module))
         else:
             unknown += [name for found in module.parts.values() for name in found]
     if unknown:
+        shown = ", ".join(printable(name) for name in sorted(unknown)[:_MAX_KEYS_SHOWN])
         more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
-        raise ValueError(
-            f"{file} holds {len(unknown)} keys that are no LoRA of {TITLES}:"
-            f" {', '.join(printable(name) for name in sorted(unknown)[:_MAX_KEYS_SHOWN])}{more}"
-        )
-    if not known:
-        raise ValueError(f"{file} holds no LoRA layers")
+        raise ValueError(f"{file} holds {len(unknown)} keys that are no LoRA of {TITLES}: {shown}{more}")
     return known
 
 
@@ -147,35 +204,37 @@ def layer_of(source: Source, module: AdapterModule) -> str:
 
 
 def _read_layer(
-    file: Path, name: str, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping]
-) -> LoraLayer:
-    where = f"{file}: {module.name}"
-    parts = {role: tensors[found[0]] for role, found in module.parts.items()}
-    missing = [role for role in ("lora_A", "lora_B") if role not in parts]
-    if missing:
-        raise ValueError(f"{where} has no {' and no '.join(missing)}; the file is incomplete")
-    rank = parts["lora_A"].shape[0] if parts["lora_A"].dim() else 0
+    file: Path, name: str, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping],
+    found: _Found, drop_nan: bool, alpha: float | None,
+) -> None:  # fmt: skip
+    where = f"{file}: {printable(module.name)}"
+    parts = {role: tensors[names[0]] for role, names in module.parts.items()}
     component, _, path = name.partition(".")
     config = configs.get(component, configs.get(""))
-    if "alpha" in parts:
-        alpha = parts["alpha"]
-        if alpha.numel() != 1 or alpha.is_complex():
-            raise ValueError(f"{where} has an alpha of {alpha.dtype} and shape {tuple(alpha.shape)}; it must be one"
-                             " real number")  # fmt: skip
-        alpha = alpha.double().item()
-    else:
-        alpha = layer_alpha(config, path, rank, str(file)) if config else float(rank)
+    if config and "alpha" not in parts and parts.get("lora_A", _SCALAR).dim():
+        alpha = layer_alpha(config, path, len(parts["lora_A"]), str(file))
+    elif not module.name.startswith("base_model."):
+        alpha = None
     try:
-        magnitude = (
-            _magnitude(module.parts["dora"][0], parts["dora"], len(parts["lora_B"])) if "dora" in parts else None
-        )
-        return LoraLayer(parts["lora_A"], parts["lora_B"], alpha, magnitude)
+        read = read_module(parts, any(name.endswith(".dora_scale") for name in module.parts.get("dora", ())), alpha)
+    except NotFiniteError as error:
+        if not drop_nan:
+            raise ValueError(f"{where} has {error}; hdb convert --drop-nan leaves such layers out") from error
+        found.change("{} with NaN or infinity left out: {}", name)
+        return
     except ValueError as error:
         raise ValueError(f"{where} has {error}") from error
-
-
-def _magnitude(name: str, magnitude: Tensor, num_outputs: int) -> Tensor:
-    """DoRA's magnitudes as ``(out,)``; PEFT has a convolution's on axis 1 of ``(1, out, 1, 1)``, others on axis 0."""
-    if name.endswith(".dora_scale") and magnitude.shape[:1] != (num_outputs,):
-        raise ValueError(f"DoRA magnitudes of shape {tuple(magnitude.shape)}; only those of the outputs can be carried")
-    return magnitude.flatten()
+    found.full_updates |= {name + end: update for end, update in read.full_updates.items()}
+    if "" in read.full_updates and len(read.full_updates[""].shape) > 1:
+        found.widths.append((module.name, component, read.full_updates[""].shape[1]))
+    if read.layer is not None:
+        if read.layer.is_convolution and kernel_side(name) == 0:
+            raise ValueError(f"{where} has a kernel of {tuple(read.layer.lora_A.shape[2:])}, but is a linear layer")
+        found.layers[name] = read.layer
+        found.widths.append((module.name, component, read.layer.lora_A.shape[1]))
+    elif not read.full_updates:
+        found.change("{} of rank 0, which change nothing, left out: {}", name)
+    if read.is_tucker:
+        found.change("the Tucker cores (lora_mid) of {} are multiplied into lora_down, in float32: {}", name)
+    if read.was_float8:
+        found.change("{} of float8 read as float16, which holds the same numbers: {}", name)

@@ -8,9 +8,8 @@ from converters.formats.layout import Layout
 from converters.inspection.facts import ModuleFacts
 from converters.key_maps import is_original_name
 from lidb_peft.families import DENOISERS, FAMILIES, TEXT_ENCODERS
-from lidb_peft.safe_read import printable
+from lidb_peft.safe_read import count, examples, printable
 
-_MAX_NAME_CHARS = 240
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -29,19 +28,19 @@ def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: Mapp
             " right model"
         )
     if layout.unknown:
-        found.append(f"{_count(layout.unknown, 'tensor')} of unknown meaning: {_examples(layout.unknown)}")
+        found.append(f"{count(layout.unknown, 'tensor')} of unknown meaning: {examples(layout.unknown)}")
     return found
 
 
 def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
     bad = [module.name for module in modules if module.has_non_finite]
     if bad:
-        yield f"{_count(bad, 'layer')} with NaN or infinity, which makes black pictures: {_examples(bad)}"
+        yield f"{count(bad, 'layer')} with NaN or infinity, which makes black pictures: {examples(bad)}"
     if modules and all(module.is_zero for module in modules):  # some are common: a text encoder that was not trained
         yield "every layer changes nothing (all zeros)"
     partial = [module.name for module in modules if not module.is_complete]
     if partial:
-        yield f"{_count(partial, 'layer')} with only one of lora_A and lora_B: {_examples(partial)}"
+        yield f"{count(partial, 'layer')} with only one of lora_A and lora_B: {examples(partial)}"
 
 
 def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[str]:
@@ -55,16 +54,16 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[
         )
     without = [module.name for module in modules if module.alpha is None and module.rank]
     if layout.style == "kohya" and without:
-        yield f"{_count(without, 'layer')} without alpha, which is read as scale 1: {_examples(without)}"
+        yield f"{count(without, 'layer')} without alpha, which is read as scale 1: {examples(without)}"
     odd = [module.name for module in modules if module.alpha is not None and not _is_usable(module.alpha)]
     if odd:
-        yield f"{_count(odd, 'layer')} with alpha 0 or not finite, which readers take differently: {_examples(odd)}"
+        yield f"{count(odd, 'layer')} with alpha 0 or not finite, which readers take differently: {examples(odd)}"
     contradicted = [module.config_error for module in modules if module.config_error]
     if contradicted:
-        yield f"{_count(contradicted, 'layer')} at odds with PEFT's config: {_examples(contradicted[:1])}"
+        yield f"{count(contradicted, 'layer')} at odds with PEFT's config: {examples(contradicted[:1])}"
     shaped = [module.name for module in modules if not module.alpha_is_scalar]
     if shaped:
-        yield f"{_count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {_examples(shaped)}"
+        yield f"{count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {examples(shaped)}"
 
 
 def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> Iterator[str]:
@@ -73,8 +72,8 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str],
     bare = [name for name in clip if "_text_model_" not in name and "text_projection" not in name]
     if bare:
         yield (
-            f"{_count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
-            f" {_examples(bare)}"
+            f"{count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
+            f" {examples(bare)}"
         )
     family = FAMILIES.get(base)
     for component in family.components if family else ():
@@ -83,7 +82,7 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str],
             odd = [name for name in clip if name.startswith(prefix)]
             if odd:
                 where = f"named {prefix} in a LoRA of {shown_base(base)}"
-                yield f"{_count(odd, 'layer')} {where}, which kohya drops: they must be {written}"
+                yield f"{count(odd, 'layer')} {where}, which kohya drops: they must be {written}"
     denoiser = [module.name for module in modules if module.component in DENOISERS]
     if len({is_original_name(name) for name in denoiser if "_blocks_" in name or "_block_" in name}) > 1:
         yield "UNet layers in both diffusers' and sgm's spelling: diffusers drops the latter"
@@ -96,8 +95,8 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str],
     split = _split_attentions(clip, base)
     if split:
         yield (
-            f"{_count(split, 'attention')} without all of q, k, v and out, whose layers A1111 skips in OpenCLIP:"
-            f" {_examples(split)}"
+            f"{count(split, 'attention')} without all of q, k, v and out, whose layers A1111 skips in OpenCLIP:"
+            f" {examples(split)}"
         )
 
 
@@ -116,16 +115,6 @@ def _split_attentions(clip: Sequence[str], base: str) -> list[str]:
 
 def _is_usable(alpha: float) -> bool:
     return alpha != 0 and math.isfinite(alpha)
-
-
-def _count(items: Sequence[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
-
-
-def _examples(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    shown = ", ".join(printable(name, _MAX_NAME_CHARS) for name in names[:2])
-    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
 
 
 def _numbers(values: set) -> str:

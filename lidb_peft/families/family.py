@@ -30,6 +30,8 @@ class Component:
         stacked: pairs (ours, original) of paths inside of one of the ``originals``, with ``{}`` for a number: weights
             that are one in the original, stacked along axis 0.
         checkpoint_prefixes: how its tensors begin in a single-file checkpoint.
+        convolutions: last words of the names of its convolutions -> side of the kernel; all other layers are linear.
+        kohya_convolutions: last words of the names of linear layers that are 1x1 convolutions in sd-scripts.
         config: entries of its config that tell the published models of this family from others of the same classes.
         is_adapted: whether it is adapted unless somebody asks for something else.
     """
@@ -47,6 +49,8 @@ class Component:
     kohya_attribute: str = ""
     stacked: tuple[tuple[tuple[str, ...], str], ...] = ()
     checkpoint_prefixes: tuple[str, ...] = ()
+    convolutions: Mapping[str, int] = field(default_factory=dict)
+    kohya_convolutions: frozenset[str] = frozenset()
     config: Mapping[str, object] = field(default_factory=dict)
     is_adapted: bool = True
 

@@ -25,6 +25,7 @@ SD1 = Family(
             originals=UNET_ORIGINALS,
             kohya_attribute="down_blocks",
             checkpoint_prefixes=("model.diffusion_model.",),
+            convolutions=unet.CONVOLUTIONS | dict.fromkeys(unet.PROJECTIONS, 1),
             config={"cross_attention_dim": 768},
         ),
         Component(

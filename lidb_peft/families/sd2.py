@@ -17,6 +17,8 @@ SD2 = replace(
         replace(
             _UNET,
             shapes=unet.attention_shapes((320, 640, 1280, 1280), (1, 1, 1, 0), 1024),
+            convolutions=unet.CONVOLUTIONS,
+            kohya_convolutions=unet.PROJECTIONS,
             config={"cross_attention_dim": 1024},
         ),
         replace(

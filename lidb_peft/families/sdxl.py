@@ -22,6 +22,7 @@ SDXL = Family(
             kohya_uses_originals=True,
             kohya_attribute="input_blocks",
             checkpoint_prefixes=("model.diffusion_model.",),
+            convolutions=unet.CONVOLUTIONS,
             config={"cross_attention_dim": 2048},
         ),
         Component(

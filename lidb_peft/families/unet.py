@@ -10,6 +10,9 @@ _WORDS = """
     middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
 """
 WORDS = frozenset(_WORDS.split())
+CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
+# What leads into an attention and out of it: linear layers in the newer UNets, 1x1 convolutions in the first.
+PROJECTIONS = frozenset({"proj_in", "proj_out"})
 _LAYERS_A_LEVEL = 2
 # (diffusers, sgm) inside a ResNet block.
 _RESNET_PARTS = (

@@ -105,9 +105,10 @@ def test_a_1x1_convolution_is_read_as_a_matrix(tmp_path):
 
 
 def test_factors_of_what_is_no_product_of_matrices_are_refused(tmp_path):
-    state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2, 3, 3), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1, 1, 1)}
+    conv = "lora_unet_mid_block_resnets_0_conv1"
+    state = {f"{conv}.lora_down.weight": torch.ones(1, 2, 3, 3), f"{conv}.lora_up.weight": torch.ones(2, 1, 1, 1)}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=f"layer {Q} is a convolution"):
+    with pytest.raises(ValueError, match=r"layer unet\.mid_block\.resnets\.0\.conv1 is a convolution"):
         load_kohya(tmp_path / "a.safetensors")
     state = {f"{KOHYA_Q}.lora_down.weight": torch.ones(1, 2), f"{KOHYA_Q}.lora_up.weight": torch.ones(2, 1)}
     save_file(state | {f"{KOHYA_Q}.dora_scale": torch.ones(2, 1)}, tmp_path / "a.safetensors")
@@ -125,7 +126,7 @@ def test_reading_lists_every_unknown_key(tmp_path):
 
 def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp_path):
     save_file({f"lora_unet_double_blocks_{i}.alpha": torch.ones(()) for i in range(300)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"300 keys .* and 280 more$"):
+    with pytest.raises(ValueError, match=r"300 keys .* and 297 more$"):
         load_kohya(tmp_path / "a.safetensors")
 
 
@@ -134,7 +135,7 @@ def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp
     [
         ({"lora_up.weight": None}, "has no lora_B"),
         ({"lora_up.weight": torch.ones(2, 3)}, "of no one rank"),
-        ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, "of no one rank"),
+        ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, r"a kernel of \(3, 3\), but is a linear layer"),
         ({"alpha": torch.tensor(0.0)}, "alpha 0.0"),
         ({"alpha": torch.ones(2)}, "must be one real number"),
         ({"alpha": torch.tensor(1 + 1j)}, "an alpha of torch.complex64 and shape .*must be one real number"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.functional import conv2d
 
 from converters import read_lora
 
@@ -39,6 +40,15 @@ def test_every_spelling_of_diffusers_is_the_same_lora(tmp_path, state):
         assert torch.equal(layer.lora_A, DOWN)
         assert torch.equal(layer.lora_B, UP)
         assert layer.scale == 1
+
+
+def loha(name, inputs=8, rank=3):
+    shapes = {"w1_a": (6, rank), "w1_b": (rank, inputs), "w2_a": (6, rank), "w2_b": (rank, inputs)}
+    return {f"{name}.hada_{part}": torch.randn(shape) for part, shape in shapes.items()}
+
+
+def lokr(name):
+    return {f"{name}.lokr_w1": torch.randn(2, 4), f"{name}.lokr_w2": torch.randn(3, 2)}
 
 
 def write_peft(folder, state=None, **config):
@@ -111,14 +121,24 @@ def test_diffusers_metadata_says_alpha(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({f"{KOHYA_Q}.hada_w1_a": DOWN}, "is LoHa, not LoRA"),
-        ({f"{KOHYA_Q}.lokr_w1": DOWN}, "is LoKr, not LoRA"),
+        ({f"{KOHYA_Q}.hada_w1_a": DOWN}, "has no hada_w1_b; the file is incomplete"),
+        ({f"{KOHYA_Q}.lokr_w1": DOWN}, "has no lokr_w2_a; the file is incomplete"),
+        (loha(KOHYA_Q), "is LoHa, not LoRA, in 1 layer; hdb convert --rank .*hdb merge --into"),
+        (lokr(KOHYA_Q), "is LoKr, not LoRA"),
+        (loha(KOHYA_Q) | {f"{KOHYA_Q}.dora_scale": torch.ones(6, 1)}, "LoHa with DoRA's magnitudes"),
+        ({f"{KOHYA_Q}.oft_blocks": DOWN}, "is OFT, which needs the base model's weights"),
+        ({f"{KOHYA_Q}.{part}.weight": DOWN for part in ("a1", "a2", "b1", "b2")}, "is GLoRA"),
         ({f"{KOHYA_Q}.diff": DOWN}, "is full difference, not LoRA"),
-        ({f"{KOHYA_Q}.lora_mid.weight": DOWN}, r"1? ?keys that are no LoRA .*lora_mid"),
+        ({f"{KOHYA_Q}.lora_mid.weight": DOWN}, r"a lora_mid of shape \(4, 8\), which does not fit"),
         ({f"{Q}.lora_B.bias": DOWN}, r"1 keys that are no LoRA .*lora_B\.bias"),
         ({"text_encoder.text_model.embeddings.token_embedding.lora_embedding_A": DOWN}, "lora_embedding_A"),
         ({f"{KOHYA_Q}.dora_scale": torch.ones(1, 8)}, r"DoRA magnitudes of shape \(1, 8\); only those of the outputs"),
-        ({f"{KOHYA_Q}.lora_down.weight": DOWN.to(torch.float8_e4m3fn)}, "a tensor of torch.float8_e4m3fn"),
+        ({f"{KOHYA_Q}.lora_down.weight": DOWN.to(torch.int8)}, "a tensor of torch.int8"),
+        ({f"{KOHYA_Q}.lora_up.weight": torch.full((6, 4), torch.inf)}, "hdb convert --drop-nan leaves such layers out"),
+        (
+            {f"{Q}.lora_A.{name}.weight": DOWN for name in ("me", "you")} | {f"{Q}.lora_B.me.weight": UP},
+            "holds several adapters, me, you; save one of them alone",
+        ),
         (state_of(Q), "holds layer .*to_q twice"),
     ],
 )
@@ -158,3 +178,90 @@ def test_the_family_is_told_by_widths_names_and_metadata(tmp_path, names, width,
         state |= {f"{name}.lora_down.weight": torch.ones(1, width), f"{name}.lora_up.weight": torch.ones(8, 1)}
     save_file(state, tmp_path / "a.safetensors", metadata)
     assert read_lora(tmp_path / "a.safetensors").family == family
+
+
+def test_live_state_dicts_of_peft_are_read_whatever_the_adapter_is_called(tmp_path):
+    state = {f"{Q}.lora_A.my_face.weight": DOWN, f"{Q}.lora_B.my_face.weight": UP}
+    save_file(state, tmp_path / "a.safetensors")
+    layer = read_lora(tmp_path / "a.safetensors").layers[Q]
+    assert torch.equal(layer.lora_A, DOWN)
+    assert layer.scale == 1
+
+
+def test_pefts_tensors_without_config_are_read_with_the_alpha_that_is_in_them_or_said(tmp_path):
+    name = "base_model.model." + Q.removeprefix("unet.")
+    save_file(state_of(name), tmp_path / "a.safetensors")
+    assert read_lora(tmp_path / "a.safetensors", alpha=8).layers[Q].scale == 2
+    save_file(state_of(name) | {f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    assert read_lora(tmp_path / "a.safetensors").layers[Q].scale == 0.25
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_tucker_core_is_multiplied_in_exactly(tmp_path, kernel, dtype):
+    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
+    down, core, up = torch.randn(4, 8, 1, 1), torch.randn(5, 4, *kernel), torch.randn(6, 5, 1, 1)
+    parts = {"lora_down.weight": down, "lora_mid.weight": core, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    save_file({f"{conv}.{part}": tensor.to(dtype) for part, tensor in parts.items()}, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors")
+    (layer,) = lora.layers.values()
+    down, core, up = (tensor.to(dtype).double() for tensor in (down, core, up))
+    # What the three convolutions do one after the other, divided by the rank of the first.
+    image = torch.randn(1, 8, 7, 7, dtype=torch.float64)
+    expected = 2 / 4 * conv2d(conv2d(conv2d(image, down), core), up)
+    found = layer.scale * conv2d(conv2d(image, layer.lora_A.double()), layer.lora_B.double())
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-5)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert lora.notes == (
+        "the Tucker cores (lora_mid) of 1 layer are multiplied into lora_down, in float32:"
+        " unet.down_blocks.0.resnets.0.conv1",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_float8_is_read_as_the_same_numbers(tmp_path, dtype):
+    # Every number that the dtype has and that is none of NaN and infinity.
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = torch.cat([part[part.float().isfinite()][:120] for part in numbers.chunk(2)]).reshape(2, -1)
+    state = {f"{KOHYA_Q}.lora_down.weight": numbers, f"{KOHYA_Q}.lora_up.weight": torch.ones(6, 2).to(dtype)}
+    save_file(state, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert lora.layers[Q].lora_A.dtype == torch.float16
+    assert torch.equal(lora.layers[Q].lora_A.double(), numbers.double())
+    assert "1 layer of float8 read as float16" in lora.notes[0]
+
+
+def test_layers_of_rank_0_and_if_asked_of_nan_are_left_out_and_named(tmp_path):
+    other = KOHYA_Q.replace("to_q", "to_k")
+    third = KOHYA_Q.replace("to_q", "to_v")
+    ends = {"down": ".lora_down.weight", "up": ".lora_up.weight"}
+    state = state_of(KOHYA_Q, **ends) | state_of(third, **ends)
+    state |= {f"{other}.lora_down.weight": torch.ones(0, 8), f"{other}.lora_up.weight": torch.ones(6, 0)}
+    state |= {f"{other}.alpha": torch.tensor(4.0), f"{third}.lora_up.weight": torch.full((6, 4), torch.nan)}
+    save_file(state, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors", drop_nan=True)
+    assert lora.layers.keys() == {Q}
+    assert set(lora.notes) == {
+        f"1 layer of rank 0, which change nothing, left out: {Q.replace('to_q', 'to_k')}",
+        f"1 layer with NaN or infinity left out: {Q.replace('to_q', 'to_v')}",
+    }
+
+
+def test_factors_of_two_and_four_dimensions_are_one_convolution(tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    for down, up in ((DOWN[:, :, None, None], UP), (DOWN, UP[:, :, None, None])):
+        state = {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": up.clone()}
+        save_file(state, tmp_path / "a.safetensors")
+        (layer,) = read_lora(tmp_path / "a.safetensors").layers.values()
+        assert torch.equal(layer.lora_A.flatten(1), DOWN)
+        assert torch.equal(layer.lora_B, UP[:, :, None, None])
+
+
+@pytest.mark.parametrize("name", ["bundle_emb.ohwx.string_to_param.*", "bundle_emb.<me>.clip_g"])
+def test_embeddings_that_come_with_a_lora_are_kept_apart(tmp_path, name):
+    embedding = torch.randn(2, 8)
+    state = state_of(KOHYA_Q, down=".lora_down.weight", up=".lora_up.weight") | {name: embedding}
+    save_file(state, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors")
+    assert lora.layers.keys() == {Q}
+    assert torch.equal(lora.embeddings[name], embedding)
