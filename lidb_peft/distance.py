@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .bases import find_basis
-from .space import LiDBSpace, split_theta
+from .layout import split_theta
+from .space import LiDBSpace
 
 Bases = Mapping[str, Tensor]
 

@@ -29,11 +29,12 @@ from .bases import get_basis
 from .config import LiDBConfig
 from .distance import squared_distance
 from .families import FAMILIES, TITLES, Component, Family
+from .layout import split_theta
 from .product import add_low_rank, lidb_to_lora
 from .projection import project_lora
 from .record import base_fingerprint, check_record, from_metadata, record_config, space_record, to_metadata
 from .safe_read import read_header
-from .space import LiDBSpace, split_theta
+from .space import LiDBSpace
 from .theta import load_theta, save_theta
 
 logger = logging.getLogger(__name__)
@@ -384,7 +385,7 @@ def _read_theta(file: str | os.PathLike, space: LiDBSpace) -> Tensor:
     record = from_metadata(header.metadata)
     if record:
         check_record(record, space, str(file))
-    theta, residuals = project_lora(space.layout, space.config, load_kohya(file)[0])
+    theta, residuals = project_lora(space.named_shapes, space.config, load_kohya(file)[0])
     worst = int(residuals.argmax())
     if residuals[worst] > _ROUNDING:
         raise ValueError(

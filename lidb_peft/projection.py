@@ -12,16 +12,18 @@ from torch import Tensor
 
 from .bases import find_basis
 from .config import LiDBConfig
+from .layout import split_theta, starting_theta
 from .relax import LoraFactors
-from .space import split_theta, starting_theta
-from .stacks import Layout
 
 _EXACT_ZERO = 1e-14  # singular values below this share of the largest are float64's rounding
 
 
 @torch.no_grad()
 def project_lora(
-    layout: Layout, config: LiDBConfig, factors: LoraFactors, bases: Mapping[str, Tensor] | None = None
+    shapes: Mapping[str, tuple[int, int]],
+    config: LiDBConfig,
+    factors: LoraFactors,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the theta whose update is nearest to that of a LoRA of any rank, and the error that remains.
 
@@ -30,6 +32,7 @@ def project_lora(
     in float64.
 
     Args:
+        shapes: layer name -> ``(in_features, out_features)``, in theta's order, such as ``space.named_shapes``.
         factors: layer name -> ``lora_A`` ``(k, in_features)``, ``lora_B`` ``(out_features, k)``; k may differ.
         bases: learned bases by label, not necessarily orthonormal, in place of the frozen ones.
 
@@ -38,15 +41,15 @@ def project_lora(
         update, 0 (all of it is kept) to 1.
 
     Raises:
-        ValueError: factors of a layer that ``layout`` lacks, of another shape or not finite; the config's scale is 0.
+        ValueError: factors of a layer that has no row, of another shape or not finite; the config's scale is 0.
     """
     if config.scale == 0:
         raise ValueError("the config's scale is 0, which makes every theta the identity; choose another")
-    unexpected = sorted(set(factors) - set(layout.names))
+    unexpected = sorted(set(factors) - set(shapes))
     if unexpected:
         raise ValueError(f"theta has no row for {unexpected}; leave out these layers or adapt them too")
-    theta, residuals = starting_theta(layout.shapes, config), torch.zeros(len(layout.names))
-    for index, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
+    theta, residuals = starting_theta(list(shapes.values()), config), torch.zeros(len(shapes))
+    for index, (name, shape) in enumerate(shapes.items()):
         if name in factors:
             lora_A, lora_B = (factor.detach().to("cpu", torch.float64) for factor in factors[name])
             _check_factors(name, shape, lora_A, lora_B)

@@ -14,8 +14,9 @@ from torch import nn
 
 from .bases import BASIS_VERSION, basis_fingerprint, basis_probes, check_basis, get_basis
 from .config import LiDBConfig
+from .layout import distinct_basis_keys
 from .naming import clean_module_name, natural_key
-from .space import LiDBSpace, distinct_basis_keys
+from .space import LiDBSpace
 
 _SETTINGS = {"r": int, "down_dim": int, "up_dim": int, "scale": float, "seed": int, "basis": str}
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

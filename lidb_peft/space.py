@@ -1,68 +1,30 @@
 """The space of personalised weights: the ordered layers of a base model, and theta on them.
 
-theta is float32 ``(L, r*(a+b))``: per layer ``down`` ``(r, a)``, then ``up`` ``(b, r)``, both flattened. A layer that
-is narrower than a basis uses the first columns of ``down`` or rows of ``up``; the rest is zero and gets no gradient.
-HyperDreamBooth (arXiv:2307.06949), section 4.1; the paper's figure 4 calls one row the weights of one layer.
+What theta's numbers are is :mod:`lidb_peft.layout`'s. HyperDreamBooth (arXiv:2307.06949), section 4.1.
 """
 
-import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .bases import BasisKey, starting_down
+from .bases import BasisKey
 from .bindings import Bindings, CheckpointRouter, hook_layers
 from .config import LiDBConfig
 from .layer import LiDBLayer
+from .layout import layers_hash, split_theta, starting_theta, theta_mask
 from .naming import find_layers
 from .relax import LoraFactors
-from .stacks import Layout, Stacks, concatenate, prepare
-
-
-def distinct_basis_keys(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> list[BasisKey]:
-    """Return the key of every basis that layers of these ``(in_features, out_features)`` use, each once, sorted."""
-    return sorted({key for shape in shapes for key in config.basis_keys(*shape)})
-
-
-def layers_hash(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Return 16 hex digits that change with the layers' names, order or ``(in_features, out_features)``."""
-    lines = [f"{name} {shape[0]} {shape[1]}" for name, shape in shapes.items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def split_theta(theta: Tensor, config: LiDBConfig) -> tuple[Tensor, Tensor]:
-    """View theta ``(*batch, r*(a+b))`` as its ``down`` ``(*batch, r, a)`` and ``up`` ``(*batch, b, r)``, padded."""
-    r, a, b = config.r, config.down_dim, config.up_dim
-    return theta[..., : r * a].unflatten(-1, (r, a)), theta[..., r * a :].unflatten(-1, (b, r))
-
-
-def theta_mask(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> Tensor:
-    """Return bool ``(L, r*(a+b))`` for layers of these shapes: True where a number takes part, False in the padding."""
-    mask = torch.zeros(len(shapes), config.r * (config.down_dim + config.up_dim), dtype=torch.bool)
-    for row, shape in zip(mask, shapes, strict=True):
-        (down, up), (down_key, up_key) = split_theta(row, config), config.basis_keys(*shape)
-        down[:, : down_key.dim] = True
-        up[: up_key.dim] = True
-    return mask
-
-
-def starting_theta(shapes: Sequence[tuple[int, int]], config: LiDBConfig) -> Tensor:
-    """Return theta_0, float32 ``(L, r*(a+b))``: every fit and every prediction starts there; the identity."""
-    theta = torch.zeros(len(shapes), config.r * (config.down_dim + config.up_dim))
-    for row, shape in zip(theta, shapes, strict=True):
-        dim = config.basis_keys(*shape)[0].dim
-        split_theta(row, config)[0][:, :dim] = starting_down(config.r, dim, config.seed)
-    return theta
+from .stacks import LayerGroups, Stacks, concatenate, prepare
 
 
 class LiDBSpace:
     """The adapted layers of a base model and the thetas that live on them.
 
-    The models are used as they are: light forward hooks, which do nothing outside of ``apply`` and ``weights``, stay on
-    the adapted layers as long as the space lives (or until ``detach``). PEFT adapters need not be there; if they are
+    The models are used as they are: light forward hooks, which do nothing outside of ``apply``, stay on the adapted
+    layers as long as the space lives (or until ``detach``). PEFT adapters need not be there; if they are
     and are active, theta adds to them.
 
     Attributes:
@@ -75,7 +37,7 @@ class LiDBSpace:
     """
 
     def __init__(self, models: dict[str, nn.Module], config: LiDBConfig) -> None:
-        """Find the layers of ``models``: component ("unet", "text_encoder", "text_encoder_2") -> model.
+        """Find the layers of ``models``: component, as the families name it, -> model.
 
         Raises:
             ValueError: there is no model, or one without a layer to adapt, or the config has patterns of rank or scale.
@@ -86,16 +48,16 @@ class LiDBSpace:
                 "leave them out, or fit the adapter through PEFT"
             )
         if not models:
-            raise ValueError("LiDBSpace needs at least one model; pass {'unet': unet, 'text_encoder': text_encoder}")
+            raise ValueError("LiDBSpace needs at least one model; pass {component: model}, as the pipeline calls them")
         self.models = dict(models)
         self.config = config
         layers: dict[str, nn.Linear] = {}
         for component, model in models.items():
             layers.update(find_layers(component, model, config))
         self.layers = tuple(layers.values())
-        self.layout = Layout({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
-        self.layer_names = self.layout.names
-        self.shapes = self.layout.shapes
+        self.groups = LayerGroups({name: (layer.in_features, layer.out_features) for name, layer in layers.items()})
+        self.layer_names = self.groups.names
+        self.shapes = self.groups.shapes
         self.num_layers = len(self.layer_names)
         self.mask = theta_mask(self.shapes, config)
         self.theta_0 = starting_theta(self.shapes, config)
@@ -114,7 +76,12 @@ class LiDBSpace:
     @property
     def layers_hash(self) -> str:
         """See `layers_hash`."""
-        return layers_hash(dict(zip(self.layer_names, self.shapes, strict=True)))
+        return layers_hash(self.named_shapes)
+
+    @property
+    def named_shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> ``(in_features, out_features)``, in the order of the space."""
+        return dict(zip(self.layer_names, self.shapes, strict=True))
 
     def check_theta(self, theta: Tensor) -> None:
         """Raise ValueError unless theta is ``(*batch, L, row_size)``."""
@@ -130,7 +97,7 @@ class LiDBSpace:
             bases: learned bases by their key's label, differentiable too; None takes the frozen ones of the config.
         """
         self.check_theta(theta)
-        return self.layout.expand(theta, self.config, bases)
+        return self.groups.expand(theta, self.config, bases)
 
     def factors(self, theta: Tensor, bases: Mapping[str, Tensor] | None = None) -> LoraFactors:
         """Expand theta to each layer's ``lora_A`` ``(*batch, r, in)`` and ``lora_B`` ``(*batch, out, r)``, float32."""
@@ -138,27 +105,27 @@ class LiDBSpace:
 
     def named(self, stacks: Stacks) -> LoraFactors:
         """Return stacked factors by layer name."""
-        return dict(zip(self.layer_names, self.layout.unstack(stacks), strict=True))
+        return dict(zip(self.layer_names, self.groups.unstack(stacks), strict=True))
 
     def lora_size(self, rank: int) -> int:
         """Return how many numbers plain LoRA factors of that rank have on these layers."""
-        return self.layout.lora_size(rank)
+        return self.groups.lora_size(rank)
 
     def init_lora(self, rank: int, generator: torch.Generator) -> Tensor:
         """Return fresh flat LoRA factors ``(lora_size(rank),)``: ``lora_A`` Kaiming-uniform, ``lora_B`` zero."""
-        return self.layout.init_lora(rank, generator)
+        return self.groups.init_lora(rank, generator)
 
     def split_lora(self, flat: Tensor, rank: int) -> Stacks:
         """View flat LoRA factors ``(*batch, lora_size(rank))`` as stacks for ``apply``; differentiable, no copy."""
-        return self.layout.split_lora(flat, rank)
+        return self.groups.split_lora(flat, rank)
 
     def lora_factors(self, flat: Tensor, rank: int) -> LoraFactors:
         """View flat LoRA factors by layer name."""
         return self.named(self.split_lora(flat, rank))
 
     @contextmanager
-    def weights(self, theta: Tensor, scale: float | Tensor = 1.0) -> Iterator[None]:
-        """Run the models with theta: ``(L, row)`` for all samples, or ``(B, L, row)``, one per identity.
+    def apply(self, *parts: Tensor | Stacks | LoraFactors, scale: float | Tensor = 1.0) -> Iterator[None]:
+        """Run the models with a theta, or the sum of several low-rank updates: a frozen theta and a trainable LoRA.
 
         With B identities the batch is a multiple B*k and sample j uses identity j // k. theta is expanded once, here.
         Differentiable, also under gradient checkpointing and when ``backward()`` runs after the block has closed.
@@ -167,20 +134,10 @@ class LiDBSpace:
         pipeline under ``torch.cat([theta, theta])``.
 
         Args:
-            theta: the weights; a change of the tensor inside the block has no effect.
-            scale: strength, on top of the config's scale; a number, or one for each identity ``(B,)``.
-        """
-        with self.apply(self.expand(theta), scale=scale):
-            yield
-
-    @contextmanager
-    def apply(self, *parts: Stacks | LoraFactors, scale: float | Tensor = 1.0) -> Iterator[None]:
-        """Run the models with the sum of low-rank updates, such as a frozen theta and a trainable LoRA.
-
-        Args:
-            parts: factors, stacked (``expand``, ``split_lora``) or by layer name, for all samples or one per identity
-                as in ``weights``. Ranks may differ from part to part.
-            scale: multiplies all updates.
+            parts: theta ``(L, row)`` for all samples, or ``(B, L, row)``, one per identity, of which a change inside
+                the block has no effect; or factors, stacked (``expand``, ``split_lora``) or by layer name, likewise.
+                Ranks may differ from part to part.
+            scale: multiplies all updates, on top of the config's scale; a number, or one for each identity ``(B,)``.
 
         A block inside a block replaces the outer one's factors until it closes.
 
@@ -188,14 +145,19 @@ class LiDBSpace:
             ValueError: there are no parts, or they do not fit the layers or each other.
         """
         if not parts:
-            raise ValueError("apply needs factors; pass space.expand(theta) or LoRA factors")
-        stacks = concatenate([part if isinstance(part, Stacks) else self.layout.stack(part) for part in parts])
+            raise ValueError("apply needs theta or factors; pass a theta, space.expand(theta) or LoRA factors")
+        stacks = concatenate([self._stacked(part) for part in parts])
         if len(stacks.batch_shape) > 1:
             raise ValueError(f"the factors have batch shape {tuple(stacks.batch_shape)}; pass one axis of identities")
-        stacks = prepare(stacks, self.layout, self._dtypes(), scale)
-        bound = dict(enumerate(self.layout.unstack(stacks)))
+        stacks = prepare(stacks, self.groups, self._dtypes(), scale)
+        bound = dict(enumerate(self.groups.unstack(stacks)))
         with self._router.routed(), self._bindings.bound(bound):
             yield
+
+    def _stacked(self, part: Tensor | Stacks | LoraFactors) -> Stacks:
+        if isinstance(part, Tensor):
+            return self.expand(part)
+        return part if isinstance(part, Stacks) else self.groups.stack(part)
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return each component's floating dtype; float32 where the weights are quantised."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bases import find_basis
 from .config import LiDBConfig
+from .layout import split_theta
 from .naming import natural_key
 from .product import expand_down, expand_up
 from .relax import LoraFactors
@@ -28,29 +29,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Stacks:
-    """Factors of all layers of a ``Layout``.
+    """Factors of all layers of ``LayerGroups``.
 
-    ``down[g]`` is ``(layers in group g, *batch, r, width)`` and ``up[g]`` ``(layers in group g, *batch, width, r)``,
-    where the groups of the two sides differ.
+    ``lora_A[g]`` is ``(layers in group g, *batch, r, width)`` and ``lora_B[g]`` ``(layers in group g, *batch, width,
+    r)``, where the groups of the two sides differ.
     """
 
-    down: tuple[Tensor, ...]
-    up: tuple[Tensor, ...]
+    lora_A: tuple[Tensor, ...]
+    lora_B: tuple[Tensor, ...]
 
     @property
     def batch_shape(self) -> torch.Size:
-        return self.down[0].shape[1:-2]
+        return self.lora_A[0].shape[1:-2]
 
 
-class Layout:
+class LayerGroups:
     """The ordered layers of a space, by name and shape, and how a flat vector of LoRA factors maps onto them."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Take ``shapes``: layer name -> ``(in_features, out_features)``, in the order of the space."""
         self.names = tuple(shapes)
         self.shapes = tuple(shapes.values())
-        self.down_groups = self._groups(0)
-        self.up_groups = self._groups(1)
+        self.in_groups = self._groups(0)
+        self.out_groups = self._groups(1)
         self._orders: dict[tuple[str, torch.device], Tensor] = {}
 
     def _groups(self, side: int) -> tuple[Group, ...]:
@@ -62,30 +63,29 @@ class Layout:
 
     def _order(self, side: str, device: torch.device) -> Tensor:
         if (side, device) not in self._orders:
-            groups = self.down_groups if side == "down" else self.up_groups
+            groups = self.in_groups if side == "in" else self.out_groups
             order = [index for group in groups for index in group.layers]
             self._orders[side, device] = torch.tensor(order, device=device)
         return self._orders[side, device]
 
     def expand(self, theta: Tensor, config: LiDBConfig, bases: Mapping[str, Tensor] | None = None) -> Stacks:
-        """Expand theta ``(*batch, L, r*(a+b))`` to float32 LoRA factors, the config's scale folded into ``up``.
+        """Expand theta ``(*batch, L, r*(a+b))`` to float32 LoRA factors, the config's scale folded into ``lora_B``.
 
         Args:
             bases: by label, in place of the frozen ones.
         """
-        theta, r = theta.float(), config.r
-        down_rows, up_rows = theta.split([r * config.down_dim, r * config.up_dim], dim=-1)
+        down, up = split_theta(theta.float(), config)
         # One gather per side puts the layers of a group side by side; the rest are views and matrix products.
-        down_rows = down_rows.index_select(-2, self._order("down", theta.device)).unflatten(-1, (r, config.down_dim))
-        up_rows = up_rows.index_select(-2, self._order("up", theta.device)).unflatten(-1, (config.up_dim, r))
-        down, up = [], []
-        for group, rows in zip(self.down_groups, self._split(down_rows, self.down_groups), strict=True):
+        down = down.index_select(-3, self._order("in", theta.device))
+        up = up.index_select(-3, self._order("out", theta.device))
+        lora_A, lora_B = [], []
+        for group, rows in zip(self.in_groups, self._split(down, self.in_groups), strict=True):
             basis = find_basis(config.basis_keys(group.width, group.width)[0], theta.device, bases)
-            down.append(expand_down(rows[..., : basis.shape[0]], basis).movedim(-3, 0))
-        for group, rows in zip(self.up_groups, self._split(up_rows, self.up_groups), strict=True):
+            lora_A.append(expand_down(rows[..., : basis.shape[0]], basis).movedim(-3, 0))
+        for group, rows in zip(self.out_groups, self._split(up, self.out_groups), strict=True):
             basis = find_basis(config.basis_keys(group.width, group.width)[1], theta.device, bases)
-            up.append(expand_up(rows[..., : basis.shape[1], :], basis, config.scale).movedim(-3, 0))
-        return Stacks(tuple(down), tuple(up))
+            lora_B.append(expand_up(rows[..., : basis.shape[1], :], basis, config.scale).movedim(-3, 0))
+        return Stacks(tuple(lora_A), tuple(lora_B))
 
     @staticmethod
     def _split(rows: Tensor, groups: tuple[Group, ...]) -> tuple[Tensor, ...]:
@@ -106,24 +106,24 @@ class Layout:
                 f"the flat LoRA has {flat.shape[-1]} numbers; rank {rank} on these {len(self.names)} layers "
                 f"needs {self.lora_size(rank)}"
             )
-        groups = self.down_groups + self.up_groups
+        groups = self.in_groups + self.out_groups
         pieces = flat.split([len(group.layers) * rank * group.width for group in groups], dim=-1)
-        count = len(self.down_groups)
-        down = [
+        count = len(self.in_groups)
+        lora_A = [
             piece.unflatten(-1, (len(group.layers), rank, group.width)).movedim(-3, 0)
-            for group, piece in zip(self.down_groups, pieces[:count], strict=True)
+            for group, piece in zip(self.in_groups, pieces[:count], strict=True)
         ]
-        up = [
+        lora_B = [
             piece.unflatten(-1, (len(group.layers), group.width, rank)).movedim(-3, 0)
-            for group, piece in zip(self.up_groups, pieces[count:], strict=True)
+            for group, piece in zip(self.out_groups, pieces[count:], strict=True)
         ]
-        return Stacks(tuple(down), tuple(up))
+        return Stacks(tuple(lora_A), tuple(lora_B))
 
     def init_lora(self, rank: int, generator: torch.Generator) -> Tensor:
         """Return flat float32 LoRA factors ``(lora_size(rank),)``: ``lora_A`` as PEFT's (Kaiming), ``lora_B`` zero."""
         pieces = [
             (2 * torch.rand(len(group.layers) * rank * group.width, generator=generator) - 1) * group.width**-0.5
-            for group in self.down_groups
+            for group in self.in_groups
         ]
         return torch.cat([*pieces, torch.zeros(rank * sum(out_features for _, out_features in self.shapes))])
 
@@ -131,7 +131,7 @@ class Layout:
         """Stack per-layer factors ``(*batch, r, in)``, ``(*batch, out, r)``, all of one rank and batch shape.
 
         Raises:
-            ValueError: the layers are not this layout's, or a shape does not fit.
+            ValueError: the layers are others, or a shape does not fit.
         """
         missing, unexpected = set(self.names) - set(factors), set(factors) - set(self.names)
         if missing or unexpected:
@@ -148,15 +148,18 @@ class Layout:
                     f"the factors of {name} have shapes {[tuple(shape) for shape in shapes]}; expected "
                     f"{(*batch, rank, in_features)} and {(*batch, out_features, rank)}, one rank for all layers"
                 )
-        down = [torch.stack([factors[self.names[i]][0] for i in group.layers]) for group in self.down_groups]
-        up = [torch.stack([factors[self.names[i]][1] for i in group.layers]) for group in self.up_groups]
-        return Stacks(tuple(down), tuple(up))
+        lora_A = [torch.stack([factors[self.names[i]][0] for i in group.layers]) for group in self.in_groups]
+        lora_B = [torch.stack([factors[self.names[i]][1] for i in group.layers]) for group in self.out_groups]
+        return Stacks(tuple(lora_A), tuple(lora_B))
 
     def unstack(self, stacks: Stacks) -> list[tuple[Tensor, Tensor]]:
-        """Return each layer's ``lora_A`` ``(*batch, r, in)`` and ``lora_B`` ``(*batch, out, r)``, in layout order."""
+        """Return each layer's ``lora_A`` ``(*batch, r, in)``, ``lora_B`` ``(*batch, out, r)``, in the layers' order."""
         lora_A: dict[int, Tensor] = {}
         lora_B: dict[int, Tensor] = {}
-        for found, groups, tensors in ((lora_A, self.down_groups, stacks.down), (lora_B, self.up_groups, stacks.up)):
+        for found, groups, tensors in (
+            (lora_A, self.in_groups, stacks.lora_A),
+            (lora_B, self.out_groups, stacks.lora_B),
+        ):
             for group, tensor in zip(groups, tensors, strict=True):
                 # unbind, unlike indexing, has one backward node for all layers of the group
                 found.update(zip(group.layers, tensor.unbind(0), strict=True))
@@ -178,17 +181,17 @@ def concatenate(parts: list[Stacks]) -> Stacks:
         ]
         return torch.cat(spread, dim=dim)
 
-    down = tuple(join(tensors, -2) for tensors in zip(*(part.down for part in parts), strict=True))
-    up = tuple(join(tensors, -1) for tensors in zip(*(part.up for part in parts), strict=True))
-    return Stacks(down, up)
+    lora_A = tuple(join(tensors, -2) for tensors in zip(*(part.lora_A for part in parts), strict=True))
+    lora_B = tuple(join(tensors, -1) for tensors in zip(*(part.lora_B for part in parts), strict=True))
+    return Stacks(lora_A, lora_B)
 
 
-def prepare(stacks: Stacks, layout: Layout, dtypes: dict[str, torch.dtype], scale: float | Tensor) -> Stacks:
+def prepare(stacks: Stacks, groups: LayerGroups, dtypes: dict[str, torch.dtype], scale: float | Tensor) -> Stacks:
     """Scale the updates and cast the factors to each component's dtype, a whole group at a time."""
     if isinstance(scale, Tensor):
-        up = [tensor * scale.reshape((*scale.shape, 1, 1)).to(tensor.device) for tensor in stacks.up]
+        lora_B = [tensor * scale.reshape((*scale.shape, 1, 1)).to(tensor.device) for tensor in stacks.lora_B]
     else:
-        up = [tensor if scale == 1.0 else tensor * scale for tensor in stacks.up]
-    down = [tensor.to(dtypes[group.component]) for tensor, group in zip(stacks.down, layout.down_groups, strict=True)]
-    up = [tensor.to(dtypes[group.component]) for tensor, group in zip(up, layout.up_groups, strict=True)]
-    return Stacks(tuple(down), tuple(up))
+        lora_B = [tensor if scale == 1.0 else tensor * scale for tensor in stacks.lora_B]
+    lora_A = [tensor.to(dtypes[group.component]) for tensor, group in zip(stacks.lora_A, groups.in_groups, strict=True)]
+    lora_B = [tensor.to(dtypes[group.component]) for tensor, group in zip(lora_B, groups.out_groups, strict=True)]
+    return Stacks(tuple(lora_A), tuple(lora_B))

@@ -19,7 +19,6 @@ from converters.lora import Lora
 from lidb_peft import LiDBConfig, project_lora
 from lidb_peft.families import FAMILIES
 from lidb_peft.space import LiDBSpace
-from lidb_peft.stacks import Layout
 from lidb_peft.theta import save_theta
 
 
@@ -91,9 +90,9 @@ def project(
     left_out = []
     for name, factors in updates:
         if name in rows:
-            layout = Layout({name: space.shapes[rows[name]]})
+            shapes = {name: space.shapes[rows[name]]}
             theta[rows[name]], errors[name] = (
-                found[0] for found in project_lora(layout, space.config, {name: factors}, bases)
+                found[0] for found in project_lora(shapes, space.config, {name: factors}, bases)
             )
         else:
             left_out.append(name)

@@ -21,11 +21,12 @@ from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
 from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer
+from lidb_peft.layout import layers_hash
 from lidb_peft.naming import find_layers
 from lidb_peft.record import check_record
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import read_header
-from lidb_peft.space import LiDBSpace, layers_hash
+from lidb_peft.space import LiDBSpace
 from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
 # layer name -> (in_features, out_features)

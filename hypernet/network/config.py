@@ -8,7 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from hypernet.network.encoder import check_encoder
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, record_config, space_record
-from lidb_peft.space import layers_hash
+from lidb_peft.layout import layers_hash
 
 
 class HyperNetworkConfig(PretrainedConfig):

@@ -21,8 +21,8 @@ from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_files
+from lidb_peft.layout import distinct_basis_keys, starting_theta, theta_mask
 from lidb_peft.safe_read import read_header, read_json_object
-from lidb_peft.space import distinct_basis_keys, starting_theta, theta_mask
 
 HEAD_STD = 1e-3
 POSITION_STD = 0.02

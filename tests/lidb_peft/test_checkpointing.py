@@ -68,7 +68,7 @@ def loss_of(models, latents, timesteps, ids):
 
 def gradient(models, space, seed=0, samples=2):
     theta = make_theta(space, samples, seed=seed)
-    with space.weights(theta):
+    with space.apply(theta):
         loss_of(models, *make_inputs(samples)).backward()
     return theta.grad
 
@@ -83,7 +83,7 @@ def test_gradients_are_those_without_checkpointing(models, space, reentrant, ins
     expected = gradient(models, space)
     switch_on(models, reentrant)
     theta = make_theta(space, 2)
-    with space.weights(theta):
+    with space.apply(theta):
         loss = loss_of(models, *make_inputs())
         if inside:
             loss.backward()
@@ -100,9 +100,9 @@ def test_two_forwards_with_different_weights_before_one_backward(models, space, 
     thetas = [make_theta(space, 2, seed=seed) for seed in (1, 2)]
     losses = []
     for theta in thetas:
-        with space.weights(theta):
+        with space.apply(theta):
             losses.append(loss_of(models, *make_inputs()))
-    with space.weights(make_theta(space, seed=3)):  # an unrelated block is open while the others are recomputed
+    with space.apply(make_theta(space, seed=3)):  # an unrelated block is open while the others are recomputed
         sum(losses).backward()
     assert all(close(theta.grad, want) for theta, want in zip(thetas, expected, strict=True))
 
@@ -114,7 +114,7 @@ def test_backwards_in_the_order_of_the_forwards(models, space, reentrant, switch
     thetas = [make_theta(space, 2, seed=seed) for seed in (1, 2)]
     losses = []
     for theta in thetas:
-        with space.weights(theta):
+        with space.apply(theta):
             losses.append(loss_of(models, *make_inputs()))
     for theta, loss, want in zip(thetas, losses, expected, strict=True):
         loss.backward()
@@ -126,8 +126,8 @@ def test_other_blocks_and_sampling_may_come_in_between(models, space, reentrant,
     expected = gradient(models, space)
     switch_on(models, reentrant)
     theta, other = make_theta(space, 2), make_theta(space, seed=9)
-    with space.weights(theta):
-        with torch.no_grad(), space.weights(other):
+    with space.apply(theta):
+        with torch.no_grad(), space.apply(other):
             sampled = loss_of(models, *make_inputs())
         loss = loss_of(models, *make_inputs())
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_batch_equals_one_at_a_time(models, space, reentrant, switch_on):
     inputs = make_inputs(3)
     for i in range(3):
         theta = make_theta(space, 3).detach()[i].clone().requires_grad_()
-        with space.weights(theta):
+        with space.apply(theta):
             loss = loss_of(models, *(part[i : i + 1] for part in inputs))
         loss.backward()
         assert close(theta.grad, together[i])
@@ -175,8 +175,8 @@ def test_the_models_own_checkpointing_functions_come_back(models, space, switch_
     owners = [m for model in models.values() for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     before = [owner._gradient_checkpointing_func for owner in owners]
     assert owners
-    with space.weights(space.theta_0):
-        with pytest.raises(ZeroDivisionError), space.weights(space.theta_0):
+    with space.apply(space.theta_0):
+        with pytest.raises(ZeroDivisionError), space.apply(space.theta_0):
             raise ZeroDivisionError
         assert any(owner._gradient_checkpointing_func is not f for owner, f in zip(owners, before, strict=True))
     assert all(owner._gradient_checkpointing_func is f for owner, f in zip(owners, before, strict=True))
@@ -188,7 +188,7 @@ def test_checkpointing_that_bypasses_the_models_is_an_error_and_not_a_wrong_grad
     for reentrant in MODES.values():
         theta = make_theta(space, 2)
         inputs = latents.clone().requires_grad_()
-        with space.weights(theta):
+        with space.apply(theta):
             prompts = models["text_encoder"](ids)[0]
             function = functools.partial(unet, return_dict=False)
             (sample,) = torch.utils.checkpoint.checkpoint(function, inputs, timesteps, prompts, use_reentrant=reentrant)
@@ -198,7 +198,7 @@ def test_checkpointing_that_bypasses_the_models_is_an_error_and_not_a_wrong_grad
 
 def test_training_the_base_model_after_sampling_in_the_space_is_no_concern_of_it(models, space, switch_on):
     latents, timesteps, ids = make_inputs()
-    with torch.no_grad(), space.weights(space.theta_0):
+    with torch.no_grad(), space.apply(space.theta_0):
         loss_of(models, latents, timesteps, ids)
     models["unet"].requires_grad_(True)
     switch_on(models, reentrant=False)
@@ -212,7 +212,7 @@ def test_backward_may_run_in_another_thread(models, space, reentrant, switch_on)
     expected = gradient(models, space)
     switch_on(models, reentrant)
     theta = make_theta(space, 2)
-    with space.weights(theta):
+    with space.apply(theta):
         thread = threading.Thread(target=loss_of(models, *make_inputs()).backward)
         thread.start()
         thread.join()
@@ -224,7 +224,7 @@ def test_the_graph_outlives_the_space(models, switch_on):
     expected = gradient(models, space)
     switch_on(models, reentrant=False)
     theta = make_theta(space, 2)
-    with space.weights(theta):
+    with space.apply(theta):
         loss = loss_of(models, *make_inputs())
     del space
     loss.backward()

@@ -5,7 +5,7 @@ import torch
 
 from lidb_peft import LiDBConfig, LiDBSpace, squared_distance
 from lidb_peft.bases import get_basis
-from lidb_peft.space import distinct_basis_keys, split_theta
+from lidb_peft.layout import distinct_basis_keys, split_theta
 
 CONFIG = LiDBConfig(r=2, down_dim=28, up_dim=40, scale=0.5)  # wider than the text encoder's 24
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from lidb_peft import LiDBConfig
 from lidb_peft.bases import BasisKey, get_basis
-from lidb_peft.space import LiDBSpace, distinct_basis_keys, split_theta
+from lidb_peft.layout import distinct_basis_keys, split_theta
+from lidb_peft.space import LiDBSpace
 
 CONFIG = LiDBConfig(r=2, down_dim=28, up_dim=40, scale=0.5)  # wider than the text encoder's 24
 
@@ -127,7 +128,7 @@ def test_sdxl_has_its_736_layers():
 def test_theta_0_is_shared_and_the_identity(models, space, inputs):
     with torch.no_grad():
         expected = run(models, *inputs)
-        with space.weights(space.theta_0):
+        with space.apply(space.theta_0):
             assert torch.equal(run(models, *inputs), expected)
     assert torch.equal(space.theta_0, LiDBSpace(models, CONFIG).theta_0)
     down, up = space.theta_0[:, : 2 * 28], space.theta_0[:, 2 * 28 :]
@@ -142,7 +143,7 @@ def test_narrow_layers_are_padded_with_dead_numbers(models, space, inputs):
     assert down.sum(1).tolist() == [24, 24]
     assert up.sum(0).tolist() == [24, 24]
     theta = random_theta(space).requires_grad_()
-    with space.weights(theta):
+    with space.apply(theta):
         run(models, *inputs).square().sum().backward()
     assert not theta.grad[~space.mask].any()
     assert (theta.grad[space.mask] != 0).float().mean() > 0.99
@@ -152,7 +153,7 @@ def test_weights_equal_the_merged_model(models, space, inputs):
     theta = random_theta(space)
     with torch.no_grad():
         base = run(models, *inputs)
-        with space.weights(theta):
+        with space.apply(theta):
             adapted = run(models, *inputs)
         assert torch.allclose(adapted, run(merged(models, space, theta), *inputs), atol=2e-5)
         assert not torch.allclose(adapted, base, atol=1e-3)
@@ -177,12 +178,12 @@ def test_factors_multiply_to_the_update_and_are_differentiable(space):
 
 def test_a_batch_equals_one_at_a_time(models, space, inputs):
     thetas = random_theta(space, 4).requires_grad_()
-    with space.weights(thetas):
+    with space.apply(thetas):
         together = run(models, *inputs)
     together.square().mean(dim=(1, 2, 3)).sum().backward()
     for i in range(4):
         theta = thetas.detach()[i].clone().requires_grad_()
-        with space.weights(theta):
+        with space.apply(theta):
             alone = run(models, *(part[i : i + 1] for part in inputs))
         alone.square().mean().backward()
         assert torch.allclose(alone[0], together[i], atol=1e-5)
@@ -191,11 +192,11 @@ def test_a_batch_equals_one_at_a_time(models, space, inputs):
 
 def test_several_samples_of_an_identity_are_neighbours(models, space, inputs):
     thetas = random_theta(space, 2)
-    with torch.no_grad(), space.weights(thetas):
+    with torch.no_grad(), space.apply(thetas):
         pairs = run(models, *inputs)
-    with torch.no_grad(), space.weights(thetas.repeat_interleave(2, dim=0)):
+    with torch.no_grad(), space.apply(thetas.repeat_interleave(2, dim=0)):
         assert torch.allclose(pairs, run(models, *inputs), atol=1e-5)
-    with space.weights(random_theta(space, 3)), pytest.raises(ValueError, match="4 samples for 3 identities"):
+    with space.apply(random_theta(space, 3)), pytest.raises(ValueError, match="4 samples for 3 identities"):
         run(models, *inputs)
 
 
@@ -204,9 +205,9 @@ def test_strength_is_a_number_or_one_for_each_identity(models, space, inputs):
     with torch.no_grad():
         expected = []
         for scale in (0.0, 0.4, 1.0, -1.0):
-            with space.weights(theta, scale=scale):
+            with space.apply(theta, scale=scale):
                 expected.append(run(models, *inputs)[len(expected)])
-        with space.weights(theta.expand(4, -1, -1), scale=torch.tensor([0.0, 0.4, 1.0, -1.0])):
+        with space.apply(theta.expand(4, -1, -1), scale=torch.tensor([0.0, 0.4, 1.0, -1.0])):
             assert torch.allclose(run(models, *inputs), torch.stack(expected), atol=1e-5)
 
 
@@ -216,7 +217,7 @@ def test_a_frozen_theta_and_a_trainable_lora_together(models, space, inputs):
     fresh = space.init_lora(3, generator)
     assert fresh.shape == (space.lora_size(3),)
     with torch.no_grad():
-        with space.weights(theta):
+        with space.apply(theta):
             expected = run(models, *inputs)
         with space.apply(space.expand(theta), space.split_lora(fresh, 3)):
             assert torch.allclose(run(models, *inputs), expected, atol=1e-5)  # lora_B is zero
@@ -236,7 +237,7 @@ def test_a_frozen_theta_and_a_trainable_lora_together(models, space, inputs):
 def test_theta_and_peft_adapters_convert_both_ways(models, inputs, new_unet, new_text_encoder):
     space = LiDBSpace(models, CONFIG)
     theta = random_theta(space)
-    with torch.no_grad(), space.weights(theta):
+    with torch.no_grad(), space.apply(theta):
         expected = run(models, *inputs)
     with pytest.raises(ValueError, match="no LiDB adapter called 'default' on"):
         space.theta_from_adapters()
@@ -256,12 +257,12 @@ def test_theta_and_peft_adapters_convert_both_ways(models, inputs, new_unet, new
 def test_half_precision_models_cast_the_factors(models, space, inputs):
     latents, timesteps, ids = inputs
     theta = random_theta(space)
-    with torch.no_grad(), space.weights(theta):
+    with torch.no_grad(), space.apply(theta):
         expected = run(models, *inputs)
     for model in models.values():
         model.to(torch.bfloat16)
     leaf = theta.clone().requires_grad_()
-    with space.weights(leaf):
+    with space.apply(leaf):
         result = run(models, latents.bfloat16(), timesteps, ids)
     assert result.dtype == torch.bfloat16
     assert (result.float() - expected).norm() < 0.05 * expected.norm()
@@ -276,7 +277,7 @@ def test_hooks_go_with_the_space_and_copies_are_free_of_it(models, inputs):
     copies = copy.deepcopy(models)
     with torch.no_grad():
         base = run(models, *inputs)
-        with space.weights(random_theta(space)):
+        with space.apply(random_theta(space)):
             assert torch.equal(run(copies, *inputs), base)
     del space
     gc.collect()
@@ -295,9 +296,9 @@ def test_wrong_weights_are_refused_in_words(space):
     row = space.row_size
     with pytest.raises(ValueError, match=rf"this space takes \(\.\.\., {space.num_layers}, {row}\)"):
         space.factors(torch.zeros(3, row))
-    with pytest.raises(ValueError, match="pass one axis of identities"), space.weights(random_theta(space, 2, 2)):
+    with pytest.raises(ValueError, match="pass one axis of identities"), space.apply(random_theta(space, 2, 2)):
         pass
-    with pytest.raises(ValueError, match="apply needs factors"), space.apply():
+    with pytest.raises(ValueError, match="apply needs theta or factors"), space.apply():
         pass
     with pytest.raises(ValueError, match="the flat LoRA has 5 numbers; rank 2"):
         space.split_lora(torch.zeros(5), 2)
@@ -350,7 +351,7 @@ def test_a_model_compiles_as_one_graph_and_reads_new_weights(new_text_encoder, i
 
     compiled = torch.compile(models["text_encoder"], backend=backend, fullgraph=True)
     for seed in range(3):
-        with space.weights(random_theta(space, seed=seed)):
+        with space.apply(random_theta(space, seed=seed)):
             expected = models["text_encoder"](inputs[2])[0]
             assert torch.allclose(compiled(inputs[2])[0], expected, atol=1e-6)
     assert len(compilations) == 1

@@ -12,7 +12,7 @@ from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import FitConfig, PersonalizeConfig
 from lidb_peft.bases import get_basis
-from lidb_peft.space import distinct_basis_keys
+from lidb_peft.layout import distinct_basis_keys
 from testbed import miniature_path
 
 UNCLIPPED = 1e9

@@ -28,7 +28,7 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import prepare_pictures
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from lidb_peft import LiDBConfig, LiDBSpace, squared_distance
-from lidb_peft.space import split_theta
+from lidb_peft.layout import split_theta
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 ENCODERS = {
@@ -424,7 +424,7 @@ def test_learned_bases_start_at_the_frozen_ones_and_leave_in_the_lora(base, padd
             used = base.encode_prompts(ids).prompt_embeds
         with padded_space.apply(lora):
             exported = base.encode_prompts(ids).prompt_embeds
-        with padded_space.weights(theta[0]):
+        with padded_space.apply(theta[0]):
             by_frozen = base.encode_prompts(ids).prompt_embeds
     assert torch.equal(used, exported)
     assert not torch.allclose(used, by_frozen, atol=1e-4)

@@ -100,7 +100,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, sp
     for person in range(2):
         theta = network(batch.seen[person : person + 1])[0]
         rows = slice(2 * person, 2 * person + 2)
-        with space.weights(theta):
+        with space.apply(theta):
             embeds = base.encode_prompts(prompts)
             denoising = (base.denoise(noisy[rows], timesteps[rows], embeds) - target[rows]).square().mean()
         distance = (squared_distance(space, theta, batch.targets[person]) / scale).mean()
@@ -137,7 +137,7 @@ def test_without_its_caption_a_person_answers_to_the_empty_prompt(base, space, b
     network = make_network(space)
     _, sums = Objective(base, space, network, CONFIG)(replace(batch, drops_caption=torch.tensor([True, True])))
     noisy, timesteps, target = asked(base, batch)
-    with space.weights(network(batch.seen)):
+    with space.apply(network(batch.seen)):
         embeds = base.encode_prompts(base.prepare_prompts([""] * 2)).rows(torch.tensor([0, 0, 1, 1]))
         error = base.denoise(noisy, timesteps, embeds) - target
     expected = error.square().mean(dim=(1, 2, 3)).view(2, 2).mean(dim=1).sum()
