@@ -155,12 +155,10 @@ def open_base(name: str, device: str, precision: str, max_vram: int | None = Non
         max_vram: bytes that may be taken of the CUDA device.
         options: ``attention`` and ``compile`` of `load_base`.
     """
-    from cli.progress import quiet_libraries
     from hypernet.bases.loading import load_base
     from hypernet.devices import choose_device, describe_choice, limit_memory
     from lidb_peft import LiDBConfig
 
-    quiet_libraries()
     if max_vram is not None:
         limit_memory(choose_device(device), max_vram)
     if name == "testbed":

@@ -21,10 +21,9 @@ def command(out: Path, person: int, seed: int) -> None:
     hdb demo
     hdb demo --person 5 --out demo5
     """
-    from cli.progress import progress_bars, quiet_libraries
+    from cli.progress import progress_bars
     from testbed.demo import run_demo
 
-    quiet_libraries()
     with progress_bars() as report:
         files, result = run_demo(out, person, seed, report)
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())

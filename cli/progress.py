@@ -8,18 +8,6 @@ from hypernet.recipe import StageProgress
 _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
 
 
-def quiet_libraries() -> None:
-    """Silence the loading bars of diffusers and transformers; downloads keep theirs."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()  # which switches off the hub's bars too
-    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the user's own choice
-        huggingface_hub.utils.enable_progress_bars()
-
-
 @contextmanager
 def progress_bars(per_hour: str = "") -> Iterator[StageProgress]:
     """Yield a callback ``(stage, done, total)`` that shows one bar per stage.

@@ -15,6 +15,7 @@ from hypernet.bases.folders import TEXT_ENCODERS, check_folder, mend_text_encode
 from hypernet.bases.stable_diffusion import PIPELINE_OPTIONS, StableDiffusion
 from hypernet.devices import choose_device, choose_dtype
 from hypernet.errors import first_sentence
+from hypernet.quiet import quiet_loading
 from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
 from lidb_peft.safe_read import PICKLE_SUFFIXES
 
@@ -73,13 +74,12 @@ def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
     path = Path(source)
-    if path.is_file():
-        pipeline = _load_single_file(path, dtype)
-    elif path.is_dir():
-        pipeline = _load_folder(path, dtype)
-    else:
-        pipeline = _load_from_hub(source, dtype)
-    return pipeline
+    with quiet_loading():
+        if path.is_file():
+            return _load_single_file(path, dtype)
+        if path.is_dir():
+            return _load_folder(path, dtype)
+        return _load_from_hub(source, dtype)
 
 
 @contextmanager

@@ -4,8 +4,6 @@ ViT, CLIP and SigLIP vision towers, DINOv2: whatever gives one vector for each p
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from hypernet.errors import first_line
+from hypernet.quiet import quiet_loading
 from lidb_peft.safe_read import read_json_object
 
 # Parts that make one vector of a picture, or replace masked patches; the patches' own vectors do not pass through them.
@@ -32,7 +31,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         ValueError: it is no vision transformer, or lacks weights.
     """
     try:
-        with torch.random.fork_rng(devices=[]), _quiet_report():  # transformers draws the weights that it does not find
+        with torch.random.fork_rng(devices=[]), quiet_loading():  # transformers draws the weights that it does not find
             config = AutoConfig.from_pretrained(source)
             config = getattr(config, "vision_config", config)
             check_encoder(config)
@@ -51,20 +50,6 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     if Path(source).is_dir():
         encoder.config.name_or_path = Path(source).name  # checkpoints tell nobody's folders
     return encoder.float(), settings
-
-
-@contextmanager
-def _quiet_report() -> Iterator[None]:
-    """Keep transformers from listing absent weights as a warning: those that are used are an error, the others nothing.
-
-    Encoders are saved without a pooler, whose weights no patch's vector passes through.
-    """
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def check_encoder(config: PretrainedConfig) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 from hypernet.errors import first_line
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
+from hypernet.quiet import quiet_loading
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_files
@@ -218,7 +219,7 @@ class HyperNetwork(PreTrainedModel):
         """
         _check_files(Path(source))
         try:
-            with _told_if_missing(source):
+            with _told_if_missing(source), quiet_loading():
                 model, info = super().from_pretrained(
                     source, use_safetensors=True, output_loading_info=True, **_float32(), **options
                 )

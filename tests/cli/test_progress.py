@@ -1,20 +1,6 @@
-import sys
 import time
 
-import huggingface_hub
-import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
-
-from cli.progress import progress_bars, quiet_libraries
-
-
-@pytest.mark.parametrize("disabled_by_user", [True, None])
-def test_downloads_keep_their_bars_unless_the_user_says_otherwise(monkeypatch, disabled_by_user):
-    # What the hub reads from the environment when it is imported: one copy for others, one that outranks all calls.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", disabled_by_user)
-    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
-    quiet_libraries()
-    assert are_progress_bars_disabled() is bool(disabled_by_user)
+from cli.progress import progress_bars
 
 
 def test_bars_say_how_many_an_hour_not_counting_what_was_there(capsys, monkeypatch):

@@ -1,0 +1,49 @@
+"""Loading without transformers' and diffusers' own warnings and bars, whose loggers are the user's again afterwards."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from types import ModuleType
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers and diffusers from warning and from showing bars in a block; downloads keep theirs.
+
+    They warn of a torchvision that nothing here needs, and count weights that load in a moment. Whoever has asked one
+    of them for more than its default, ``info`` or ``debug``, gets that.
+    """
+    with ExitStack() as libraries:
+        for name in ("transformers", "diffusers"):
+            libraries.enter_context(_quiet(import_module(f"{name}.utils.logging")))
+        yield
+
+
+@contextmanager
+def _quiet(library: ModuleType) -> Iterator[None]:
+    """Let one library log errors only for a block, and switch its bars off."""
+    verbosity = library.get_verbosity()
+    if verbosity < logging.WARNING:
+        yield
+        return
+    had_bars = library._tqdm_active  # diffusers 0.32 has no function that tells
+    library.set_verbosity(max(verbosity, logging.ERROR))
+    if had_bars:
+        _switch_bars(library, on=False)
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if had_bars:
+            _switch_bars(library, on=True)
+
+
+def _switch_bars(library: ModuleType, on: bool) -> None:
+    """Switch a library's own bars; transformers switches those of the hub's downloads too, which stay as they are."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    had_downloads = not are_progress_bars_disabled()
+    (library.enable_progress_bar if on else library.disable_progress_bar)()
+    if are_progress_bars_disabled() == had_downloads:
+        (enable_progress_bars if had_downloads else disable_progress_bars)()
