@@ -5,7 +5,6 @@ anything else.
 """
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -121,14 +120,6 @@ checkpointing_option = recipe_option(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Base:
-    """A loaded base and the LiDB bases that go with it."""
-
-    model: "BaseModel"
-    lidb_config: "LiDBConfig"
-
-
 def base_recipe(name: str) -> PersonalizeConfig:
     """The recipe that goes with ``--base``."""
     return MINIATURE_RECIPE if name == "testbed" else PersonalizeConfig()
@@ -148,7 +139,18 @@ def hypernet_source(name: str | None) -> str | None:
     return None if name == "none" else name
 
 
-def open_base(name: str, device: str, precision: str, max_vram: int | None = None, **options: Any) -> Base:
+def base_lidb_config(name: str) -> "LiDBConfig":
+    """The LiDB bases that go with ``--base``."""
+    if name == "testbed":
+        from testbed import miniature_lidb_config
+
+        return miniature_lidb_config()
+    from lidb_peft import LiDBConfig
+
+    return LiDBConfig()
+
+
+def open_base(name: str, device: str, precision: str, max_vram: int | None = None, **options: Any) -> "BaseModel":
     """Load the base that ``--base`` names, and say what was chosen.
 
     Args:
@@ -157,21 +159,20 @@ def open_base(name: str, device: str, precision: str, max_vram: int | None = Non
     """
     from hypernet.bases.loading import load_base
     from hypernet.devices import choose_device, describe_choice, limit_memory
-    from lidb_peft import LiDBConfig
 
     if max_vram is not None:
         limit_memory(choose_device(device), max_vram)
+    source = name
     if name == "testbed":
-        from testbed import miniature_lidb_config, miniature_path
+        from testbed import miniature_path
 
-        base = Base(load_base(str(miniature_path()), device, precision, **options), miniature_lidb_config())
-    else:
-        base = Base(load_base(name, device, precision, **options), LiDBConfig())
-    click.echo(f"base {name} on {describe_choice(base.model.device, base.model.dtype)}", err=True)
+        source = str(miniature_path())
+    base = load_base(source, device, precision, **options)
+    click.echo(f"base {name} on {describe_choice(base.device, base.dtype)}", err=True)
     return base
 
 
-def join_and_open(name: str, device: str, precision: str, **options: Any) -> tuple["PartialState", Base]:
+def join_and_open(name: str, device: str, precision: str, **options: Any) -> tuple["PartialState", "BaseModel"]:
     """Meet the processes that a launcher started, if one did, and `open_base` on this one's own device."""
     from hypernet.devices import choose_device, join_processes
 

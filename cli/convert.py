@@ -53,7 +53,7 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
     if base is not None:
         from cli.bases import open_base
 
-        opened = open_base(base, device="cpu", precision="fp32").model
+        opened = open_base(base, device="cpu", precision="fp32")
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
     options = {"dtype": dtype, "family": family, "trigger": trigger, "v_prediction": v_prediction,

@@ -34,10 +34,10 @@ def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device,
     if guidance is None:
         guidance = base_recipe(base).guidance
     check_pictures(out, lora)
-    opened = open_base(base, device, precision)
+    model = open_base(base, device, precision)
     with progress_bars() as report:
         generate_to_file(
-            opened.model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,
+            model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,
             progress=lambda done, total: report("draw", done, total),
         )  # fmt: skip
     click.echo(f"wrote {out}")

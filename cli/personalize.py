@@ -1,7 +1,6 @@
 """`hdb personalize`."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ import click
 
 from cli.bases import (
     base_hypernet,
+    base_lidb_config,
     base_option,
     base_recipe,
     batch_option,
@@ -96,28 +96,26 @@ def command(
     with timed(seconds, "import"):
         from cli.progress import progress_bars
         from hypernet.inputs.people import open_people
-        from hypernet.personalize import check_request, personalize_to_files
-        from hypernet.personalize_each import check_each, personalize_each
+        from hypernet.personalize import make_person
+        from hypernet.personalize_each import make_people
+        from hypernet.request import request_people, request_person
 
     recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})
+    common = {"config": recipe, "hypernet": network, "lidb_config": base_lidb_config(base),
+              "previews": None if no_preview else previews}  # fmt: skip
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
-        check_request(photos, out, recipe, save_theta, from_theta, network)
-        run = partial(personalize_to_files, photos, save_theta=save_theta, from_theta=from_theta)
+        request = request_person(photos, out, save_theta=save_theta, from_theta=from_theta, **common)
     else:
         folder = Path(each).resolve()
         people, out = open_people(each), out or Path(f"{folder.name if folder.is_dir() else folder.stem}-loras")
-        check_each(people, out, recipe, network)
-        run = partial(personalize_each, people, batch=batch)
+        request = request_people(people, out, batch=batch, **common)
     with timed(seconds, "import"):
         from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
-        opened = open_base(base, **loading)
+        model = open_base(base, **loading)
     with progress_bars(per_hour="" if each is None else "people") as report:
-        result = run(
-            base=opened.model, out=out, config=recipe, lidb_config=opened.lidb_config,
-            previews=None if no_preview else previews, hypernet=network, progress=report,
-        )  # fmt: skip
+        result = (make_person if each is None else make_people)(request, model, report)
     (_tell_person if each is None else _tell_people)(result, out)
     seconds |= result.seconds
     click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))

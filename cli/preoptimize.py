@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from cli.bases import (
+    base_lidb_config,
     base_option,
     base_recipe,
     batch_option,
@@ -66,17 +67,17 @@ def command(images, base, out, batch, init_from, streaming, no_crop, **options) 
     given = {name: value for name, value in options.items() if value is not None}
     config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch)
     people = open_people(images, streaming)
-    state, opened = join_and_open(base, **loading)
-    space = LiDBSpace(opened.model.adapted, opened.lidb_config)
+    state, model = join_and_open(base, **loading)
+    space = LiDBSpace(model.adapted, base_lidb_config(base))
     source = hypernet_source(init_from)
-    start, start_name = predicted_start(source, space, opened.model.device) if source else (None, "theta_0")
+    start, start_name = predicted_start(source, space, model.device) if source else (None, "theta_0")
     with state.main_process_first():  # which makes the store
-        store = open_targets(out, opened.model, space, people, config, start_name)
+        store = open_targets(out, model, space, people, config, start_name)
     count = people.count()
     click.echo(f"{images}: {count or 'any number of'} people, {batch or store.batch} at a time", err=True)
     with progress_bars(per_hour="people") as report:
         result = preoptimize(
-            people, opened.model, space, store, config, start,
+            people, model, space, store, config, start,
             rank=state.process_index, world=state.num_processes, progress=report if state.is_main_process else None,
         )  # fmt: skip
     who = "" if state.num_processes == 1 else f"process {state.process_index + 1} of {state.num_processes}: "

@@ -27,10 +27,10 @@ def command(source, out, minus, base) -> None:
 
     options = {}
     if base is not None:
-        from cli.bases import open_base
+        from cli.bases import base_lidb_config, open_base
 
-        opened = open_base(base, device="cpu", precision="fp32")
-        options = {"models": opened.model.adapted, "config": opened.lidb_config}
+        model = open_base(base, device="cpu", precision="fp32")
+        options = {"models": model.adapted, "config": base_lidb_config(base)}
     found = project_to_file(source, out, minus, **options)
     click.echo(f"wrote {out}")
     click.echo(f"{len(found.errors)} {what_is_missed(found.errors)}; {len(found.left_out)} were left out")

@@ -6,6 +6,7 @@ import click
 from click.core import ParameterSource
 
 from cli.bases import (
+    base_lidb_config,
     base_option,
     hypernet_source,
     join_and_open,
@@ -100,7 +101,6 @@ def command(
     from hypernet.inputs.people import open_people
     from hypernet.training.loop import BEST, train
     from hypernet.training.setup import LAST, open_network
-    from lidb_peft import LiDBSpace
 
     if init_from is not None:
         _check_nothing_of_a_fresh_one()
@@ -110,13 +110,13 @@ def command(
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
-    state, opened = join_and_open(base, **loading)
-    network = open_network(
-        out if resume else None, hypernet_source(init_from), space=LiDBSpace(opened.model.adapted, opened.lidb_config),
+    state, model = join_and_open(base, **loading)
+    network, space = open_network(
+        out if resume else None, hypernet_source(init_from), base=model, lidb_config=base_lidb_config(base),
         base_model_name=base, seed=config.seed, **fresh,
     )  # fmt: skip
     with progress_bars() as report:
-        result = train(people, opened.model, network, out, config, targets, held_out, resume, trackers, report)
+        result = train(people, model, network, out, config, targets, held_out, resume, trackers, report, space)
     if state.is_main_process:
         loss = "no step was left" if result.loss is None else f"loss {result.loss:.4f}"
         best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({out / BEST})"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.batch_size import choose_batch
-from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
-from hypernet.network.config import HyperNetworkConfig
-from hypernet.network.prediction import Hypernet, config_of, load_network, predict_people, read_once
-from hypernet.personalize import choose_recipe, draw_base, fit_people, open_start, write_result
+from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person
+from hypernet.network.prediction import Hypernet
+from hypernet.personalize import OpenedRequest, draw_base, write_result
 from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.request import PeopleRequest, request_people
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
-from lidb_peft.files import check_writable, locked_folder
+from lidb_peft.files import locked_folder
 
 _NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in Windows; and in a prompt ":" and ">" end a LoRA's name
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the suffix and that of the temporary file
@@ -74,61 +74,37 @@ def personalize_each(
 
     Raises:
         BlockingIOError: another run is at work in ``out``.
-        ValueError, OSError: as `check_each`, or a fit or an output fails; what is written stays.
+        ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
     """
-    out, hypernet = Path(out), read_once(hypernet)
-    config = check_each(people, out, config, hypernet)
-    result = PersonalizedEach()
-    if isinstance(hypernet, HyperNetworkConfig):
-        with timed(result.seconds, "load hypernetwork"):
-            hypernet = load_network(hypernet)
-    space, theta = open_start(base, lidb_config, None, hypernet)
-    batch = batch or choose_batch(base, space, config.lora_fit)
-    report = _people_done(result, people.count(), progress)
+    request = request_people(people, out, config, hypernet, lidb_config, previews, batch)
+    return make_people(request, base, progress)
+
+
+def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress | None = None) -> PersonalizedEach:
+    """Do what is asked for everybody of a data set; see `personalize_each`."""
+    result, config, previews = PersonalizedEach(), request.config, request.previews
+    opened = OpenedRequest(request, base, result.seconds)
+    batch = request.batch or choose_batch(base, opened.space, config.lora_fit)
+    report = _people_done(result, request.people.count(), progress)
     stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
 
     def share(num_people: int) -> StageProgress:
         return lambda stage, done, total: report(num_people / (stages * total))
 
-    bases, base_pictures = None, []
-    unmade = _without_lora(people, out, result, report)
+    base_pictures = None
+    unmade = _without_lora(request.people, request.out, result, report)
     usable = _prepared(unmade, base.size_px, config.crop, result, report)
-    with locked_folder(out, "hdb personalize --each"):
+    with locked_folder(request.out, "hdb personalize --each"):
         while group := list(islice(usable, batch)):
             prepared = [person for person, _ in group]
-            if hypernet is not None:
-                with timed(result.seconds, "predict"):
-                    theta, bases = predict_people(hypernet, prepared, base.device)
-            results = fit_people(prepared, base, space, config, theta, bases, result.seconds, share(len(group)))
-            base_pictures = base_pictures or draw_base(results[0], previews)
-            for personalization, (_, file) in zip(results, group, strict=True):
+            made = opened.fit(prepared, opened.starts(prepared), share(len(group)))
+            base_pictures = base_pictures or draw_base(made[0], previews)
+            for personalization, (_, file) in zip(made, group, strict=True):
                 write_result(personalization, file, previews, base_pictures, share(1))
                 result.made.append(file)
                 report(1 / stages)
     report(0)
     return result
-
-
-def check_each(
-    people: People, out: str | Path, config: PersonalizeConfig | None, hypernet: Hypernet | None
-) -> PersonalizeConfig:
-    """Find what is wrong before a base model is loaded; returns the recipe that is meant.
-
-    Raises:
-        ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are
-            to be found and cannot be.
-        OSError: ``out`` is a file, or cannot be written.
-    """
-    config = choose_recipe(config, None, config_of(read_once(hypernet)))
-    if config.crop:
-        check_detector()
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder for the LoRAs")
-    if out.resolve().is_relative_to(Path(people.source).resolve()):
-        raise ValueError(f"{out} is in {people.source}, where its previews would be people; choose another --out")
-    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()) / "name.safetensors")
-    return config
 
 
 def _without_lora(

@@ -16,7 +16,7 @@ PARTS = {
     "converters": ("inspection", "arithmetic", "formats"),
 }
 # What puts the parts of a package together: no part may import it.
-HEADS = {"hypernet": ("personalize", "personalize_each"), "converters": ("batch", "convert")}
+HEADS = {"hypernet": ("request", "personalize", "personalize_each"), "converters": ("batch", "convert")}
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
 # An entry point like the CLI: it may reach one package to the left, and nothing may import it.
 KOHYA_ENTRY = Path("lidb_peft/kohya.py")

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +70,18 @@ class Photo:
     def to_tensor(self) -> Tensor:
         """Return the image as ``(3, size_px, size_px)`` float32 in [-1, 1]."""
         return torch.from_numpy(np.array(self.image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+class NamedImage(NamedTuple):
+    """An upright RGB picture, and what messages call it."""
+
+    name: str
+    image: Image.Image
+
+
+def open_photo(path: str | os.PathLike) -> NamedImage:
+    """Read a photo of a person; raises as `read_image` does."""
+    return NamedImage(str(path), read_image(path))
 
 
 def load_photo(path: str | os.PathLike, size_px: int, crop: bool = True) -> Photo:

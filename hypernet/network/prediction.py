@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypernet.inputs.people import PreparedPerson
 from hypernet.network.config import HyperNetworkConfig
-from hypernet.network.hypernetwork import HyperNetwork, read_config
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import PersonalizeConfig, Progress
 from lidb_peft import LiDBSpace
 
@@ -89,15 +89,6 @@ def check_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None) 
             f"{recipe.prompt!r} with {recipe.token!r}; leave --prompt and --token out, or pass --hypernet none"
         )
     return recipe
-
-
-def read_once(hypernet: Hypernet | None) -> HyperNetwork | HyperNetworkConfig | None:
-    """Return ``hypernet``, in place of an id or folder its config; raises as `read_config` does."""
-    return read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
-
-
-def config_of(hypernet: HyperNetwork | HyperNetworkConfig | None) -> HyperNetworkConfig | None:
-    return hypernet.config if isinstance(hypernet, HyperNetwork) else hypernet
 
 
 def load_network(config: HyperNetworkConfig) -> HyperNetwork:

@@ -28,9 +28,17 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
 from hypernet.training.objective import SUMMED, Objective
-from hypernet.training.setup import LAST, check_resumable, make_accelerator, make_optimizer, open_targets, some_targets
+from hypernet.training.setup import (
+    LAST,
+    check_resumable,
+    make_accelerator,
+    make_optimizer,
+    some_targets,
+    targets_to_learn,
+)
 from hypernet.training.state import STATE_FILE, TrainingState
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
+from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path, locked_folder
 
 BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"
@@ -64,6 +72,7 @@ def train(
     resume: bool = False,
     trackers: Sequence[str] = (),
     progress: StageProgress | None = None,
+    space: LiDBSpace | None = None,
 ) -> Trained:
     """Train ``network`` in place and leave checkpoints in ``out``.
 
@@ -81,6 +90,7 @@ def train(
         resume: go on from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
         trackers: that accelerate knows, such as ``tensorboard``; the log is written anyway.
         progress: called with ("train", steps done, steps in all).
+        space: the network's, if it has been made on ``base`` already.
 
     Raises:
         FileNotFoundError: there is no target store, or nothing to resume.
@@ -91,8 +101,8 @@ def train(
     """
     out = Path(out)
     _check_folder(out, resume)
-    space = network.space_on(base.adapted)
-    store = open_targets(targets, space, base, network, config)
+    space = space or network.space_on(base.adapted)
+    store = targets_to_learn(targets, space, base, network, config)
     if held_out is not None and not config.needs_base:
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
                          "or hold out a fraction")  # fmt: skip

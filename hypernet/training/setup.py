@@ -16,7 +16,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
 from hypernet.training.state import STATE_FILE
-from lidb_peft import LiDBSpace
+from lidb_peft import LiDBConfig, LiDBSpace
 
 LAST = "last"
 _SCALE_FROM = 256  # targets, of which the layers' scale is the mean
@@ -33,7 +33,7 @@ def make_optimizer(network: HyperNetwork, config: TrainConfig) -> torch.optim.Op
     return make_adamw(config.optimizer, parameters, config.lr, weight_decay=config.weight_decay)
 
 
-def open_targets(
+def targets_to_learn(
     folder: str | Path | None, space: LiDBSpace, base: BaseModel, network: HyperNetwork, config: TrainConfig
 ) -> TargetStore | None:
     """Open the targets in ``folder`` for the weight term; None if there is no such term.
@@ -66,34 +66,38 @@ def open_network(
     trained: Path | None,
     start: str | None,
     encoder: str,
-    space: LiDBSpace,
+    base: BaseModel,
+    lidb_config: LiDBConfig,
     base_model_name: str,
     seed: int,
     **options: Any,
-) -> HyperNetwork:
-    """The hypernetwork to train.
+) -> tuple[HyperNetwork, LiDBSpace]:
+    """The hypernetwork to train, and the space of its predictions on ``base``.
 
     Args:
         trained: folder of the training to go on with; None begins one.
         start: id or folder of the hypernetwork that it begins, or began, with; None makes a fresh one around
             ``encoder``.
+        lidb_config: of a fresh one's predictions.
         options: of a fresh one's `HyperNetworkConfig`.
 
     Raises:
         FileNotFoundError: it cannot be had.
-        ValueError: it cannot be had, or the one that is trained has other options.
+        ValueError: it cannot be had, is of another base, or the one that is trained has other options.
     """
     if trained is None:
         if start is not None:
-            return HyperNetwork.from_pretrained(start)
-        return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options)
+            network = HyperNetwork.from_pretrained(start)
+            return network, network.space_on(base.adapted)
+        space = LiDBSpace(base.adapted, lidb_config)
+        return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options), space
     check_resumable(trained)
     network = HyperNetwork.from_pretrained(trained / LAST)
     found = {} if start is not None else {name: getattr(network.config, name) for name in options}
     differing = [f"{name} {value} (here {options[name]})" for name, value in found.items() if value != options[name]]
     if differing:
         raise ValueError(f"{trained} trains a hypernetwork with {', '.join(differing)}; resume with the same options")
-    return network
+    return network, network.space_on(base.adapted)
 
 
 def check_resumable(folder: Path) -> None:

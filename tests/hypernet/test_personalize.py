@@ -15,8 +15,9 @@ from hypernet.bases.loading import load_base
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import Personalization, check_request, personalize, personalize_to_files
+from hypernet.personalize import Personalization, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
+from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 
@@ -201,7 +202,7 @@ def test_a_diverged_fit_writes_nothing(base, photo, tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Anything that would take time fails the test."""
-    monkeypatch.setattr(personalize_module, "personalize", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(personalize_module, "make_person", lambda *_: pytest.fail("work began"))
 
 
 def test_bad_outputs_are_found_before_any_work(base, photo, tmp_path, no_work):
@@ -232,15 +233,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(base, photo, t
 
 def test_bad_inputs_are_found_before_a_base_is_loaded(photo, tmp_path):
     out = tmp_path / "me.safetensors"
-    check_request([photo], out)
+    request_person([photo], out)
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"notes.txt is not an image"):
-        check_request([photo, text], out)
+        request_person([photo, text], out)
     with pytest.raises(FileNotFoundError, match=r"nobody.jpg does not exist"):
-        check_request([tmp_path / "nobody.jpg"], out)
-    with pytest.raises(ValueError, match=r"notes.txt is not a safetensors file"):
-        check_request([photo], out, from_theta=text)
+        request_person([tmp_path / "nobody.jpg"], out)
+    with pytest.raises(ValueError, match=r"notes.txt is .*not a safetensors file"):
+        request_person([photo], out, from_theta=text)
 
 
 def test_no_photo_is_refused(base):

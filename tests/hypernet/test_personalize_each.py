@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from hypernet.inputs.people import Person, RawPhoto, open_people, prepare_person
 from hypernet.network.prediction import predict_people
-from hypernet.personalize import Personalization, fit_people, personalize
-from hypernet.personalize_each import check_each, lora_name, personalize_each
+from hypernet.personalize import OpenedRequest, Personalization, Starts, personalize
+from hypernet.personalize_each import lora_name, personalize_each
+from hypernet.request import Request, request_people
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config
 
@@ -62,9 +63,10 @@ def test_nobodys_weights_depend_on_who_shares_the_batch(base, space, people_fold
     noise = torch.randn(4, *space.theta_0.shape, generator=torch.Generator().manual_seed(0))
     thetas = space.theta_0 + 0.03 * is_given * noise * space.mask
     people = read_people(people_folder)
-    together = fit_people(people, base, space, config, thetas, None, {})
+    opened = OpenedRequest(Request(config, miniature_lidb_config()), base)
+    together = opened.fit(people, Starts(thetas))
     for person, theta, result in zip(people, thetas, together, strict=True):
-        (alone,) = fit_people([person], base, space, config, theta, None, {})
+        (alone,) = opened.fit([person], Starts(theta))
         assert result.photos == alone.photos == person.photos
         for stage, losses in alone.losses.items():
             assert torch.allclose(result.losses[stage][0], losses[0], rtol=1e-5)
@@ -195,7 +197,7 @@ def test_bad_outputs_are_found_before_any_work(people_folder, tmp_path, monkeypa
     people = open_people(people_folder)
 
     def check(out):
-        check_each(people, out, QUICK, None)
+        request_people(people, out, QUICK)
 
     check(tmp_path / "a/new/folder")
     assert not (tmp_path / "a").exists()
@@ -213,4 +215,4 @@ def test_bad_outputs_are_found_before_any_work(people_folder, tmp_path, monkeypa
 def test_faces_that_cannot_be_looked_for_are_no_reason_to_leave_everybody_out(people_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="here is no OpenCV"):
-        check_each(open_people(people_folder), tmp_path / "loras", replace(QUICK, crop=True), None)
+        request_people(open_people(people_folder), tmp_path / "loras", replace(QUICK, crop=True))

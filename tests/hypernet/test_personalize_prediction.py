@@ -15,8 +15,9 @@ from hypernet.inputs.photos import load_photo
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import check_recipe, predicted_recipe
-from hypernet.personalize import check_request, personalize, personalize_to_files
+from hypernet.personalize import personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
+from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta
 from lidb_peft.bases import get_basis
 from testbed import MINIATURE_RECIPE
@@ -45,7 +46,7 @@ def second_photo(photo, tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Anything that would take time fails the test."""
-    monkeypatch.setattr(personalize_module, "personalize", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(personalize_module, "make_person", lambda *_: pytest.fail("work began"))
     monkeypatch.setattr(HyperNetwork, "from_pretrained", lambda *_: pytest.fail("the hypernetwork was loaded"))
 
 
@@ -133,7 +134,7 @@ def test_its_config_is_read_once(base, network, photo, tmp_path, monkeypatch):
     personalize_to_files([photo], base, out, ALONE, previews=None, hypernet=tmp_path)
     assert len(reads) == 1
     config = read_config(tmp_path)
-    check_request([photo], out, ALONE, hypernet=config)
+    request_person([photo], out, ALONE, hypernet=config)
     result = personalize([photo], base, ALONE, hypernet=config)
     assert len(reads) == 2
     assert torch.equal(result.theta, predicted(network, photo))
@@ -198,7 +199,7 @@ def test_another_prompt_is_refused(base, learned, photo, tmp_path, change, no_wo
     with pytest.raises(
         ValueError, match=r"for the prompt 'a \[V\] face' with the token 'sks', not for .* leave --prom"
     ):
-        check_request([photo], tmp_path / "me.safetensors", replace(ALONE, **change), hypernet=tmp_path / "net")
+        request_person([photo], tmp_path / "me.safetensors", replace(ALONE, **change), hypernet=tmp_path / "net")
 
 
 # ---- refused ----
@@ -217,13 +218,14 @@ def test_other_weights_of_the_base_are_a_warning(base, space, photo, make_hypern
         personalize([photo], base, ALONE, hypernet=network)
 
 
-def test_a_theta_file_cannot_hold_learned_bases(base, learned, photo, tmp_path, no_work):
+def test_a_theta_file_cannot_hold_learned_bases(base, learned, photo, tmp_path, no_work, monkeypatch):
     out, theta = tmp_path / "me.safetensors", tmp_path / "theta.safetensors"
     learned.save_pretrained(tmp_path / "net")
     with pytest.raises(ValueError, match="has learned its bases, and a theta file holds none"):
-        check_request([photo], out, ALONE, save_theta=theta, hypernet=tmp_path / "net")
+        request_person([photo], out, ALONE, save_theta=theta, hypernet=tmp_path / "net")
     with pytest.raises(ValueError, match="leave --save-theta out"):
         personalize_to_files([photo], base, out, ALONE, save_theta=theta, hypernet=learned)
+    monkeypatch.undo()
     result = personalize([photo], base, ALONE, hypernet=learned)
     with pytest.raises(ValueError, match="has learned its bases"):
         result.save_theta(theta)
@@ -233,7 +235,7 @@ def test_a_theta_file_cannot_hold_learned_bases(base, learned, photo, tmp_path, 
 def test_theta_starts_at_one_place(base, learned, photo, tmp_path):
     for call in (
         lambda **starts: personalize([photo], base, ALONE, **starts),
-        lambda **starts: check_request([photo], tmp_path / "me.safetensors", ALONE, **starts),
+        lambda **starts: request_person([photo], tmp_path / "me.safetensors", ALONE, **starts),
     ):
         with pytest.raises(ValueError, match="from_theta and hypernet are both given"):
             call(from_theta=tmp_path / "theta.safetensors", hypernet=learned)
@@ -242,13 +244,13 @@ def test_theta_starts_at_one_place(base, learned, photo, tmp_path):
 def test_damage_is_found_before_a_base_is_loaded(learned, photo, tmp_path, no_work):
     folder, out = tmp_path / "net", tmp_path / "me.safetensors"
     learned.save_pretrained(folder)
-    check_request([photo], out, ALONE, hypernet=folder)
+    request_person([photo], out, ALONE, hypernet=folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
-        check_request([photo], out, ALONE, hypernet=folder)
+        request_person([photo], out, ALONE, hypernet=folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ValueError, match="net holds a model of type 'vit'"):
-        check_request([photo], out, ALONE, hypernet=folder)
+        request_person([photo], out, ALONE, hypernet=folder)
     with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub"):
-        check_request([photo], out, ALONE, hypernet=tmp_path / "none")
+        request_person([photo], out, ALONE, hypernet=tmp_path / "none")

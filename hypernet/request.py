@@ -1,0 +1,186 @@
+"""What is asked for, resolved once: options, config, hypernetwork, theta file and photos become one request.
+
+A request is made before a base model is loaded, which may be a download of gigabytes, and finds what is wrong with its
+parts, the light checks first. `hypernet.personalize` and `hypernet.personalize_each` act on it as it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypernet.inputs.people import People, check_detector
+from hypernet.inputs.photos import NamedImage, open_photo
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork, read_config
+from hypernet.network.prediction import Hypernet, check_recipe
+from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
+from lidb_peft import LiDBConfig, ThetaFile, load_theta
+from lidb_peft.files import check_suffix, check_writable
+
+NO_THETA_FILE = (
+    "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out, for the "
+    "LoRA holds everything, or fit theta with --hypernet none"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one person and many have in common.
+
+    Attributes:
+        config: how to fit.
+        lidb_config: theta's bases and dimensions, where neither a hypernetwork nor a theta file brings its own.
+        network: fits start at its prediction; its weights are loaded when they are needed, unless they are given.
+        theta_file: what fits start at otherwise; None is the shared starting vector.
+        theta_source: the file it was read from.
+        previews: prompts to be drawn beside the trigger prompt; None draws nothing at all.
+    """
+
+    config: PersonalizeConfig
+    lidb_config: LiDBConfig
+    network: HyperNetwork | HyperNetworkConfig | None = None
+    theta_file: ThetaFile | None = None
+    theta_source: str = ""
+    previews: tuple[str, ...] | None = None
+
+    @property
+    def network_config(self) -> HyperNetworkConfig | None:
+        return _config_of(self.network)
+
+
+@dataclass(frozen=True)
+class PersonRequest(Request):
+    """One person.
+
+    Attributes:
+        photos: of that person, decoded, at least one.
+        out: the LoRA to write; None writes nothing.
+        save_theta: the theta file to write.
+    """
+
+    photos: tuple[NamedImage, ...] = ()
+    out: Path | None = None
+    save_theta: Path | None = None
+
+
+@dataclass(frozen=True)
+class PeopleRequest(Request):
+    """Everybody of a data set.
+
+    Attributes:
+        people: of `open_people`.
+        out: the folder of the LoRAs.
+        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
+    """
+
+    people: People | None = None
+    out: Path = Path()
+    batch: int | None = None
+
+
+def request_person(
+    photos: Sequence[str | Path],
+    out: str | Path | None = None,
+    config: PersonalizeConfig | None = None,
+    save_theta: str | Path | None = None,
+    from_theta: str | Path | None = None,
+    hypernet: Hypernet | None = None,
+    lidb_config: LiDBConfig | None = None,
+    previews: Sequence[str] | None = None,
+) -> PersonRequest:
+    """Resolve what `hypernet.personalize.personalize_to_files` takes.
+
+    Raises:
+        ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
+            ``config``, or an output cannot be written.
+    """
+    common = _resolve(config, from_theta, hypernet, lidb_config, previews)
+    out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
+    _check_outputs(out, save_theta, from_theta, common["config"], _config_of(common["network"]))
+    if not photos:
+        raise ValueError("there is no photo; pass at least one")
+    if from_theta is not None:
+        common |= {"theta_file": load_theta(from_theta), "theta_source": str(from_theta)}
+    return PersonRequest(**common, photos=tuple(map(open_photo, photos)), out=out, save_theta=save_theta)
+
+
+def request_people(
+    people: People,
+    out: str | Path,
+    config: PersonalizeConfig | None = None,
+    hypernet: Hypernet | None = None,
+    lidb_config: LiDBConfig | None = None,
+    previews: Sequence[str] | None = None,
+    batch: int | None = None,
+) -> PeopleRequest:
+    """Resolve what `hypernet.personalize_each.personalize_each` takes.
+
+    Raises:
+        ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are
+            to be found and cannot be.
+        OSError: ``out`` is a file, or cannot be written.
+    """
+    common, out = _resolve(config, None, hypernet, lidb_config, previews), Path(out)
+    if common["config"].crop:
+        check_detector()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder for the LoRAs")
+    if out.resolve().is_relative_to(Path(people.source).resolve()):
+        raise ValueError(f"{out} is in {people.source}, where its previews would be people; choose another --out")
+    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()) / "name.safetensors")
+    return PeopleRequest(**common, people=people, out=out, batch=batch)
+
+
+def _resolve(
+    config: PersonalizeConfig | None,
+    from_theta: str | Path | None,
+    hypernet: Hypernet | None,
+    lidb_config: LiDBConfig | None,
+    previews: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The fields of `Request` but for the theta file; the recipe is checked against where theta starts."""
+    network = read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
+    if from_theta is not None and network is not None:
+        raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
+    if network is not None:
+        config = check_recipe(_config_of(network), config)
+    config = config or PersonalizeConfig()
+    if network is None and from_theta is None and not config.theta_steps and not config.steps:
+        raise ValueError(
+            "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
+        )
+    return {
+        "config": config,
+        "lidb_config": lidb_config or LiDBConfig(),
+        "network": network,
+        "previews": None if previews is None else tuple(previews),
+    }
+
+
+def _check_outputs(
+    out: Path | None,
+    save_theta: Path | None,
+    from_theta: str | Path | None,
+    config: PersonalizeConfig,
+    network: HyperNetworkConfig | None,
+) -> None:
+    """Raise now what writing the LoRA and theta would raise after all the work."""
+    for target in (out, save_theta):
+        if target is not None:
+            check_suffix(target)
+            check_writable(target)
+    for theta in (save_theta, from_theta):
+        if out is not None and theta is not None and Path(theta).resolve() == out.resolve():
+            raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
+    if save_theta is not None and network is not None and network.learned_bases:
+        raise ValueError(NO_THETA_FILE)
+    if save_theta is not None and network is None and from_theta is None and not config.theta_steps:
+        raise ValueError(
+            f"there would be no LiDB weights to save in {save_theta}: theta_steps is 0; choose 1 or more, such as "
+            f"{TARGET_STEPS}"
+        )
+
+
+def _config_of(network: HyperNetwork | HyperNetworkConfig | None) -> HyperNetworkConfig | None:
+    return network.config if isinstance(network, HyperNetwork) else network
