@@ -7,6 +7,7 @@ column: how alike "a [V] face" is to the shown photo, by the measuring network's
 scale where 0 is another person's photo and 1 another photo of the same person.
 
 ``--table steps`` gives identity against the number of relaxed LoRA steps, with and without the prediction.
+``--details`` adds a table of likeness by attribute, on plain pictures and in prompts.
 
 One JSON line per row, seed and person; what is there is not done again, so that a killed run goes on. A table gives the
 mean, its standard error over people, and in brackets the standard deviation over seeds; the seconds are the processor's
@@ -23,7 +24,7 @@ from pathlib import Path
 import baselines
 import numpy as np
 import torch
-from scoring import Method, Results, World, equal_steps
+from scoring import DETAILS, Method, Results, World, equal_steps
 
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.network.hypernetwork import HyperNetwork
@@ -169,6 +170,9 @@ def main() -> None:
             people = SPLITS[arguments.split][: arguments.people or row.people]
             results.complete(world, name, row.method, people, seed, row.batch)
     print(curve_table(results, arguments.people) if arguments.table == "steps" else results.table(rows))
+    if arguments.details:
+        for suffix in ("", "_prompted"):
+            print("\n" + results.table(rows, [name + suffix for name in DETAILS]))
 
 
 def _choose_rows(arguments: argparse.Namespace) -> dict[str, Row]:
@@ -237,6 +241,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--network", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
                         help="Another hypernetwork, alone and with 40 steps; may be given several times.")  # fmt: skip
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="Default: all of the table.")
+    parser.add_argument("--details", action="store_true", help="Print likeness by attribute too.")
     parser.add_argument("--people", type=int, help="Default: the row's.")
     parser.add_argument("--seeds", type=int, help="How many; default: the row's.")
     parser.add_argument("--threads", type=int, default=1)

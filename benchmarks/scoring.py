@@ -1,6 +1,6 @@
-"""What the benchmarks on the miniature's people share: the people and their scores, kept line by line, and the table.
+"""What the benchmarks on the miniature's people share: people, their scores, kept line by line, and tables.
 
-A method fits people, each on the one shown photo, and is judged by pictures of 15 prompts (`testbed.protocol`).
+A method fits people, each on the one shown photo, and is judged by pictures of a split's prompts (`testbed.protocol`).
 """
 
 import json
@@ -21,8 +21,10 @@ from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
+from testbed.prompts import PROMPTS
 from testbed.protocol import (
     CALIBRATION_PEOPLE,
+    LIKENESSES,
     Judge,
     draw_prompts,
     own_and_others,
@@ -33,7 +35,11 @@ from testbed.protocol import (
 
 CLASS_PICTURES = 200
 CLASS_SEED = 1000  # not a seed that people are drawn with
-COLUMNS = ("identity", "identity_prompted", "features", "style", "scene", "prompt", "background", "seconds")
+COLUMNS = (
+    "identity", "identity_prompted", "found", "seen", "unseen", "both", "features", "background", "seconds",
+)  # fmt: skip
+DETAILS = LIKENESSES[1:]
+"""Likeness by attribute on plain pictures; with ``_prompted`` on the others."""
 
 
 class World:
@@ -41,6 +47,7 @@ class World:
 
     Attributes:
         split: ``validation`` to choose settings on, ``test`` to report.
+        space, denoiser_space: of all layers, and of those of the denoiser.
     """
 
     def __init__(self, split: str, folder: str | None = None) -> None:
@@ -48,8 +55,14 @@ class World:
         self.split = split
         self.base = load_base(folder or str(miniature_path()), device="cpu")
         self.space = LiDBSpace(self.base.adapted, miniature_lidb_config())
+        self.denoiser_space = LiDBSpace({"unet": self.base.denoiser}, miniature_lidb_config())
         self.judge = Judge(load_measuring_network(), split)
         self._same, self._stranger = self._calibrate_features()
+
+    def space_of(self, factors: Sequence[LoraFactors] | None) -> LiDBSpace:
+        """Return the space whose layers these are."""
+        is_denoiser = factors is not None and set(factors[0]) == set(self.denoiser_space.layer_names)
+        return self.denoiser_space if is_denoiser else self.space
 
     def subjects(self, people: Sequence[int]) -> list[Subject]:
         return shown_subjects(self.base, people)
@@ -64,13 +77,15 @@ class World:
         return self.base.encode_photos(pictures[:, 0])
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> list[dict]:
-        """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1]: `Scores.by_person`, `features`, and by prompt."""
+        """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1], in all `COLUMNS` but the seconds, and by prompt."""
         scores = self.judge.score(pictures, people)
         columns = {**scores.by_person(), "features": self.feature_similarity(pictures[:, 0], people)}
         return [
             {
                 "person": person,
                 **{name: float(values[i]) for name, values in columns.items()},
+                **{name: float(values[i]) for name, values in scores.attributes().items()},
+                **{f"{name}_prompted": float(values[i]) for name, values in scores.attributes(prompted=True).items()},
                 "right": {name: float(values[i]) for name, values in scores.right.items()},
             }
             for i, person in enumerate(people)
@@ -110,8 +125,9 @@ def fit_and_score(world: World, method: Method, people: Sequence[int], first: in
     with method(world, people, seed) as factors:
         seconds = (time.process_time() - start) / len(people)
         pictures = draw_prompts(
-            world.base, world.space, factors, len(people), MINIATURE_RECIPE.token, seed=seed,
-            guidance=MINIATURE_RECIPE.guidance, first=first,
+            world.base, world.space_of(factors), factors, len(people), MINIATURE_RECIPE.token, seed=seed,
+            guidance=MINIATURE_RECIPE.guidance,
+            prompts=[PROMPTS[name][0] for name in world.judge.prompts], first=first,
         )  # fmt: skip
     return [{**line, "seconds": seconds} for line in world.score(pictures, people)]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
@@ -182,6 +182,36 @@ class PreoptimizeConfig:
             raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch is {self.batch}; expected 1 or more, or None for auto")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """How to learn where finetunings start.
+
+    Attributes:
+        rounds: in each, some people are finetuned from the present start, which moves towards what becomes of them.
+        people: in each round.
+        inner_steps: of their finetuning.
+        rate: how far the start moves at first, 1 all the way to the mean; it decays linearly to 0.
+        seed: keys who is in which round, and all noise.
+    """
+
+    rounds: int = 50
+    people: int = 16
+    inner_steps: int = 10
+    rate: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("rounds", "people", "inner_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate is {self.rate}; expected more than 0 and at most 1")
+
+    def inner_fit(self, fit: FitConfig, number: int) -> FitConfig:
+        """How round ``number`` finetunes: as ``fit`` does, for fewer steps and with noise of its own."""
+        return replace(fit, steps=self.inner_steps, seed=self.seed * 1_000_003 + number)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
-from testbed.protocol import PROMPTS, SHOWN, Judge, photo, true_picture
+from testbed.prompts import PROMPTS
+from testbed.protocol import SHOWN, Judge, photo, true_picture
 
 COLUMNS = ("plain", "pencil", "watercolour", "neon", "cartoon", "night", "crown")
 NUM_STEPS = 25

@@ -6,6 +6,7 @@ A person is judged by photos that were never shown: a memorised background, pose
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,30 +17,17 @@ from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE
 from testbed.drawing import draw
-from testbed.measuring import Measurement, MeasuringNetwork, to_pixels
+from testbed.measuring import CHOICES, Measurement, MeasuringNetwork, to_pixels
 from testbed.portraits import SPLITS, Scene, identity, random_scene
-
-PROMPTS = {
-    "plain": ("a [V] face", {}),
-    "pencil": ("a pencil drawing of a [V] face", {"style": "pencil"}),
-    "pixel": ("pixel art of a [V] face", {"style": "pixel"}),
-    "neon": ("a neon sign of a [V] face", {"style": "neon"}),
-    "watercolour": ("a watercolour painting of a [V] face", {"style": "watercolour"}),
-    "cartoon": ("a cartoon of a [V] face", {"style": "cartoon"}),
-    "night": ("a [V] face at night", {"place": "night"}),
-    "beach": ("a [V] face on a beach", {"place": "beach"}),
-    "forest": ("a [V] face in a forest", {"place": "forest"}),
-    "city": ("a [V] face in a city", {"place": "city"}),
-    "snow": ("a [V] face in the snow", {"place": "snow"}),
-    "hat": ("a [V] face wearing a hat", {"attire": "hat"}),
-    "scarf": ("a [V] face wearing a scarf", {"attire": "scarf"}),
-    "crown": ("a [V] face wearing a crown", {"attire": "crown"}),
-    "headphones": ("a [V] face wearing headphones", {"attire": "headphones"}),
-}
-"""Name -> prompt, and what of the scene it asks for."""
+from testbed.prompts import PROMPTS, SEEN, split_prompts
 
 SHOWN, NEVER_SHOWN = 0, (1, 2, 3)
 CALIBRATION_PEOPLE = 100
+GALLERY = 30
+CONTINUOUS_SEEN = ("skin", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "mouth_width", "hair_volume")
+CHOICES_SEEN = ("hair_colour", "hair_style", "eye_colour", "beard", "glasses", "freckles")
+LIKENESSES = ("identity", *CONTINUOUS_SEEN, *CHOICES_SEEN)
+"""By what people are compared: the embedding, and the attributes that the measuring network can read."""
 TYPICAL_COLOUR_DISTANCE = 0.70  # of the backgrounds of two random plain photos, colours in [-1, 1]
 
 
@@ -76,76 +64,155 @@ class Scores:
     """Scores of ``n`` people.
 
     Attributes:
-        identities: prompt -> ``(n,)``; 0 like a stranger's picture, 1 like a true picture of the person by that prompt.
-        right: prompt -> ``(n,)``; 1 where the style, place or attire asked for is there, otherwise 0.
+        likeness: of `LIKENESSES`, then by prompt, ``(n,)``; 0 like a stranger's picture, 1 like a true picture of the
+            person by that prompt.
+        weights: of the same, by prompt: how much further from a stranger a true picture is; in neon nobody has eyes.
+        right: prompt -> ``(n,)``; 1 where all of the style, place and attire asked for is there, otherwise 0.
+        found: ``(n,)``; 1 where the first prompt's picture is more like the person than like any of `GALLERY` - 1
+            others, otherwise 0.
         background: ``(n,)``, of the first prompt; 1 the shown photo's own background colour, 0 as near to it as that of
             another photo.
     """
 
-    identities: dict[str, Tensor]
+    likeness: dict[str, dict[str, Tensor]]
+    weights: dict[str, dict[str, float]]
     right: dict[str, Tensor]
+    found: Tensor
     background: Tensor
 
+    @property
+    def identities(self) -> dict[str, Tensor]:
+        return self.likeness["identity"]
+
     def by_person(self) -> dict[str, Tensor]:
-        """Each person's identity by the plain prompt and by the others, share of styles and of scenes (place, attire)
-        obeyed, prompt fidelity (the mean of both) and background, ``(n,)`` each."""
-        styles = [values for name, values in self.right.items() if "style" in PROMPTS[name][1]]
-        scenes = [values for name, values in self.right.items() if "style" not in PROMPTS[name][1]]
-        prompted = [values for name, values in self.identities.items() if name != "plain"]
-        style, scene = torch.stack(styles).mean(dim=0), torch.stack(scenes).mean(dim=0)
+        """Each person's scores, ``(n,)`` each.
+
+        ``identity`` by the plain prompt and ``identity_prompted`` by the others; ``seen`` and ``unseen``, the shares of
+        prompts obeyed that may and that cannot have been learned; ``both``, identity times obeyed, picture by picture,
+        of all but the plain one; ``found`` and ``background``.
+        """
+        prompted = [name for name in self.identities if name != "plain"]
+        both = [self.identities[name].clamp(0, 1) * self.right[name] for name in prompted]
         return {
             "identity": self.identities["plain"],
-            "identity_prompted": torch.stack(prompted).mean(dim=0),
-            "style": style,
-            "scene": scene,
-            "prompt": (style + scene) / 2,
+            "identity_prompted": self._mean([self.identities[name] for name in prompted]),
+            "seen": self._mean([self.right[name] for name in prompted if name in SEEN]),
+            "unseen": self._mean([self.right[name] for name in prompted if name not in SEEN]),
+            "both": self._mean(both),
+            "found": self.found,
             "background": self.background,
         }
+
+    def attributes(self, prompted: bool = False) -> dict[str, Tensor]:
+        """Likeness by attribute, ``(n,)`` each: of the plain picture, or of the others by what each can show."""
+        chosen = [name for name in self.identities if (name != "plain") == prompted]
+        found = {}
+        for attribute, by_prompt in self.likeness.items():
+            if attribute != "identity" and chosen:
+                weights = self.weights[attribute]
+                shown = sum(by_prompt[name] * weights[name] for name in chosen)
+                found[attribute] = shown / sum(weights[name] for name in chosen)
+        return found
 
     def means(self) -> dict[str, float]:
         """What `by_person` gives, averaged over people."""
         return {name: float(values.mean()) for name, values in self.by_person().items()}
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        return torch.stack(values).mean(dim=0) if values else torch.full_like(self.background, float("nan"))
 
 
 class Judge:
     """Scores pictures of people by the measuring network, calibrated on true pictures of one split."""
 
     def __init__(
-        self, network: MeasuringNetwork, split: str = "validation", prompts: Sequence[str] = tuple(PROMPTS)
+        self, network: MeasuringNetwork, split: str = "validation", prompts: Sequence[str] | None = None
     ) -> None:
-        self.network, self.prompts = network, tuple(prompts)
+        """Calibrate on ``prompts``, names in `PROMPTS` with the plain one first; by default the split's."""
+        self.network, self.prompts = network, tuple(split_prompts(split) if prompts is None else prompts)
         people = SPLITS[split][-CALIBRATION_PEOPLE:]
         references = self.references(people)
-        self.stranger, self.true = {}, {}
+        self.gallery = Measured(*(part[: GALLERY - 1] for part in references))
+        self.true, self.stranger = {}, {}
         for prompt in self.prompts:
-            embedding = self.measure([true_picture(person, prompt) for person in people]).embedding
-            self.true[prompt], self.stranger[prompt] = own_and_others(embedding @ references.T)
+            found = measured(self.measure([true_picture(person, prompt) for person in people]))
+            pairs = {name: own_and_others(values) for name, values in similarities(found, references).items()}
+            self.true[prompt] = {name: own for name, (own, _) in pairs.items()}
+            self.stranger[prompt] = {name: others for name, (_, others) in pairs.items()}
 
     @torch.no_grad()
     def measure(self, images: Sequence[np.ndarray] | Tensor) -> Measurement:
         """Measure uint8 images, or pixels ``(n, 3, 32, 32)`` in [-1, 1]."""
         return self.network(images if isinstance(images, Tensor) else to_pixels(images))
 
-    def references(self, people: Sequence[int]) -> Tensor:
-        """Mean embedding ``(n, 64)`` of photos of each person that are never shown to a fit."""
-        shots = [self.measure([photo(person, number) for person in people]).embedding for number in NEVER_SHOWN]
-        return torch.nn.functional.normalize(torch.stack(shots).mean(dim=0), dim=1)
-
-    def identity(self, embedding: Tensor, references: Tensor, prompt: str) -> Tensor:
-        """Identity ``(n,)`` of a prompt's pictures, by the people's `references`: 0 a stranger's, 1 a true one."""
-        similarity = (embedding * references).sum(dim=1)
-        return (similarity - self.stranger[prompt]) / (self.true[prompt] - self.stranger[prompt])
+    def references(self, people: Sequence[int]) -> "Measured":
+        """What is read off photos of each person that are never shown to a fit, on average."""
+        shots = [measured(self.measure([photo(person, number) for person in people])) for number in NEVER_SHOWN]
+        means = Measured(*(torch.stack(parts).mean(dim=0) for parts in zip(*shots, strict=True)))
+        return means._replace(embedding=torch.nn.functional.normalize(means.embedding, dim=1))
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> Scores:
         """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1], in the order of the judge's prompts."""
         references = self.references(people)
-        identities, right = {}, {}
-        for name, drawn in zip(self.prompts, pictures.unbind(1), strict=True):
-            found = self.measure(drawn)
-            identities[name] = self.identity(found.embedding, references, name)
-            for attribute, value in PROMPTS[name][1].items():
-                right[name] = torch.tensor([float(choice == value) for choice in found.choice(attribute)])
-        return Scores(identities, right, _background_copied(pictures[:, 0], shown_photos(people)))
+        likeness: dict[str, dict[str, Tensor]] = {}
+        weights: dict[str, dict[str, float]] = {}
+        right = {}
+        found = torch.ones(len(people))
+        for prompt, drawn in zip(self.prompts, pictures.unbind(1), strict=True):
+            measurement = self.measure(drawn)
+            true, stranger = self.true[prompt], self.stranger[prompt]
+            for name, values in similarities(measured(measurement), references).items():
+                weights.setdefault(name, {})[prompt] = true[name] - stranger[name]
+                scaled = (values.diagonal() - stranger[name]) / (true[name] - stranger[name])
+                likeness.setdefault(name, {})[prompt] = scaled
+            if prompt == self.prompts[0]:
+                own = (measurement.embedding * references.embedding).sum(dim=1)
+                others = (measurement.embedding @ self.gallery.embedding.T).amax(dim=1)
+                found = (own > others).float()
+            if asked := PROMPTS[prompt][1]:
+                choices = {name: measurement.choice(name) for name in asked}
+                obeyed = [all(choices[name][i] == value for name, value in asked.items()) for i in range(len(people))]
+                right[prompt] = torch.tensor(obeyed, dtype=torch.float32)
+        return Scores(likeness, weights, right, found, _background_copied(pictures[:, 0], shown_photos(people)))
+
+
+class Measured(NamedTuple):
+    """What of ``n`` people is compared.
+
+    Attributes:
+        embedding: ``(n, 64)``.
+        continuous: of `CONTINUOUS_SEEN`, ``(n, attributes)``.
+        choices: probabilities of `CHOICES_SEEN`, one after the other, ``(n, choices)``.
+    """
+
+    embedding: Tensor
+    continuous: Tensor
+    choices: Tensor
+
+
+def measured(found: Measurement) -> Measured:
+    """What of a measurement is compared with that of another picture."""
+    return Measured(
+        found.embedding,
+        torch.stack([found.continuous[name] for name in CONTINUOUS_SEEN], dim=1),
+        torch.cat([found.logits[name].softmax(dim=1) for name in CHOICES_SEEN], dim=1),
+    )
+
+
+def similarities(found: Measured, references: Measured) -> dict[str, Tensor]:
+    """How alike ``n`` pictures and ``m`` people are, ``(n, m)`` for each of `LIKENESSES`.
+
+    The cosine of embeddings; minus the distance of continuous attributes; the chance that both show the same choice.
+    """
+    result = {"identity": found.embedding @ references.embedding.T}
+    pairs = zip(found.continuous.unbind(1), references.continuous.unbind(1), strict=True)
+    for name, (ours, theirs) in zip(CONTINUOUS_SEEN, pairs, strict=True):
+        result[name] = -(ours[:, None] - theirs[None]).abs()
+    sizes = [len(CHOICES[name]) for name in CHOICES_SEEN]
+    pairs = zip(found.choices.split(sizes, dim=1), references.choices.split(sizes, dim=1), strict=True)
+    for name, (ours, theirs) in zip(CHOICES_SEEN, pairs, strict=True):
+        result[name] = ours @ theirs.T
+    return result
 
 
 def own_and_others(similarity: Tensor) -> tuple[float, float]:
@@ -174,7 +241,7 @@ def draw_prompts(
     seed: int = 0,
     num_steps: int = 15,
     guidance: float = 3.0,
-    prompts: Sequence[str] = tuple(prompt for prompt, _ in PROMPTS.values()),
+    prompts: Sequence[str] = (PROMPTS["plain"][0],),
     first: int = 0,
 ) -> Tensor:
     """Draw every prompt for every person, all in one batch: pixels ``(n, prompts, 3, h, w)`` in [-1, 1].

@@ -24,8 +24,8 @@ from testbed.corpus import portrait
 from testbed.drawing import draw
 from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS, identity, random_scene
+from testbed.prompts import PROMPTS
 from testbed.protocol import (
-    PROMPTS,
     Judge,
     Scores,
     draw_prompts,
@@ -90,10 +90,10 @@ def retrieval(judge: Judge, count: int = 500) -> float:
 
 
 def prompts_obeyed(scores: Scores) -> dict[str, float]:
-    """Share of pictures that show what their prompt asked for: of styles, of scenes (place, attire), by prompt."""
+    """Share of pictures that show what their prompt asked for: by the words that may be learned or not, by prompt."""
     means = scores.means()
     by_prompt = {name: float(values.mean()) for name, values in scores.right.items()}
-    return {"style": means["style"], "scene": means["scene"], **by_prompt}
+    return {"seen": means["seen"], "unseen": means["unseen"], **by_prompt}
 
 
 def identity_spread(embedding: Tensor) -> float:
@@ -103,15 +103,15 @@ def identity_spread(embedding: Tensor) -> float:
 
 def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tensor]:
     """Prompts obeyed and diversity of the base's own samples beside real portraits, and its samples."""
-    prompts = [prompt.replace("a [V] face", "a face") for prompt, _ in PROMPTS.values()]
+    prompts = [PROMPTS[name][0].replace("a [V] face", "a face") for name in judge.prompts]
     samples = draw_prompts(base, None, None, count, prompts=prompts)
     more = draw_prompts(base, None, None, 10 * count, seed=1, prompts=["a face"])[:, 0]
     people = TEST[: 10 * count]
-    true = torch.stack([to_pixels([true_picture(person, name) for name in PROMPTS]) for person in TEST[:count]])
+    true = torch.stack([to_pixels([true_picture(person, name) for name in judge.prompts]) for person in TEST[:count]])
     sampled, real = (prompts_obeyed(judge.score(pictures, TEST[:count])) for pictures in (samples, true))
     return {
         "prompts obeyed": sampled,
-        "measuring network on true pictures": {group: real[group] for group in ("style", "scene")},
+        "measuring network on true pictures": {group: real[group] for group in ("seen", "unseen")},
         "identity spread of 'a face'": identity_spread(judge.measure(more).embedding),
         "identity spread of real people": identity_spread(judge.measure(shown_photos(people)).embedding),
     }, samples
@@ -126,7 +126,10 @@ def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple
     for seed in range(seeds):
         recipe = replace(MINIATURE_RECIPE, seed=seed)
         factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank)
-        pictures = draw_prompts(base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance)
+        prompts = [PROMPTS[name][0] for name in judge.prompts]
+        pictures = draw_prompts(
+            base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance, prompts=prompts
+        )
         rows.append(judge.score(pictures, people).means())
     return {name: {"mean": float(np.mean([row[name] for row in rows])),
                    "by seed": [round(row[name], 3) for row in rows]} for name in rows[0]}, pictures  # fmt: skip
@@ -160,9 +163,9 @@ def main(folder: Path | None, out: Path, people: int, seeds: int, threads: int) 
         temporary.write_text(json.dumps(report, indent=1))
     rows = [('base model,\n"a face" ...', [to_image(pixels) for pixels in samples[0]])]
     for index, person in enumerate(TEST[:3]):
-        rows.append(("true pictures", [Image.fromarray(true_picture(person, name)) for name in PROMPTS]))
+        rows.append(("true pictures", [Image.fromarray(true_picture(person, name)) for name in judge.prompts]))
         rows.append(("from one photo", [to_image(pixels) for pixels in fitted[index]]))
-    save_picture(contact_sheet(rows, list(PROMPTS)), out / "samples.png")
+    save_picture(contact_sheet(rows, list(judge.prompts)), out / "samples.png")
 
 
 if __name__ == "__main__":

@@ -82,12 +82,15 @@ def fit_lora(
     theta: Tensor | None = None,
     progress: Progress | None = None,
     bases: Mapping[str, Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
-    """Rank-relaxed finetuning: fit a fresh LoRA of rank ``rank`` per subject beside its frozen theta.
+    """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject beside its frozen theta.
 
     Args:
         theta: ``(N, L, row)`` or ``(L, row)``, frozen; None fits a plain LoRA.
         bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
+        start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
+            draws each subject a fresh one, which changes nothing yet.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -96,26 +99,55 @@ def fit_lora(
     Raises:
         ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
+    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start)
+    results = []
+    for i in range(len(subjects)):
+        factors = space.lora_factors(lora[i], rank)
+        if theta is not None:
+            own = theta if theta.dim() == 2 else theta[i]
+            factors = combine(space.factors(own.cpu(), _frozen(bases, torch.device("cpu"))), factors)
+        results.append(factors)
+    return results, losses
+
+
+def fit_flat_lora(
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    rank: int,
+    theta: Tensor | None = None,
+    progress: Progress | None = None,
+    bases: Mapping[str, Tensor] | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fit as `fit_lora` does; returns the LoRAs alone, flat ``(N, lora_size(rank))``, and the losses, on the CPU.
+
+    Raises:
+        ValueError: as `fit_lora`.
+    """
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected 1 or more")
     _check_subjects(subjects)
     if theta is not None:
         _check_thetas(space, theta, len(subjects))
         theta = theta.expand(len(subjects), *theta.shape[-2:])
-    fresh = [space.init_lora(rank, _generator(config.seed, subject.key, "lora")) for subject in subjects]
-    start = torch.stack(fresh).to(base.device)
+    if start is None:
+        first = torch.stack([space.init_lora(rank, _generator(config.seed, s.key, "lora")) for s in subjects])
+    elif start.shape == (space.lora_size(rank),):
+        first = start.float().expand(len(subjects), -1)
+    else:
+        raise ValueError(
+            f"the start has shape {tuple(start.shape)}; a LoRA of rank {rank} on these {space.num_layers} layers has "
+            f"{space.lora_size(rank)} numbers"
+        )
     bases = _frozen(bases, base.device)
     frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32), bases)]
 
     def parts(values: Tensor) -> list[Stacks]:
         return [*frozen, space.split_lora(values, rank)]
 
-    lora, losses = _fit(base, space, subjects, config, start, parts, progress)
-    results = []
-    for i in range(len(subjects)):
-        factors = space.lora_factors(lora[i], rank)
-        results.append(factors if theta is None else combine(space.factors(theta[i].cpu(), bases), factors))
-    return results, losses
+    return _fit(base, space, subjects, config, first.to(base.device), parts, progress)
 
 
 def _fit(base, space, subjects, config: FitConfig, start: Tensor, parts, progress) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,81 @@
+"""A learned start: the LoRA factors from which a few steps of finetuning reach a person, whoever it is.
+
+Reptile (Nichol et al. 2018, arXiv:1803.02999, algorithm 2): a few people are finetuned from the present start, as a
+user's are, and the start moves towards the mean of what became of it. Learned beside a hypernetwork's predictions or
+without one; a start is part of the LoRA that a user gets, so nothing is lost at export.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypernet.bases.base import BaseModel
+from hypernet.fitting.engine import Subject, fit_flat_lora
+from hypernet.inputs.people import derive_seed
+from hypernet.recipe import FitConfig, Progress, StartConfig
+from lidb_peft import LiDBSpace
+
+Round = Callable[[int], tuple[Sequence[Subject], Tensor | None]]
+"""Called with the number of a round: its people, and the thetas ``(n, L, row)`` beside which they are finetuned."""
+
+
+@dataclass
+class StartState:
+    """Where learning a start stands.
+
+    Attributes:
+        start: flat LoRA factors ``(lora_size(rank),)``.
+        rounds: done.
+        losses: the mean denoising loss of each round's fits, first and last step.
+    """
+
+    start: Tensor
+    rounds: int
+    losses: list[tuple[float, float]]
+
+
+def first_start(space: LiDBSpace, rank: int, seed: int = 0) -> StartState:
+    """A fresh LoRA, which changes nothing yet."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "start"))
+    return StartState(space.init_lora(rank, generator), 0, [])
+
+
+def learn_start(
+    base: BaseModel,
+    space: LiDBSpace,
+    people: Round,
+    config: StartConfig,
+    fit: FitConfig,
+    state: StartState,
+    rank: int,
+    bases: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+    checkpoint: Callable[[StartState], None] | None = None,
+) -> StartState:
+    """Go on from ``state`` to ``config.rounds``.
+
+    Args:
+        people: whom each round fits; the same of the same number, so that a stopped run is gone on with.
+        fit: how they are fitted: as users' fits will be, for ``config.inner_steps``.
+        bases: the learned ones of the thetas, by label; None takes the frozen ones.
+        progress: called with (rounds done, rounds in all).
+        checkpoint: called after every round.
+
+    Raises:
+        ValueError: a fit diverged, or start, people and space do not fit together.
+    """
+    for number in range(state.rounds, config.rounds):
+        subjects, theta = people(number)
+        own = config.inner_fit(fit, number)
+        fitted, losses = fit_flat_lora(base, space, subjects, own, rank, theta, bases=bases, start=state.start)
+        rate = config.rate * (1 - number / config.rounds)
+        state.start = state.start + rate * (fitted.mean(dim=0) - state.start)
+        state.losses.append((float(losses[0].mean()), float(losses[-1].mean())))
+        state.rounds = number + 1
+        if checkpoint is not None:
+            checkpoint(state)
+        if progress is not None:
+            progress(state.rounds, config.rounds)
+    return state
