@@ -8,9 +8,13 @@ import signal
 import threading
 import warnings
 from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
 
 import click
 
+PACKAGES = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
 COMMANDS = {
     "demo": "cli.demo",
     "personalize": "cli.personalize",
@@ -39,8 +43,29 @@ def as_sentence(error: Exception) -> str:
     return "\n".join([*(printable(line, _MAX_LINE_CHARS) for line in lines[:_MAX_LINES]), *more])
 
 
+def check_shadowing() -> None:
+    """Say which file or folder Python would import in place of one of our packages.
+
+    Raises:
+        click.ClickException: there is one, such as a ``hypernet.py`` in the working folder.
+    """
+    ours = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        spec = PathFinder.find_spec(name)  # None: found in another way, such as an editable installation
+        for place in [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations):
+            if not Path(place).resolve().is_relative_to(ours / name):
+                raise click.ClickException(
+                    f"{place} hides this program's package {name}, because Python finds it first; rename it, or "
+                    f"run hdb in another folder"
+                )
+
+
 class LazyGroup(click.Group):
     """Loads a command's module when it is asked for; turns the errors that users can mend into one sentence."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        check_shadowing()
+        return super().make_context(*arguments, **options)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -54,7 +54,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, **options) 
     \b
     hdb preoptimize faces/ --out targets
     hdb preoptimize somebody/faces --streaming --out targets --batch 32
-    accelerate launch --num_processes 8 -m cli.main preoptimize faces/ --out targets
+    accelerate launch --num_processes 8 -m lidb_peft preoptimize faces/ --out targets
     """
     from cli.progress import progress_bars
     from hypernet.fitting.preoptimize import open_targets, preoptimize

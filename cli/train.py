@@ -94,7 +94,7 @@ def command(
     hdb train faces/ --targets targets --out hypernet --flip --gradient-checkpointing --tracker tensorboard
     hdb train faces/ --targets targets --out hypernet --resume
     hdb train faces/ --init-from hypernet/best --preservation 1 --out hypernet-2
-    accelerate launch --num_processes 8 -m cli.main train faces/ --out hypernet
+    accelerate launch --num_processes 8 -m lidb_peft train faces/ --out hypernet
     """
     from cli.progress import progress_bars
     from hypernet.fitting.targets import SKIPPED_FILE

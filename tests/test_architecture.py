@@ -18,8 +18,8 @@ PARTS = {
 # What puts the parts of a package together: no part may import it.
 HEADS = {"hypernet": ("request", "personalize", "personalize_each"), "converters": ("batch", "convert")}
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
-# An entry point like the CLI: it may reach one package to the left, and nothing may import it.
-KOHYA_ENTRY = Path("lidb_peft/kohya.py")
+# Entry points like the CLI: each may reach one package to the left, and nothing may import it.
+ENTRIES = {Path("lidb_peft/kohya.py"): "converters", Path("lidb_peft/__main__.py"): "cli"}
 OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow", "triton", "wandb", "matplotlib",
             "skimage", "datasets", "pillow_heif"}  # fmt: skip
 OWN_STATE = {Path("hypernet/training/state.py"), Path("testbed/trainer.py")}
@@ -52,11 +52,11 @@ def test_there_is_something_to_check():
 def test_imports_go_to_the_right_only(file):
     relative = file.relative_to(ROOT)
     allowed = set(CHAIN[CHAIN.index(relative.parts[0]) :])
-    if relative == KOHYA_ENTRY:
-        allowed.add("converters")
+    allowed |= {ENTRIES[relative]} if relative in ENTRIES else set()
     ours = {name for name in imported_modules(file) if name.split(".")[0] in CHAIN}
     assert {name for name in ours if name.split(".")[0] not in allowed} == set()
-    assert not any(name.startswith("lidb_peft.kohya") for name in ours) or relative == KOHYA_ENTRY
+    entries = tuple(".".join(entry.with_suffix("").parts) for entry in ENTRIES if entry != relative)
+    assert not any(name.startswith(entries) for name in ours)
 
 
 @pytest.mark.parametrize(("package", "part"), [(package, part) for package in PARTS for part in PARTS[package]])

@@ -65,7 +65,7 @@ def test_preoptimize_starts_at_a_prediction(hdb, faces, make_hypernetwork, monke
 
 
 def test_two_processes_make_the_shards_of_one(hdb, faces, start_pair):
-    pair = start_pair("-m", "cli.main", "preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
+    pair = start_pair("-m", "lidb_peft", "preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
     hdb.run("preoptimize", faces, *QUICK, "--out", "alone", "--batch", 1)
     told = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
+from click.testing import CliRunner
 
-from cli.main import COMMANDS
+import cli.main
+from cli.main import COMMANDS, PACKAGES
 
 HDB = (sys.executable, "-m", "cli.main")
 
@@ -18,6 +21,36 @@ HDB = (sys.executable, "-m", "cli.main")
 def environment():
     paths = [path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def test_python_m_lidb_peft_is_hdb_and_names_the_file_that_hides_a_package(environment, tmp_path):
+    command = [sys.executable, "-m", "lidb_peft", "--version"]
+    run = partial(subprocess.run, command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run().stdout.startswith("hdb ")
+    (tmp_path / "cli.py").write_text("raise SystemExit('this is not to be run')")
+    result = run()
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: {tmp_path / 'cli.py'} hides this program's package cli")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("place", ["{}.py", "{}/__init__.py"])
+def test_what_hides_one_of_our_packages_is_named(monkeypatch, tmp_path, name, place):
+    file = tmp_path / place.format(name)
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    result = CliRunner().invoke(cli.main.main, ["--version"])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {file} hides this program's package {name}")
+
+
+def test_a_folder_of_results_that_is_called_like_a_package_hides_nothing(monkeypatch, tmp_path):
+    (tmp_path / "hypernet").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    assert CliRunner().invoke(cli.main.main, ["train", "--help"]).exit_code == 0
 
 
 def test_help_imports_nothing_heavy(environment):
