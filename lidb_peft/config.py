@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
-from peft.utils.other import get_pattern_key
 
 from .bases import BASIS_KINDS, BasisKey, basis_keys
+from .patterns import find_pattern
 
 
 class LiDBPeftType(str, enum.Enum):
@@ -100,7 +100,7 @@ class LiDBConfig(PeftConfig):
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Return the rank and the scale of the layer called ``name``."""
-        rank_key, scale_key = (get_pattern_key(pattern, name) for pattern in (self.rank_pattern, self.scale_pattern))
+        rank_key, scale_key = (find_pattern(pattern, name) for pattern in (self.rank_pattern, self.scale_pattern))
         return self.rank_pattern.get(rank_key, self.r), self.scale_pattern.get(scale_key, self.scale)
 
     def basis_keys(self, in_features: int, out_features: int) -> tuple[BasisKey, BasisKey]:

@@ -16,6 +16,7 @@ from .bases import BASIS_VERSION, basis_fingerprint, basis_probes, check_basis, 
 from .config import LiDBConfig
 from .layout import distinct_basis_keys
 from .naming import clean_module_name, natural_key
+from .patterns import check_patterns
 from .space import LiDBSpace
 
 _SETTINGS = {"r": int, "down_dim": int, "up_dim": int, "scale": float, "seed": int, "basis": str}
@@ -74,6 +75,9 @@ def record_config(record: Mapping[str, str], source: str) -> LiDBConfig:
     values = {name: read_number(record, name, kind, source) for name, kind in _SETTINGS.items()}
     try:
         targets = json.loads(record.get("targets", "{}"))
+        for name in _TARGETS:
+            if name != "layers_to_transform" and name in targets:
+                check_patterns(targets[name], f"its {name}")
         return LiDBConfig(**values, **{name: targets[name] for name in _TARGETS if name in targets})
     except _MALFORMED as error:
         raise ValueError(f"{source} describes no LiDB this version knows: {error}") from error

@@ -131,6 +131,22 @@ def read_json_object(path: Path, remedy: str) -> dict:
     return content
 
 
+def check_indices(folder: Path, remedy: str) -> None:
+    """Make sure that no index of shards in ``folder`` leads a library to anything but safetensors files beside it.
+
+    Raises:
+        ValueError: one does; a pickle would be opened, whatever the library was asked for.
+    """
+    for index in sorted(folder.glob("*.index*.json")):
+        found = read_json_object(index, remedy).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError(f"{index} does not say which file holds which weight; {remedy}")
+        for name in sorted(set(found.values())):
+            if not name.endswith(".safetensors") or Path(name).name != name:
+                raise ValueError(f"{index} leads to {_short(name)}, which is no safetensors file beside it and is not"
+                                 f" read; {remedy}")  # fmt: skip
+
+
 def _parse_header(path: Path, raw: bytes, data_bytes: int) -> Header:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)

@@ -22,7 +22,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.loop import BEST, train
 from hypernet.training.setup import LAST
-from hypernet.training.state import STATE_FILE
+from hypernet.training.state import has_state
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.measuring import MeasuringNetwork
@@ -124,7 +124,7 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
     for number, config in enumerate((LEARN_PHOTOS, LEARN_PEOPLE, KEEP_PROMPTS), start=1):
         config = replace(config, steps=math.ceil(fraction * config.steps))
         folder = out / f"training-{number}"
-        resume = (folder / STATE_FILE).exists()
+        resume = has_state(folder)
         start = folder / LAST if resume else before
         if start is not None:
             network = HyperNetwork.from_pretrained(start)

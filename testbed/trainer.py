@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from lidb_peft.files import atomic_path
+from lidb_peft.sealed import read_tree, write_tree
 
 EMA_DECAY = 0.9995
 
@@ -28,7 +28,7 @@ class Trainer:
     """A step-numbered training loop: optimiser, linear warm-up and decay, EMA weights, whole checkpoints, a log."""
 
     def __init__(self, name: str, run: Run, modules: torch.nn.Module, num_steps: int, lr: float):
-        self.name, self.file, self.log = name, run.out / f"{name}.pt", run.out / f"{name}.jsonl"
+        self.name, self.file, self.log = name, run.out / f"{name}.safetensors", run.out / f"{name}.jsonl"
         self.modules, self.num_steps, self.lr, self.step = modules, num_steps, lr, 0
         self.last_step = math.ceil(num_steps * run.fraction)
         self.optimizer = torch.optim.AdamW(
@@ -36,7 +36,7 @@ class Trainer:
         )
         self.ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
         if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
+            state = read_tree(self.file)
             modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step = state["ema"], state["step"]
@@ -78,8 +78,7 @@ class Trainer:
 
     def save(self) -> None:
         state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema}
-        with atomic_path(self.file) as temporary:
-            torch.save({**state, "step": self.step}, temporary)
+        write_tree(self.file, {**state, "step": self.step})
 
 
 def step_generator(stage: int, step: int) -> torch.Generator:

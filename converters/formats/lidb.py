@@ -23,14 +23,17 @@ from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer
 from lidb_peft.layout import layers_hash
 from lidb_peft.naming import find_layers
+from lidb_peft.patterns import check_patterns
 from lidb_peft.record import check_record
 from lidb_peft.relax import peft_factors
-from lidb_peft.safe_read import read_header
+from lidb_peft.safe_read import printable, read_header
 from lidb_peft.space import LiDBSpace
 from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
 # layer name -> (in_features, out_features)
 Shapes = dict[str, tuple[int, int]]
+# What PEFT raises on a config of other types, and torch on tensors of other shapes, than they should have.
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 _WHICH_BASE = "name the base model that it was made for"
 
 
@@ -131,23 +134,37 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
     else:
         family, shapes = _shapes_by_bases(path, folders.values())
     skeletons = skeleton_models({name: shapes[name] for folder in folders.values() for name in folder.layers}, "cpu")
-    adapters = {
-        component: PeftModel.from_pretrained(skeletons[component], str(folder.path), torch_device="cpu")
-        for component, folder in folders.items()
-    }
+    adapters = {}
+    for component, folder in folders.items():
+        try:
+            adapters[component] = PeftModel.from_pretrained(skeletons[component], str(folder.path), torch_device="cpu")
+        except _MALFORMED as error:
+            raise ValueError(f"{folder.path} is damaged: its config and its tensors do not go together "
+                             f"({printable(str(error))})") from error  # fmt: skip
     bases = (folder.config.base_model_name_or_path for folder in folders.values())
     return LiDBWeights(adapters, family, next(filter(None, bases), ""))
 
 
 def _read_folder(source: Source) -> _Folder:
-    names = list(read_header(source.file).tensors)
+    header = read_header(source.file)
+    names = list(header.tensors)
     layers = tuple(layer_of(source, module) for module in read_layout(names).modules.values())
     if not layers:
         raise ValueError(f"{source.file} holds no LiDB layers")
     # "lidb_basis.down:320:100.record", or ".values"
     bases = frozenset(name.partition(BASIS_START)[2].rpartition(".")[0] for name in names if BASIS_START in name)
     path = source.file.parent
-    return _Folder(path, LiDBConfig.from_pretrained(str(path)), layers, bases)
+    try:
+        config = LiDBConfig.from_pretrained(str(path))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "scale_pattern"):
+            check_patterns(getattr(config, name), f"its {name}")
+    except _MALFORMED as error:
+        raise ValueError(f"{path} describes no LiDB this version knows: {printable(str(error))}") from error
+    ranks = [config.r, *config.rank_pattern.values()]
+    largest = max((max(tensor.shape, default=0) for tensor in header.tensors.values()), default=0)
+    if max(ranks) > largest:
+        raise ValueError(f"{path} says rank {max(ranks)}, which none of its tensors has; it is damaged")
+    return _Folder(path, config, layers, bases)
 
 
 def _shapes_of(models: Mapping[str, nn.Module], config: LiDBConfig) -> Shapes:

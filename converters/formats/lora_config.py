@@ -2,13 +2,12 @@
 
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
+from lidb_peft.patterns import find_pattern
 from lidb_peft.safe_read import printable
 
 # Where diffusers >= 0.34 keeps the configs of all components, as one JSON object with keys such as "unet.lora_alpha".
@@ -50,13 +49,15 @@ def check_config(config: Mapping[str, object], source: str) -> None:
         ValueError: such a field is set; the message begins with ``source``.
     """
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{source} is {config['peft_type']}, not LoRA; it cannot be converted without loss")
+        raise ValueError(
+            f"{source} is {printable(str(config['peft_type']))}, not LoRA; it cannot be converted without loss"
+        )
     defaults = vars(LoraConfig())
     odd = [name for name in config if name not in _UNDERSTOOD and config[name] and config[name] != defaults.get(name)]
     if config.get("init_lora_weights", True) in _HARMLESS_STARTS and "init_lora_weights" in odd:
         odd.remove("init_lora_weights")
     if odd:
-        found = ", ".join(f"{name} {config[name]!r}" for name in odd)
+        found = printable(", ".join(f"{name} {config[name]!r}" for name in odd))
         raise ValueError(f"{source} is a LoRA with {found}, which cannot be carried; save it without")
 
 
@@ -80,10 +81,8 @@ def stated_number(config: Mapping[str, object], name: str, path: str, source: st
         ValueError: it is no finite number; the message begins with ``source``.
     """
     own = config.get(_PATTERNS[name]) or {}
-    try:
-        value = own.get(get_pattern_key(own, path), config.get(name)) if isinstance(own, dict) else own
-    except re.error as error:  # PEFT's patterns are regular expressions
-        raise ValueError(f"{source} has an unreadable {_PATTERNS[name]} ({error}); it is damaged") from error
+    where = f"{source}: its {_PATTERNS[name]}"
+    value = own.get(find_pattern(own, path, where), config.get(name)) if isinstance(own, dict) else own
     if value is None:
         return None
     # The comparison takes integers beyond float's range, and refuses NaN.

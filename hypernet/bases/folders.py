@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lidb_peft.safe_read import PICKLE_SUFFIXES, iter_tensors, read_header, read_json_object
+from lidb_peft.safe_read import PICKLE_SUFFIXES, check_indices, iter_tensors, read_header, read_json_object
 
 TEXT_ENCODERS = {
     "StableDiffusionPipeline": ("text_encoder",),
@@ -45,6 +45,8 @@ def check_folder(folder: Path) -> tuple[str, str | None]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not complete: it has no {name}; download the base model again")
         _read_json(folder / name)
+    for name in weighted:
+        check_indices(folder / name, "download the base model again")
     for name in tokenizers:
         _check_tokenizer(folder / name)
     for variant in (None, "fp16"):

@@ -202,13 +202,13 @@ def _names(rows: list[tuple[Person, bool]]) -> tuple[str, ...]:
     return tuple(person.name for person, _ in rows)
 
 
-def _sizes(rows: list[tuple[Person, bool]]) -> tuple[int, ...]:
-    return tuple(person.num_bytes for person, _ in rows)
+def _photos(rows: list[tuple[Person, bool]]) -> tuple[str, ...]:
+    return tuple(person.digest for person, _ in rows)
 
 
 def _check_rows(store: TargetStore, index: int, rows: list[tuple[Person, bool]], source: str) -> None:
     shard = store.read(index)
-    if shard.rows != _names(rows) or (shard.sizes and shard.sizes != _sizes(rows)):
+    if shard.rows != _names(rows) or (shard.photos and shard.photos != _photos(rows)):
         raise ValueError(
             f"{store.path(index)} holds other people or photos than {source} has in that place; the data set has "
             f"changed since it was written: choose another folder"
@@ -237,7 +237,7 @@ def _make_shard(
         keys=tuple(person.key for person in people),
         names=tuple(person.name for person in people),
         skipped=tuple(prepared.skipped),
-        sizes=_sizes(prepared.rows),
+        photos=_photos(prepared.rows),
     )
     return shard, torch.cat(thetas), torch.cat(losses)
 

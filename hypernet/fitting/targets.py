@@ -20,11 +20,13 @@ from torch import Tensor
 from hypernet.inputs.people import Skipped, write_skipped
 from hypernet.recipe import NUM_TIMESTEPS
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
-from lidb_peft.files import atomic_path, write_safetensors
+from lidb_peft.files import atomic_path
 from lidb_peft.record import missing_fields, same_base
-from lidb_peft.safe_read import read_header, read_json_object
+from lidb_peft.safe_read import read_json_object
+from lidb_peft.sealed import read_sealed, write_sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_UNSEALED_FORMAT = 1  # its shards have neither a checksum nor what tells their run
 SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
@@ -41,14 +43,14 @@ class Shard:
         rows: names of all of them.
         keys, names: of those that were fitted.
         skipped: the photos and people that were left out.
-        sizes: bytes of the photos of each of ``rows``; none in shards of before they were noted.
+        photos: a digest of the photos of each of ``rows``; none in shards of before they were noted.
     """
 
     rows: tuple[str, ...]
     keys: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
-    sizes: tuple[int, ...] = ()
+    photos: tuple[str, ...] = ()
 
 
 def has_targets(folder: str | Path) -> bool:
@@ -106,6 +108,13 @@ class TargetStore:
                 f"from this model's; use the base they were fitted on, or fit new ones with hdb preoptimize"
             )
         check_record(record, space, str(folder))
+        self._read: dict[int, Shard] = {}
+
+    @property
+    def run(self) -> str:
+        """A digest of what all shards of the store have in common, which each of them says."""
+        common = [self.manifest[name] for name in ("space", "fit", "batch")]
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:32]
 
     def check_fit(self, fit: Mapping) -> None:
         """Raise ValueError unless the targets were fitted as ``fit`` says."""
@@ -133,27 +142,36 @@ class TargetStore:
 
     def write(self, index: int, shard: Shard, thetas: Tensor, losses: Tensor) -> None:
         """Write a shard whole: ``thetas`` ``(n, L, row)`` and ``losses`` ``(n,)``, float32."""
+        self._read.pop(index, None)
         text = {name: json.dumps(value) for name, value in vars(shard).items()}
-        write_safetensors(self.path(index), {"theta": thetas, "losses": losses}, text)
+        write_sealed(self.path(index), {"theta": thetas, "losses": losses}, text | {"run": json.dumps(self.run)})
 
     def read(self, index: int) -> Shard:
-        """Read what a shard says, without its thetas.
+        """Read what a shard says, without its thetas; they are checked too, when it is read for the first time.
 
         Raises:
-            ValueError: it is damaged or no shard; the message names it.
+            ValueError: it is damaged, no shard, or of another run; the message names it.
         """
+        if index not in self._read:
+            self._read[index] = self._read_whole(index)
+        return self._read[index]
+
+    def _read_whole(self, index: int) -> Shard:
         path = self.path(index)
         try:
-            header = read_header(path)
-            text = {name: json.loads(value) for name, value in header.metadata.items()}
+            tensors, metadata = read_sealed(path, is_required=self.manifest["format"] > _UNSEALED_FORMAT)
+            text = {name: json.loads(value) for name, value in metadata.items()}
             shard = Shard(
                 *(tuple(text[name]) for name in ("rows", "keys", "names")),
                 tuple(Skipped(*entry) for entry in text["skipped"]),
-                tuple(text.get("sizes", ())),
+                tuple(text.get("photos", ())),
             )
-            counts = {header.tensors[name].shape[0] for name in ("theta", "losses")}
+            counts = {tensors[name].shape[0] for name in ("theta", "losses")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is damaged or no shard of targets ({error}); {_REMEDY}") from error
+        if text.get("run", self.run) != self.run:
+            raise ValueError(f"{path} is of another run than {self.folder / _MANIFEST}, fitted otherwise or on another "
+                             f"base; {_REMEDY}")  # fmt: skip
         if counts != {len(shard.keys)} or len(shard.names) != len(shard.keys):
             raise ValueError(f"{path} is damaged: it has {len(shard.keys)} keys for {counts} thetas; {_REMEDY}")
         return shard
@@ -206,7 +224,7 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"{folder} is not a target store: it has no {_MANIFEST}; name a folder that hdb preoptimize "
                          f"wrote")  # fmt: skip
     manifest = read_json_object(path, "choose another folder, or write it again as it was")
-    if manifest.get("format") != FORMAT_VERSION:
+    if manifest.get("format") not in (FORMAT_VERSION, _UNSEALED_FORMAT):
         raise ValueError(
             f"{path} has format {manifest.get('format')!r}; this version of lidb-peft reads {FORMAT_VERSION}"
         )

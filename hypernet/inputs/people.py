@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,18 +25,21 @@ from hypernet.errors import first_line
 from hypernet.inputs.faces import find_faces
 from hypernet.inputs.photos import Photo, decode_image, prepare_photo, read_image
 from lidb_peft.files import atomic_path
+from lidb_peft.safe_read import printable
 
 if TYPE_CHECKING:
     import datasets
 
 _NOT_PILLOWS = {".heic", ".heif"}
+_WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going through 20 GB takes no minutes
 
 
 class RawPhoto(NamedTuple):
-    """An image that is not decoded yet: its bytes, or the path or URL where they are."""
+    """An image that is not decoded yet: its bytes, or the path or URL where they are, or why they cannot be had."""
 
     name: str
     data: bytes | str
+    problem: str = ""
 
 
 class Person(NamedTuple):
@@ -46,9 +49,9 @@ class Person(NamedTuple):
     photos: tuple[RawPhoto, ...]
 
     @property
-    def num_bytes(self) -> int:
-        """Of all photos together; what is no file here, such as a URL, counts nothing."""
-        return sum(map(_num_bytes, self.photos))
+    def digest(self) -> str:
+        """Of the bytes of all photos; of large files a part of their beginning, middle and end."""
+        return hashlib.sha256(b"".join(_photo_digest(photo.data) for photo in self.photos)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,13 @@ class People:
         source: where they come from, for people to read.
         dataset: rows of ``name``, ``photos`` and ``paths`` if it is a folder, else rows with an undecoded image.
         image_column: the column of that image; None for a folder.
+        is_from_hub: what its rows name is fetched if it is on the hub too; nothing else that a row names is opened.
     """
 
     source: str
     dataset: "datasets.Dataset | datasets.IterableDataset"
     image_column: str | None
+    is_from_hub: bool = False
 
     @property
     def is_streamed(self) -> bool:
@@ -109,13 +114,13 @@ class People:
         return splits["train"].num_examples or None if "train" in splits else None
 
     @cached_property
-    def roster(self) -> tuple[tuple[str, int], ...]:
-        """Each person's name and number of bytes; the whole data set is gone through for it, once."""
-        return tuple((person.name, person.num_bytes) for person in self)
+    def roster(self) -> tuple[tuple[str, str], ...]:
+        """Each person's name and the digest of their photos; the whole data set is gone through for it, once."""
+        return tuple((person.name, person.digest) for person in self)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the roster: tells by names, sizes and order that the data set is another."""
+        """A digest of the roster: tells by names, photos and order that the data set is another."""
         return hashlib.sha256(repr(self.roster).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Person]:
@@ -125,14 +130,19 @@ class People:
 
     def _person(self, row: dict) -> Person:
         if self.image_column is None:
-            return Person(row["name"], tuple(map(RawPhoto, row["photos"], row["paths"])))
+            return Person(row["name"], tuple(map(RawPhoto, row["photos"], map(os.fsdecode, row["paths"]))))
         image = row[self.image_column] or {"bytes": None, "path": None}
-        data = image["bytes"] or image["path"] or b""
+        data, path = image["bytes"] or b"", image["path"] or ""
         # Without a name the bytes give one: a row's number would change with the order of the rows.
-        name = image["path"] or hashlib.sha256(data).hexdigest()[:16]
+        name = path or hashlib.sha256(data).hexdigest()[:16]
         if "__url__" in row:  # keys are unique inside a tar only
             name = f"{Path(row['__url__']).name}/{name}"
-        return Person(name, (RawPhoto(name, data),))
+        if data or not path:
+            return Person(name, (RawPhoto(name, data),))
+        if self.is_from_hub and _is_of_hub(path):
+            return Person(name, (RawPhoto(name, path),))
+        problem = f"its row names {printable(path)} and holds no picture; only pictures in the data set are read"
+        return Person(name, (RawPhoto(name, b"", problem),))
 
 
 def open_people(source: str | Path, streaming: bool = False) -> People:
@@ -147,7 +157,7 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
     """
     path = Path(source)
     if not path.exists():
-        return _open_table(str(source), streaming, str(source))
+        return replace(_open_table(str(source), streaming, str(source)), is_from_hub=True)
     found = {kind: files for kind, files in _find_files(path).items() if files}
     if len(found) != 1:
         raise ValueError(
@@ -168,30 +178,49 @@ def _find_files(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         files = [path]
     else:
-        # rglob would leave out folders that are links, as people's collections often are.
-        found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        found = (file for folder in _folders_below(path, set()) for file in folder.iterdir())
         names = sorted(file.relative_to(path).as_posix() for file in found if file.is_file())
         files = [path / name for name in names if not f"/{name}".count("/.")]
     return {kind: [file for file in files if file.suffix.lower() in suffixes[kind]] for kind in suffixes}
+
+
+def _folders_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield a folder and those below it, each once; those that are links too, as people's collections often are."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:  # a link to a folder that it is in, for one, would have no end
+        return
+    seen.add((status.st_dev, status.st_ino))
+    yield folder
+    for below in sorted(folder.iterdir()):
+        if below.is_dir():
+            yield from _folders_below(below, seen)
 
 
 def _open_folder(source: Path, files: list[Path]) -> People:
     from datasets import Dataset
 
     folder = source.parent if source.is_file() else source
-    photos: dict[str, list[str]] = {}
+    photos: dict[str, list[Path]] = {}
     for file in files:
         relative = file.relative_to(folder)
-        photos.setdefault(relative.parts[0], []).append(relative.as_posix())
-    paths = [[str(folder / name) for name in names] for names in photos.values()]
+        photos.setdefault(relative.parts[0], []).append(relative)
+    # Names may hold bytes that are no text: paths are kept as bytes, and names tell those bytes by their numbers.
+    paths = [[os.fsencode(folder / name) for name in names] for names in photos.values()]
+    names = [[_as_text(name.as_posix()) for name in names] for names in photos.values()]
     with _readable(str(source)):
-        rows = Dataset.from_dict({"name": list(photos), "photos": list(photos.values()), "paths": paths})
+        rows = Dataset.from_dict({"name": [_as_text(name) for name in photos], "photos": names, "paths": paths})
     return People(str(source), rows, None)
+
+
+def _as_text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def _open_table(source: str, streaming: bool, *load_arguments: str, **load_options) -> People:
     import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+    WebDataset.DECODERS.pop("pth", None)  # a pickle beside a picture stays bytes, that nobody opens
     with _readable(source):
         rows = datasets.load_dataset(*load_arguments, **load_options, split="train", streaming=streaming)
     features = rows.features or {}
@@ -226,6 +255,9 @@ def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPe
     """
     photos, skipped = [], []
     for photo in person.photos:
+        if photo.problem:
+            skipped.append(Skipped(photo.name, photo.problem))
+            continue
         is_file = isinstance(photo.data, str) and "://" not in photo.data
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
@@ -236,10 +268,31 @@ def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPe
     return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
 
 
-def _num_bytes(photo: RawPhoto) -> int:
-    if isinstance(photo.data, bytes):
-        return len(photo.data)
-    return os.path.getsize(photo.data) if os.path.isfile(photo.data) else 0
+def _photo_digest(data: bytes | str) -> bytes:
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).digest()
+    if not os.path.isfile(data):
+        return hashlib.sha256(os.fsencode(data)).digest()
+    size, piece = os.path.getsize(data), _WHOLE_BYTES // 4
+    with open(data, "rb") as file:
+        if size <= _WHOLE_BYTES:
+            return hashlib.sha256(file.read()).digest()
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, (size - piece) // 2, size - piece):
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.digest()
+
+
+def _is_of_hub(path: str) -> bool:
+    """Tell whether a path is in the hub's caches here, or a URL, of a member of an archive perhaps, is of the hub."""
+    import datasets
+    from huggingface_hub import constants
+
+    if "://" in path:
+        return path.rpartition("::")[2].startswith(("hf://", constants.ENDPOINT + "/"))
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, constants.HF_HUB_CACHE)
+    return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
 
 
 def _fetch(data: bytes | str) -> bytes:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from hypernet.network.config_check import encoder_config
 from hypernet.network.encoder import check_encoder
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, record_config, space_record
@@ -15,7 +16,7 @@ class HyperNetworkConfig(PretrainedConfig):
     """Everything that defines a hypernetwork and the thetas it predicts, but for weights.
 
     Args:
-        encoder: the encoder's own config, or its dict.
+        encoder: the encoder's own config, or its dict, of which what `encoder_config` knows is taken.
         layers: ``(name, in_features, out_features)`` of each adapted layer, in the order of their `LiDBSpace`.
         record: what the thetas belong to, as `lidb_peft.space_record` gives it.
         prompt, token: what the training pictures were denoised with; ``[V]`` in the prompt stands for the token.
@@ -50,7 +51,7 @@ class HyperNetworkConfig(PretrainedConfig):
     ) -> None:
         if not (encoder and layers and record):  # transformers 4 tries a config without arguments, and expects this
             raise ValueError("encoder, layers or record is missing; make the config with HyperNetworkConfig.for_space")
-        encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
+        encoder = encoder_config(encoder) if isinstance(encoder, dict) else encoder
         check_encoder(encoder)
         if layers_hash({name: shape for name, *shape in layers}) != record.get("layers_hash"):
             raise ValueError("the list of layers is not the one of the record; the config.json is damaged")

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import cached_file
 
 from hypernet.errors import first_line
+from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from hypernet.quiet import quiet_loading
-from lidb_peft.safe_read import read_json_object
+from lidb_peft.safe_read import check_indices, read_json_object
 
 # Parts that make one vector of a picture, or replace masked patches; the patches' own vectors do not pass through them.
 _UNUSED = re.compile(r"(^|\.)(pooler|head|post_layernorm|mask_token)(\.|$)")
@@ -32,13 +33,15 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
     try:
         with torch.random.fork_rng(devices=[]), quiet_loading():  # transformers draws the weights that it does not find
-            config = AutoConfig.from_pretrained(source)
+            folder = Path(source) if Path(source).exists() else hub_folder(str(source), HYPERNETWORK_FILES)
+            check_indices(folder, "get the encoder again")
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             config = getattr(config, "vision_config", config)
             check_encoder(config)
             encoder, info = AutoModel.from_pretrained(
-                source, config=config, use_safetensors=True, output_loading_info=True
+                folder, config=config, use_safetensors=True, output_loading_info=True
             )
-        settings = picture_settings(source)
+        settings = picture_settings(folder)
     except OSError as error:
         raise FileNotFoundError(
             f"the encoder {str(source)!r} is not a folder with config.json and model.safetensors here and could not be "

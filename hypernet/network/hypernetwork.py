@@ -5,6 +5,7 @@ transformer decoder that refines its prediction ``rounds`` times (equation 3); o
 layer's weights. Predicted is a residual on the shared starting vector theta_0.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from hypernet.errors import first_line
+from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.config_check import check_config, check_size
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from hypernet.quiet import quiet_loading
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_files
 from lidb_peft.layout import distinct_basis_keys, starting_theta, theta_mask
-from lidb_peft.safe_read import read_header, read_json_object
+from lidb_peft.safe_read import check_indices, read_header, read_json_object
 
 HEAD_STD = 1e-3
 POSITION_STD = 0.02
@@ -217,11 +220,11 @@ class HyperNetwork(PreTrainedModel):
             FileNotFoundError: it is neither here nor on the hub.
             ValueError: it is damaged, no hypernetwork, or its weights do not fit its config.
         """
-        _check_files(Path(source))
+        folder = _checked_folder(source)
         try:
             with _told_if_missing(source), quiet_loading():
                 model, info = super().from_pretrained(
-                    source, use_safetensors=True, output_loading_info=True, **_float32(), **options
+                    folder, use_safetensors=True, output_loading_info=True, **_float32(), **options
                 )
         except RuntimeError as error:
             raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
@@ -230,6 +233,7 @@ class HyperNetwork(PreTrainedModel):
                 f"{source} holds other weights than its config.json says: missing {sorted(info['missing_keys'])}, "
                 f"unexpected {sorted(info['unexpected_keys'])}"
             )
+        model.name_or_path = model.config.name_or_path = str(source)
         model._set_trainable()
         return model
 
@@ -241,13 +245,9 @@ def read_config(source: str | Path) -> HyperNetworkConfig:
         FileNotFoundError: it is neither here nor on the hub.
         ValueError: it is damaged, or no hypernetwork.
     """
-    _check_files(Path(source))
-    with _told_if_missing(source):
-        found, _ = HyperNetworkConfig.get_config_dict(source)
-    _check_type(source, found)
+    found = read_json_object(_checked_folder(source) / "config.json", "get the hypernetwork again")
     config = HyperNetworkConfig.from_dict(found)
     config.name_or_path = str(source)
-    _ = config.lidb  # a kind of bases may be unknown here
     return config
 
 
@@ -259,20 +259,34 @@ def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
     )  # fmt: skip
 
 
-def _check_files(source: Path) -> None:
-    """Find a folder's damage by the files' headers, before transformers does and says so in its own words."""
-    if source.is_file():
+def _checked_folder(source: str | Path) -> Path:
+    """Return the folder of a hypernetwork, from the hub if it is none here, checked before transformers reads it."""
+    folder = Path(source)
+    if folder.is_file():
         raise NotADirectoryError(f"{source} is a file; name the folder of a hypernetwork")
-    if not source.is_dir():  # on the hub, then
-        return
-    if not (source / "config.json").is_file():
+    if not folder.is_dir():
+        with _told_if_missing(source):
+            folder = hub_folder(str(source), HYPERNETWORK_FILES)
+    _check_files(str(source), folder)
+    return folder
+
+
+def _check_files(source: str, folder: Path) -> None:
+    """Find a folder's damage by the files' headers, before transformers does and says so in its own words."""
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a hypernetwork: it has no config.json; name the folder that has it")
-    _check_type(source, read_json_object(source / "config.json", "get the hypernetwork again"))
-    weights = list(source.glob("model*.safetensors"))
+    found = read_json_object(folder / "config.json", "get the hypernetwork again")
+    _check_type(source, found)
+    check_config(source, found, HyperNetworkConfig)
+    check_indices(folder, "get the hypernetwork again")
+    weights = list(folder.glob("model*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{source} is not a whole hypernetwork: it has no model.safetensors; get it again")
-    for file in weights:
-        read_header(file)
+    stored = [math.prod(info.shape) for file in weights for info in read_header(file).tensors.values()]
+    config = HyperNetworkConfig.from_dict(found)
+    config.name_or_path = source
+    check_size(source, config, sum(stored))
+    _ = config.lidb  # a kind of bases may be unknown here
 
 
 def _check_type(source: str | Path, config: dict[str, Any]) -> None:

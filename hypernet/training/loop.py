@@ -1,7 +1,8 @@
 """Training a hypernetwork (HyperDreamBooth, arXiv:2307.06949, section 4.2), on one process or many.
 
 The folder of a training holds ``last/`` and ``best/``, hypernetworks that `HyperNetwork.from_pretrained` loads;
-``samples/``, pictures of held-out people; ``log.jsonl``; ``skipped.jsonl``; and ``training.pt``, to resume from.
+``samples/``, pictures of held-out people; ``log.jsonl``; ``skipped.jsonl``; and ``training.safetensors``, to resume
+from.
 """
 
 import itertools
@@ -36,7 +37,7 @@ from hypernet.training.setup import (
     some_targets,
     targets_to_learn,
 )
-from hypernet.training.state import STATE_FILE, TrainingState
+from hypernet.training.state import TrainingState, has_state
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path, locked_folder
@@ -304,7 +305,7 @@ def _told_of_the_dead(world: int) -> Iterator[None]:
 
 
 def _check_folder(out: Path, resume: bool) -> None:
-    if (out / STATE_FILE).exists() and not resume:
+    if has_state(out) and not resume:
         raise ValueError(f"{out} holds a training already; resume it, or choose another folder")
     if resume:
         check_resumable(out)

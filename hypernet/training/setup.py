@@ -15,7 +15,7 @@ from hypernet.fitting.targets import TargetStore
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
-from hypernet.training.state import STATE_FILE
+from hypernet.training.state import has_state
 from lidb_peft import LiDBConfig, LiDBSpace
 
 LAST = "last"
@@ -102,7 +102,7 @@ def open_network(
 
 def check_resumable(folder: Path) -> None:
     """Raise FileNotFoundError unless there is a training in ``folder`` to resume."""
-    if not (folder / STATE_FILE).exists():
+    if not has_state(folder):
         raise FileNotFoundError(f"{folder} holds no training to resume; check the folder, or train without resuming")
 
 

@@ -4,7 +4,6 @@ The order of people and all noise follow from the step number, so no generator's
 """
 
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hypernet.recipe import TrainConfig
-from lidb_peft.files import atomic_path
+from lidb_peft.sealed import read_tree, same_kind, write_tree
 
-STATE_FILE = "training.pt"
-FORMAT_VERSION = 1
+STATE_FILE = "training.safetensors"
+FORMAT_VERSION = 2
+_EARLIER_FILE = "training.pt"  # of format 1, a pickle
 # They change how a run is watched or how fast it is, not what is learned.
 _FREE = {"log_every", "checkpoint_every", "workers", "gradient_checkpointing", "batch", "accumulation"}
 
@@ -43,7 +43,7 @@ class TrainingState:
         """Write the state; the run is described by its config and number of processes."""
         state = {
             "format": FORMAT_VERSION,
-            "config": json.dumps(asdict(config)),
+            "config": asdict(config),
             "world": world,
             "data": self.data,
             "step": self.step,
@@ -51,8 +51,7 @@ class TrainingState:
             "network": dict(_trainable(self.network)),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
-        with atomic_path(folder / STATE_FILE) as temporary:
-            torch.save(state, temporary)
+        write_tree(folder / STATE_FILE, state)
 
     def load(self, folder: Path, config: TrainConfig, world: int) -> None:
         """Take over the state that ``save`` has written.
@@ -63,12 +62,12 @@ class TrainingState:
         """
         path = folder / STATE_FILE
         state = _read(path)
-        _check_config(path, json.loads(state["config"]), state["world"], config, world)
-        their_data = state.get("data", self.data)  # not noted in the first states
+        _check_config(path, state["config"], state["world"], config, world)
+        their_data = state["data"]
         changed = sorted(name for name in {*their_data, *self.data} if their_data.get(name) != self.data.get(name))
         if changed:
             raise ValueError(f"{path} was trained on other {' and '.join(changed)} than there are now, by their names, "
-                             f"sizes or order; resume with the same ones, or train anew")  # fmt: skip
+                             f"photos or order; resume with the same ones, or train anew")  # fmt: skip
         parameters = dict(_trainable(self.network))
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
         ours = {name: tuple(value.shape) for name, value in parameters.items()}
@@ -81,11 +80,11 @@ class TrainingState:
         if set(state["parts"]) != set(self.parts):
             raise ValueError(f"{path} holds {sorted(state['parts'])}; expected {sorted(self.parts)}: resume on the "
                              f"kind of device, and with the precision, that it was written with")  # fmt: skip
+        for name, part in self.parts.items():
+            _load_part(path, part, state["parts"][name])
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["network"][name])
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
         self.step, self.best = state["step"], state["best"]
 
 
@@ -93,20 +92,55 @@ def _trainable(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in network.named_parameters() if value.requires_grad]
 
 
+def has_state(folder: Path) -> bool:
+    """Tell whether there is a training in ``folder``, be it of an earlier format."""
+    return any((folder / name).exists() for name in (STATE_FILE, _EARLIER_FILE))
+
+
 def _read(path: Path) -> dict[str, Any]:
+    anew = "go on from the hypernetwork beside it with a new training, by --init-from"
+    earlier = path.with_name(_EARLIER_FILE)
+    if not path.is_file() and earlier.is_file():
+        raise ValueError(f"{earlier} is a training state of format 1, a pickle, which is not read any more; {anew}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, so there is no training to resume; check the folder, or train "
                                 f"without resuming")  # fmt: skip
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is damaged; go on from the hypernetwork beside it with a new training")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} is no training state that this version of lidb-peft reads; train anew")
+    try:
+        state = read_tree(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} ").removeprefix("is damaged: ")
+        raise ValueError(f"{path} is damaged: {reason}; {anew}") from error
+    if state.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {state.get('format')!r}, and this version of lidb-peft reads "
+                         f"{FORMAT_VERSION}; {anew}")  # fmt: skip
+    kinds = {"config": dict, "world": int, "data": dict, "step": int, "best": float, "network": dict, "parts": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if all(isinstance(value, Tensor) for value in (state.get("network") or {}).values()) else ["network"]
+    if wrong or state["step"] < 0:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(wrong) or 'a step'}; {anew}")
     return state
+
+
+def _load_part(path: Path, part: Any, theirs: Any) -> None:
+    """Load an optimizer, a schedule or a loss scaler; but for an optimizer's state it must look like what is there."""
+    ours = part.state_dict()
+    fixed = [{key: value for key, value in own.items() if key != "state"} if isinstance(own, dict) else own
+             for own in (ours, theirs)]  # fmt: skip
+    try:
+        if not same_kind(*fixed):
+            raise ValueError("it has other settings")
+        part.load_state_dict(theirs)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged: its {type(part).__name__} cannot be loaded ({error}); train anew"
+        ) from error
 
 
 def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: TrainConfig, world: int) -> None:
     ours = json.loads(json.dumps(asdict(config)))
+    missing = [name for name in ("batch", "accumulation") if not isinstance(theirs.get(name), int)]
+    if missing:
+        raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train anew")
     differing = [name for name in ours if name not in _FREE and theirs.get(name) != ours[name]]
     if differing:
         found = ", ".join(f"{name} {theirs.get(name)!r} (here {ours[name]!r})" for name in differing)

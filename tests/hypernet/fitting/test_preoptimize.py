@@ -192,11 +192,18 @@ def test_another_photo_of_the_same_name_is_refused(run, unbroken, face_folder):
         run(unbroken)
 
 
-def test_a_shard_of_before_sizes_were_noted_is_gone_on_from(run, unbroken, base, space, face_folder, tmp_path):
+def test_another_photo_of_the_same_name_and_size_is_refused(run, unbroken, face_folder):
+    photo = face_folder / "3.png"
+    photo.write_bytes(photo.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"{SHARDS[1]} holds other people or photos"):
+        run(unbroken)
+
+
+def test_a_shard_of_before_photos_were_noted_is_gone_on_from(run, unbroken, base, space, face_folder, tmp_path):
     shutil.copytree(unbroken, tmp_path / "targets")
     store = open_targets(tmp_path / "targets", base, space, open_people(face_folder), QUICK)
     shard = store.read(0)
-    store.write(0, replace(shard, sizes=()), store.thetas(shard.keys), torch.zeros(len(shard.keys)))
+    store.write(0, replace(shard, photos=()), store.thetas(shard.keys), torch.zeros(len(shard.keys)))
     assert run(tmp_path / "targets")[1].found == len(SHARDS)
 
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import lidb_peft.files
 from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import Skipped
 from lidb_peft import LiDBConfig, LiDBSpace
+from lidb_peft.safe_read import read_tensors
 
 FIT = {"steps": 3, "lr": 0.01, "preserved": ("{} at night",)}
 
@@ -122,7 +124,7 @@ def test_a_folder_that_is_no_store_is_named(space, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2; this version of lidb-peft reads 1"),
+        ({"format": 3}, "has format 3; this version of lidb-peft reads 2"),
         ({"batch": "many"}, "batch is 'many'"),
         ({"space": {}}, "does not say what its targets belong to"),
         ({"fit": None}, "does not say what its targets belong to"),
@@ -158,6 +160,43 @@ def test_a_damaged_shard_is_named_with_the_remedy(store):
     save_file({"theta": torch.zeros(1, 2)}, store.path(1))
     with pytest.raises(ValueError, match="is damaged or no shard"):
         store.read(1)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.999])
+def test_a_flipped_bit_is_noticed_in_thetas_and_losses(store, space, place):
+    add(store, 0, "ann", "bob")
+    blob = bytearray(store.path(0).read_bytes())
+    blob[int(place * len(blob))] ^= 4
+    store.path(0).write_bytes(blob)
+    with pytest.raises(
+        ValueError, match=r"shard-00000\.safetensors is damaged .*not those of its checksum.* delete it"
+    ):
+        len(TargetStore(store.folder, space))
+
+
+@pytest.mark.parametrize("change", [{"fit": FIT | {"lr": 0.02}}, {"batch": 3}])
+def test_a_shard_of_another_run_is_refused(store, space, tmp_path, change):
+    manifest = {"fit": FIT, "batch": 2} | change
+    create_targets(tmp_path / "other", space, "miniature", **manifest, source="faces")
+    add(TargetStore(tmp_path / "other", space), 0, "ann")
+    shutil.copy(tmp_path / "other" / "shard-00000.safetensors", store.folder)
+    with pytest.raises(
+        ValueError, match=r"shard-00000\.safetensors is of another run than .*manifest\.json.* delete it"
+    ):
+        store.read(0)
+
+
+def test_a_store_of_before_there_were_checksums_is_read_and_a_shard_that_has_lost_its_own_is_not(store, space):
+    thetas = add(store, 0, "ann")
+    tensors, metadata = read_tensors(store.path(0))
+    save_file(
+        tensors, store.path(0), {name: value for name, value in metadata.items() if name not in ("sha256", "run")}
+    )
+    with pytest.raises(ValueError, match="it has no checksum"):
+        len(TargetStore(store.folder, space))
+    file = store.folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    assert torch.equal(TargetStore(store.folder, space).thetas(["key of ann"]), thetas)
 
 
 def test_thetas_that_are_not_finite_are_named(store):

@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 
 import pyarrow as pa
@@ -54,11 +55,11 @@ def test_every_kind_of_data_set_gives_the_same_people_in_the_same_order(drawn_fa
     write_parquet(tmp_path / "parquet [1]" / "b.parquet", images[2:])
     sources = [tmp_path / "parquet [1]", write_parquet(tmp_path / "noted.parquet", images, with_features=True),
                write_tar(tmp_path / "faces.tar", images)]  # fmt: skip
-    expected = keys(open_people(face_folder))
-    assert len(set(expected)) == 5
+    expected, roster = keys(open_people(face_folder)), open_people(face_folder).roster
+    assert len(set(expected)) == len({digest for _, digest in roster}) == 5
     for source in sources:
         people = open_people(source)
-        assert [size for _, size in people.roster] == [len(face) for face in drawn_faces]
+        assert people.roster == tuple((name, digest) for name, (_, digest) in zip(names(people), roster, strict=True))
         assert keys(people) == keys(people) == expected  # the same every time
         assert people.count() == 5
         streamed = open_people(source, streaming=True)
@@ -178,3 +179,48 @@ def test_an_image_behind_a_url_is_fetched_and_a_broken_connection_is_not_its_fau
     assert key == keys([Person("a", (RawPhoto("a", drawn_faces[0]),))])[0]
     with pytest.raises(OSError, match="gone"):
         prepare_person(Person("a", (RawPhoto("a", (face_folder / "gone.png").as_uri()),)), 32, crop=False)
+
+
+# ---- what a hostile data set may not do ----
+
+
+def test_links_that_lead_back_have_an_end(face_folder):
+    for name in ("again", "once more"):
+        (face_folder / name).symlink_to(".")
+    (face_folder / "Ann").mkdir()
+    (face_folder / "0.png").rename(face_folder / "Ann" / "a.png")
+    (face_folder / "Ann" / "up").symlink_to("..")
+    assert names(open_people(face_folder)) == ["1.png", "2.png", "3.png", "4.png", "Ann"]
+
+
+@pytest.mark.parametrize(
+    "link", ["http://localhost:1/a.png", "ftp://localhost:1/a", "file:///{}", "/{}", "zip://a::{}"]
+)
+def test_what_a_row_names_elsewhere_is_not_opened(face_folder, tmp_path, monkeypatch, link):
+    monkeypatch.setattr("hypernet.inputs.people._fetch", lambda *_: pytest.fail("it was fetched"))
+    link = link.format(str(face_folder / "0.png").lstrip("/"))
+    (person,) = open_people(write_parquet(tmp_path / "a.parquet", [(link, None)]))
+    prepared, (skipped,) = prepare_person(person, 32, crop=False)
+    assert prepared is None
+    assert "holds no picture; only pictures in the data set are read" in skipped.reason
+
+
+def test_a_name_that_is_no_text_refuses_nobody(face_folder):
+    try:
+        os.rename(face_folder / "0.png", os.fsencode(face_folder) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes names of UTF-8 only")
+    people = open_people(face_folder)
+    assert sorted(names(people)) == ["1.png", "2.png", "3.png", "4.png", "caf\\xe9.png"]
+    assert len(set(keys(people))) == 5
+
+
+def test_a_pickle_in_a_tar_is_never_opened(drawn_faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
+    write_tar(tmp_path / "a.tar", [("0", drawn_faces[0])])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        entry = tarfile.TarInfo("0.pth")
+        entry.size = 5
+        tar.addfile(entry, io.BytesIO(b"evil!"))
+    for streaming in (False, True):
+        assert len(keys(open_people(tmp_path / "a.tar", streaming))) == 1

@@ -4,7 +4,6 @@ import errno
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-import hypernet.training.state as training_state
 import hypernet.training.validation as validation
+import lidb_peft.sealed
 from hypernet.fitting.targets import Shard, TargetStore, create_targets
 from hypernet.inputs.people import open_people, prepare_person
 from hypernet.network.config import HyperNetworkConfig
@@ -22,6 +21,7 @@ from hypernet.recipe import TrainConfig
 from hypernet.training.loop import train
 from hypernet.training.setup import make_optimizer
 from lidb_peft import LiDBConfig, LiDBSpace
+from lidb_peft.files import atomic_path
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -174,14 +174,15 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, stopped_at):
 
 
 def test_a_run_killed_while_it_writes_leaves_a_whole_state(run, monkeypatch, tmp_path):
-    def disk_full(state, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def disk_full(path, tensors, metadata):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
 
     with monkeypatch.context() as patch:
-        saves = iter([torch.save, torch.save, disk_full])
-        patch.setattr(training_state.torch, "save", lambda *arguments: next(saves)(*arguments))
-        with pytest.raises(OSError, match=r"No space left on device.*training\.pt"):
+        saves = iter([lidb_peft.sealed.write_safetensors] * 2 + [disk_full])
+        patch.setattr(lidb_peft.sealed, "write_safetensors", lambda *arguments: next(saves)(*arguments))
+        with pytest.raises(OSError, match=r"No space left on device.*training\.safetensors"):
             run("out")
     network = HyperNetwork.from_pretrained(tmp_path / "out" / "last")
     resumed, _, _ = run("out", CONFIG, network, resume=True)
@@ -323,9 +324,16 @@ def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path)
         run("out", replace(short, batch=3), resume=True)
     with pytest.raises(ValueError, match=r"is of another hypernetwork: \d+ of its weights"):
         run("out", short, make_network(space, hidden_size=16), resume=True)
-    state = tmp_path / "out" / "training.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+    state = tmp_path / "out" / "training.safetensors"
+    whole = state.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged, reason in ((whole[:-100], "is truncated"), (flipped, "its bytes are not those of its checksum")):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"training\.safetensors is damaged: {reason}.* --init-from"):
+            run("out", short, resume=True)
+    state.rename(tmp_path / "out" / "training.pt")
+    with pytest.raises(ValueError, match=r"training\.pt is a training state of format 1, a pickle.* --init-from"):
         run("out", short, resume=True)
 
 
@@ -334,7 +342,7 @@ def test_resuming_needs_the_same_people_photos_and_targets(run, space, face_fold
     run("out", config)
     photo = (face_folder / "2.png").read_bytes()
     Image.new("RGB", (64, 64)).save(face_folder / "2.png")
-    with pytest.raises(ValueError, match=r"training\.pt was trained on other people than there are now"):
+    with pytest.raises(ValueError, match=r"training\.safetensors was trained on other people than there are now"):
         run("out", config, resume=True)
     (face_folder / "2.png").write_bytes(photo)
     with pytest.raises(ValueError, match="other held-out people than there are now"):

@@ -1,0 +1,31 @@
+"""Repositories of the Hugging Face hub, brought here as folders, so that they are checked as any folder is."""
+
+from pathlib import Path
+
+HYPERNETWORK_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "*.index.json"
+)  # fmt: skip
+"""What a hypernetwork and an encoder are loaded from."""
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Split ``owner/name@revision``, a branch, tag or commit, into both; None where there is no revision."""
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
+def hub_folder(source: str, patterns: tuple[str, ...]) -> Path:
+    """Return the folder of a repository, downloaded where it is not in the cache.
+
+    Args:
+        source: its id, with ``@`` and a revision where it is not to follow ``main``.
+        patterns: of the names of the files that are wanted.
+
+    Raises:
+        OSError: it cannot be had.
+        HFValidationError: ``source`` is no id.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, revision = split_revision(source)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
