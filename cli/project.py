@@ -13,7 +13,7 @@ from cli.results import what_is_missed
 @click.option("--minus", metavar="DIR|FILE", type=click.Path(path_type=Path),
               help="The base of a finetuned MODEL: project their difference.")  # fmt: skip
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
-              help="Base model, where it is none of Stable Diffusion 1, 2 or XL.")  # fmt: skip
+              help="Base model, where it is of no known family.")  # fmt: skip
 def command(source, out, minus, base) -> None:
     """Write the LiDB weights nearest to a LoRA, and say how much they miss: what a hypernetwork can be trained on.
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from converters.arithmetic.low_rank import to_low_rank
 from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
-from converters.formats.kohya import kohya_tensors, write_tensors
+from converters.formats.kohya import kohya_layers, kohya_tensors, write_tensors
 from converters.formats.layout import SPELLINGS, read_layout
 from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import find_sources, is_adapter_folder, read_lora
+from converters.key_maps import kohya_place
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
 from converters.shapes import fit_shapes
@@ -100,7 +101,7 @@ def prepare_conversion(
         family: name of one of ``lidb_peft.families``, where the adapter does not tell.
         trigger: activation text, e.g. ``a sks face``.
         v_prediction: the base model predicts v, where the adapter does not tell.
-        models: component -> model of the base, for LiDB weights that are none of Stable Diffusion 1, 2 or XL.
+        models: component -> model of the base, for LiDB weights that are of no known family.
         rank: of the LoRA that LoHa, LoKr and whole differences become.
         drop_nan, alpha: as `read_lora`.
 
@@ -195,9 +196,14 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
     elif any(tensor.dtype == torch.float64 for layer in lora.layers.values() for tensor in layer.tensors()):
         raise ValueError("its numbers are float64, which no reader of LoRA files needs; choose a dtype: --dtype fp32")
     lora = fit_shapes(lora, for_kohya=to == "kohya")
-    if to != "peft":
-        lora, taken = with_one_alpha(lora, _stated_scale(lora) if to == "kohya" else 1.0)
+    reads_mixed_ranks = bool(lora.family) and get_family(lora.family).reads_mixed_ranks
+    if to == "kohya" and reads_mixed_ranks:
+        notes += _notes_on_stacks(lora)
+    elif to != "peft":
+        scale = _stated_scale(lora) if to == "kohya" else 1.0
+        lora, taken = with_one_alpha(lora, scale, one_rank=not reads_mixed_ranks)
         notes += taken
+    notes += _notes_on_readers(lora, to)
     if to != "kohya" and lora.embeddings:
         notes.append(f"{count(list(lora.embeddings), 'tensor')} of embeddings left out, which only kohya's files hold:"
                      f" {examples(list(lora.embeddings))}")  # fmt: skip
@@ -207,6 +213,29 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
             " diffusers reads DoRA from its own format"
         )
     return lora if dtype is None else to_dtype(lora, dtype), tuple(notes)
+
+
+def _notes_on_stacks(lora: Lora) -> list[str]:
+    """Say which layers are one module in kohya, and of which rank, where that is not theirs."""
+    stacks = {name: layer.rank for name, layer in kohya_layers(lora, lora.family).items()}
+    own = {kohya_place(name, lora.family).name: layer.rank for name, layer in lora.layers.items()}
+    grown = [name for name, rank in stacks.items() if rank != own[name]]
+    if not grown:
+        return []
+    ranks = ", ".join(f"{before} to {after}" for before, after in sorted({(own[name], stacks[name]) for name in grown}))
+    return [
+        f"{count(grown, 'module')} of kohya's hold several layers block by block, exactly; their ranks go from {ranks}"
+    ]
+
+
+def _notes_on_readers(lora: Lora, to: str) -> list[str]:
+    """Say which layers diffusers does not read."""
+    if to == "kohya" or not lora.family:
+        return []
+    unread = [part for part in get_family(lora.family).text_encoders if not part.targets]
+    names = [name for name in lora.layers for part in unread if name.startswith(f"{part.name}.")]
+    said = f"{count(names, 'layer')} of a text encoder that diffusers loads no LoRA of: {examples(names)}"
+    return [said] if names else []
 
 
 def _stated_scale(lora: Lora) -> float | None:

@@ -8,14 +8,15 @@ own way. The tables are the families' (:mod:`lidb_peft.families`).
 """
 
 import re
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from lidb_peft.families import FAMILIES, TITLES, Component, Family, get_family
 from lidb_peft.naming import clean_module_name, layer_name
 
 _PAIRS = tuple((family, component) for family in FAMILIES.values() for component in family.components)
-_BY_PREFIX = {prefix: component.name for _, component in _PAIRS for prefix in component.kohya_prefixes}
-_WORDS = frozenset().union(*(component.words for _, component in _PAIRS))
-_LONGEST_WORD = max(word.count("_") + 1 for word in _WORDS)
+# What ComfyUI puts before the original paths of a denoiser.
+_COMFY_PREFIX = "diffusion_model."
 
 # (ours, theirs) at the end of a path: the projections of diffusers' LoRA attention processors.
 OLD_ATTENTION = (
@@ -26,8 +27,23 @@ OLD_ATTENTION = (
 )  # fmt: skip
 
 
-def to_kohya_name(layer: str, family: str) -> str:
-    """Return kohya's name of one of our layers, without ``.lora_down.weight``; ``family`` is one of ``FAMILIES``.
+@dataclass(frozen=True)
+class Place:
+    """Where another naming has layers of ours.
+
+    Args:
+        name: the module there.
+        layers: ours that it is; several are stacked, their rows below each other.
+        widths: their numbers of rows, relative to each other.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    widths: tuple[int, ...] = (1,)
+
+
+def kohya_place(layer: str, family: str) -> Place:
+    """Return where kohya's files for ``family``, one of ``FAMILIES``, have one of our layers.
 
     Raises:
         ValueError: the family is unknown, or has no such component or module.
@@ -39,31 +55,68 @@ def to_kohya_name(layer: str, family: str) -> str:
         raise ValueError(
             f"layer {layer} belongs to {component_name!r}, which {family} does not have; choose the right family"
         )
-    if component.role == "text encoder" and not path.startswith(("text_model.", "text_projection")):
+    if component.level and not path.startswith((component.level, "text_projection")):
         raise ValueError(f"layer {layer} lacks 'text_model.'; without it kohya, A1111 and ComfyUI skip the layer")
-    if component.kohya_uses_originals:
-        path = _to_original(path, found, component)
-    name = path.replace(".", "_")
-    if not path or _split_words(name) != path:
+    _check_blocks(path, component, layer)
+    place = _original_place(path, found, component) if component.kohya_uses_originals else Place(path, (path,))
+    name = place.name.replace(".", "_")
+    if not path or _split_words(name, component.words) != place.name:
         raise ValueError(f"layer {layer} is no module of a {family} model")
-    return component.kohya_prefixes[0] + name
+    layers = tuple(f"{component.name}.{path}" for path in place.layers)
+    return Place(component.kohya_prefixes[0] + name, layers, place.widths)
 
 
-def from_kohya_name(name: str) -> str:
-    """Return our layer name of a kohya name, in any family's spelling (SDXL's sgm or diffusers names).
+def to_kohya_name(layer: str, family: str) -> str:
+    """Return kohya's name of one of our layers, without ``.lora_down.weight``; see `kohya_place`."""
+    return kohya_place(layer, family).name
+
+
+def read_kohya_name(name: str) -> Place:
+    """Return which layers of ours a kohya name is, in any family's spelling (SDXL's sgm or diffusers names).
 
     Raises:
         ValueError: the name is none of a known family's LoRA.
     """
-    prefix = next((prefix for prefix in _BY_PREFIX if name.startswith(prefix)), None)
-    path = None if prefix is None else _split_words(name.removeprefix(prefix))
-    if path is None:
-        raise ValueError(f"{name} is no layer of a {TITLES} model")
+    plain: Place | None = None
     for family, component in _PAIRS:
-        if component.kohya_uses_originals and prefix in component.kohya_prefixes and _is_original(path, component):
-            path = _from_original(path, family, component)
-            break
-    return f"{_BY_PREFIX[prefix]}.{path}"
+        prefix = next((prefix for prefix in component.kohya_prefixes if name.startswith(prefix)), None)
+        path = None if prefix is None else _split_words(name.removeprefix(prefix), component.words)
+        if path is None:
+            continue
+        if component.kohya_uses_originals and _is_original(path, component):
+            place = _from_original(path, family, component)
+            return Place(name, tuple(f"{component.name}.{path}" for path in place.layers), place.widths)
+        if plain is None and _has_blocks(path, component):
+            plain = Place(name, (f"{component.name}.{path}",))
+    if plain is None:
+        raise ValueError(f"{name} is no layer of a {TITLES} model")
+    return plain
+
+
+def from_kohya_name(name: str) -> str:
+    """Return our one layer of a kohya name; see `read_kohya_name`.
+
+    Raises:
+        ValueError: the name is none of a known family's LoRA, or is several layers of ours.
+    """
+    layers = read_kohya_name(name).layers
+    if len(layers) > 1:
+        raise ValueError(f"{name} is {len(layers)} layers, {', '.join(layers)}; read it with read_kohya_name")
+    return layers[0]
+
+
+def component_of_kohya_name(name: str) -> str | None:
+    """Return the component that a kohya name is of, by its prefix where its path is unknown; None if that is too."""
+    try:
+        return read_kohya_name(name).layers[0].partition(".")[0]
+    except ValueError:
+        known = (part.name for _, part in _PAIRS for prefix in part.kohya_prefixes if name.startswith(prefix))
+        return next(known, None)
+
+
+def component_of_path(path: str) -> str | None:
+    """Return the component that a dotted path is of; None if it is of none."""
+    return next((component.name for _, component in _PAIRS if re.search(component.path, path)), None)
 
 
 def to_old_diffusers_name(layer: str) -> str:
@@ -78,31 +131,58 @@ def to_old_diffusers_name(layer: str) -> str:
     raise ValueError(f"layer {layer} is no attention projection, which is all that diffusers' old LoRA files hold")
 
 
-def from_path_name(name: str, component: str) -> str:
-    """Return our layer name of a dotted one: diffusers', new or old, or PEFT's; ``component`` is whose model it is in.
+def read_path_name(name: str, component: str) -> Place:
+    """Return which layers of ours a dotted name is: diffusers', new or old, PEFT's, or ComfyUI's of original paths.
+
+    Args:
+        component: whose model the name is in.
 
     Raises:
         ValueError: the path is none of a known family's model.
     """
-    path = clean_module_name(name).removeprefix(f"{component}.")
+    path = clean_module_name(name).removeprefix(f"{component}.").removeprefix(_COMFY_PREFIX)
     path = next((path.removesuffix(theirs) + ours for ours, theirs in OLD_ATTENTION if path.endswith(theirs)), path)
-    if not path or not all(word in _WORDS or word.isdecimal() for word in path.split(".")):
-        raise ValueError(f"{name} is no layer of a {TITLES} model")
-    return layer_name(component, path)
+    for family, found in _named(component):
+        if not path or not _are_words(path, found.words):
+            continue
+        if found.kohya_uses_originals and found.stacked and _is_original(path, found):
+            place = _from_original(path, family, found)
+            return Place(name, tuple(layer_name(found.name, path) for path in place.layers), place.widths)
+        if _has_blocks(path, found):
+            return Place(name, (layer_name(component, path),))
+    raise ValueError(f"{name} is no layer of a {TITLES} model")
 
 
-def from_checkpoint_name(name: str) -> tuple[str, ...]:
-    """Return the layers whose weight is the tensor ``name`` of a single-file checkpoint of any family.
+def from_path_name(name: str, component: str) -> str:
+    """Return our one layer of a dotted name; see `read_path_name`.
 
-    Several are stacked along axis 0 (OpenCLIP's q, k, v). Empty for what is no layer's weight that a LoRA could change.
+    Raises:
+        ValueError: the path is none of a known family's model, or is several layers of ours.
+    """
+    layers = read_path_name(name, component).layers
+    if len(layers) > 1:
+        raise ValueError(f"{name} is {len(layers)} layers, {', '.join(layers)}; read it with read_path_name")
+    return layers[0]
+
+
+def read_checkpoint_name(name: str) -> Place | None:
+    """Return which layers' weight the tensor ``name`` of a single-file checkpoint of any family is.
+
+    None for what is no layer's weight that a LoRA could change.
     """
     # Tables of families with one prefix differ in names only that no model has both ways.
     for _, component in _PAIRS:
         for prefix in component.checkpoint_prefixes:
-            found = _checkpoint_paths(name.removeprefix(prefix), component) if name.startswith(prefix) else ()
-            if found:
-                return tuple(layer_name(component.name, path) for path in found)
-    return ()
+            place = _checkpoint_place(name.removeprefix(prefix), component) if name.startswith(prefix) else None
+            if place is not None:
+                return Place(name, tuple(layer_name(component.name, path) for path in place.layers), place.widths)
+    return None
+
+
+def from_checkpoint_name(name: str) -> tuple[str, ...]:
+    """Return the layers that `read_checkpoint_name` finds, () if none."""
+    place = read_checkpoint_name(name)
+    return () if place is None else place.layers
 
 
 def is_original_name(name: str) -> bool:
@@ -116,41 +196,89 @@ def is_original_name(name: str) -> bool:
     )
 
 
-def _checkpoint_paths(path: str, component: Component) -> tuple[str, ...]:
+def _named(component: str) -> tuple[tuple[Family, Component], ...]:
+    """Components of that name; all of them if there is none, because a model saved by itself does not say its name."""
+    return tuple(pair for pair in _PAIRS if pair[1].name == component) or _PAIRS
+
+
+def _checkpoint_place(path: str, component: Component) -> Place | None:
     """Return our paths of the weight that a component's checkpoint has at ``path``."""
-    for ours, original in component.stacked:
-        match = re.fullmatch(re.escape(original).replace(r"\{\}", r"(\d+)"), path)
-        if match:
-            return tuple(template.format(*match.groups()) for template in ours)
-    if component.stacked or not path.endswith(".weight"):
-        return ()
+    found = _unstacked(path, component) or _unstacked(path.removesuffix(".weight"), component)
+    if found is not None or component.stacked or not path.endswith(".weight"):
+        return found
     path = path.removesuffix(".weight")
-    if not component.originals:
-        return (path,)
-    ours = _replace_prefix(path, component.originals, source=1)
-    return () if ours is None else (ours,)
+    ours = _replace_prefix(path, component.originals, source=1) if component.originals else path
+    return None if ours is None else Place(path, (ours,))
 
 
 def _is_original(path: str, component: Component) -> bool:
     return path.partition(".")[0] in _first_words(component)
 
 
-def _first_words(component: Component) -> set[str]:
-    return {original.partition(".")[0] for _, original in component.originals}
+@lru_cache
+def _first_words_of(originals: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(original.partition(".")[0] for original in originals)
 
 
-def _to_original(path: str, family: Family, component: Component) -> str:
-    return _known(_replace_prefix(path, component.originals, source=0), path, family, component)
+def _first_words(component: Component) -> frozenset[str]:
+    stacked = (found.original for found in component.stacked)
+    return _first_words_of((*(original for _, original in component.originals), *stacked))
 
 
-def _from_original(path: str, family: Family, component: Component) -> str:
-    return _known(_replace_prefix(path, component.originals, source=1), path, family, component)
+def _original_place(path: str, family: Family, component: Component) -> Place:
+    """Return where the first authors' model has our path."""
+    original = _replace_prefix(path, component.originals, source=0)
+    if original is not None:
+        return Place(original, (path,))
+    for found in component.stacked:
+        for template in found.ours:
+            numbers = _numbers(template, path)
+            if numbers is not None:
+                ours = tuple(other.format(*numbers) for other in found.ours)
+                return Place(found.original.format(*numbers), ours, found.widths or (1,) * len(ours))
+    raise ValueError(f"{path} is no module of {family.a1111_version}'s {component.title}")
 
 
-def _known(found: str | None, path: str, family: Family, component: Component) -> str:
-    if found is None:
+def _from_original(path: str, family: Family, component: Component) -> Place:
+    """Return our paths of what the first authors' model has at ``path``."""
+    ours = _replace_prefix(path, component.originals, source=1)
+    place = _unstacked(path, component) if ours is None else Place(path, (ours,))
+    if place is None or not _has_blocks(place.layers[0], component):
         raise ValueError(f"{path} is no module of {family.a1111_version}'s {component.title}")
-    return found
+    return place
+
+
+def _unstacked(path: str, component: Component) -> Place | None:
+    for found in component.stacked:
+        numbers = _numbers(found.original, path)
+        if numbers is not None:
+            ours = tuple(template.format(*numbers) for template in found.ours)
+            return Place(path, ours, found.widths or (1,) * len(ours))
+    return None
+
+
+def _numbers(template: str, path: str) -> tuple[str, ...] | None:
+    """Return what a path has for the ``{}`` of a template; None if it is another path."""
+    match = _pattern(template).fullmatch(path)
+    return None if match is None else match.groups()
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
+
+
+def _has_blocks(path: str, component: Component) -> bool:
+    """Whether the published model has as many blocks as a path says."""
+    first, _, rest = path.partition(".")
+    number = rest.partition(".")[0]
+    return not number.isdecimal() or int(number) < component.num_blocks.get(first, int(number) + 1)
+
+
+def _check_blocks(path: str, component: Component, layer: str) -> None:
+    if not _has_blocks(path, component):
+        first = path.partition(".")[0]
+        raise ValueError(f"layer {layer} is beyond the {component.num_blocks[first]} {first} that the model has")
 
 
 def _replace_prefix(path: str, table: tuple[tuple[str, str], ...], source: int) -> str | None:
@@ -160,16 +288,26 @@ def _replace_prefix(path: str, table: tuple[tuple[str, str], ...], source: int) 
     return None
 
 
-def _split_words(text: str) -> str | None:
+def _are_words(path: str, words: frozenset[str]) -> bool:
+    return all(word in words or word.isdecimal() for word in path.split("."))
+
+
+def _split_words(text: str, known: frozenset[str]) -> str | None:
     """Put the dots back: the longest known word first; None when some part is no known word."""
     pieces, words, at = text.split("_"), [], 0
+    longest = _longest(known)
     while at < len(pieces):
-        for length in range(min(_LONGEST_WORD, len(pieces) - at), 0, -1):
+        for length in range(min(longest, len(pieces) - at), 0, -1):
             word = "_".join(pieces[at : at + length])
-            if word in _WORDS or (word.isascii() and word.isdecimal()):
+            if word in known or (word.isascii() and word.isdecimal()):
                 words.append(word)
                 at += length
                 break
         else:
             return None
     return ".".join(words)
+
+
+@lru_cache
+def _longest(words: frozenset[str]) -> int:
+    return max(word.count("_") + 1 for word in words)

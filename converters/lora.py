@@ -151,7 +151,7 @@ class Lora:
         }
 
 
-def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[str]]:
+def with_one_alpha(lora: Lora, scale: float | None = None, one_rank: bool = True) -> tuple[Lora, list[str]]:
     """Give all layers one rank and one alpha, which diffusers needs, and leave every update as it is.
 
     Narrower layers are padded with zeros; what their scale differs by is multiplied into ``lora_B``. Where halves
@@ -159,6 +159,7 @@ def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[s
 
     Args:
         scale: of all layers; None takes that of the first of the widest layers.
+        one_rank: False leaves every layer its rank, and gives all one scale only.
 
     Returns:
         the LoRA, and a sentence on each thing that was done to it.
@@ -178,10 +179,14 @@ def with_one_alpha(lora: Lora, scale: float | None = None) -> tuple[Lora, list[s
     for name, layer in lora.layers.items():
         layer = layer.widened(torch.float32) if needs_float32 else layer
         lora_B, error = _fold(name, layer.lora_B, ratios[name])
-        layers[name] = replace(layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(lora_B, 1, rank), alpha=alpha)
+        if one_rank:
+            layers[name] = replace(layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(lora_B, 1, rank), alpha=alpha)
+        else:
+            own = layer.alpha if ratios[name] == 1 else alpha * layer.rank / rank
+            layers[name] = replace(layer, lora_B=lora_B, alpha=own)
         errors.append(error)
     num_padded = sum(layer.rank < rank for layer in lora.layers.values())
-    if num_padded:
+    if num_padded and one_rank:
         notes.append(f"{num_padded} layers are padded with zeros to rank {rank}")
     if folded:
         exactness = f"rounded by up to {max(errors):.1e} of the largest number" if any(errors) else "which is exact"

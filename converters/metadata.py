@@ -15,6 +15,8 @@ from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import header_bytes, safetensors_chunks
 from lidb_peft.safe_read import Header
 
+# ModelSpec's names of diffusers' prediction types; it has none for flow matching.
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
 # What kohya's older hash is of: 64 KB from 1 MB on.
 _LEGACY_BYTES = range(0x100000, 0x110000)
 
@@ -74,7 +76,7 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
         "ss_output_name": name,
         **family.metadata,
         "ss_base_model_version": version.base_version,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": family.network_module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": "{}",
@@ -86,7 +88,7 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.title or name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if metadata.v_prediction else "epsilon",
+        "modelspec.prediction_type": _PREDICTION_TYPES.get(version.prediction_type, ""),
         "modelspec.author": metadata.author,
         "modelspec.description": metadata.description,
         "modelspec.license": metadata.license,

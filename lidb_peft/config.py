@@ -31,7 +31,7 @@ class LiDBConfig(PeftConfig):
         seed: chooses the bases and the starting vector.
         basis: kind of basis that the seed gives: "orthogonal", the paper's. `LiDBModel.use_bases` brings others.
         target_modules: names (suffixes), or one regular expression for the whole name. None: all attention projections
-            of a diffusers UNet and of a CLIP text encoder.
+            of a UNet or FLUX transformer of diffusers, and of a CLIP text encoder.
         exclude_modules: names, or a regular expression, of modules to leave alone.
         init_weights: True starts at the shared vector, which is the identity (``up`` is zero); False draws both halves
             from the global generator, for tests.

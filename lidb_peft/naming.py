@@ -59,9 +59,15 @@ def clean_module_name(name: str) -> str:
 def layer_name(component: str, module_name: str) -> str:
     """Return the classic name of the module at ``module_name`` in the model of ``component``."""
     name = clean_module_name(module_name)
-    if component.startswith("text_encoder") and not name.startswith("text_model."):
-        name = f"text_model.{name}"
-    return f"{component}.{name}"
+    level = _level(component, name)
+    return f"{component}.{name}" if name.startswith(level) else f"{component}.{level}{name}"
+
+
+def _level(component: str, path: str) -> str:
+    """Return how the layer names of the component begin that has ``path``; one name may be several models' (T5)."""
+    found = [part for family in FAMILIES.values() for part in family.components if part.name == component]
+    own = next((part for part in found if re.search(part.path, path)), found[0] if found else None)
+    return "" if own is None else own.level
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:

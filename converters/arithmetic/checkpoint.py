@@ -17,8 +17,9 @@ from torch import Tensor
 from converters.arithmetic.algebra import matrices, to_layer
 from converters.formats.family import find_base
 from converters.full_update import FullUpdate, SumOfUpdates
-from converters.key_maps import from_checkpoint_name
+from converters.key_maps import Place, read_checkpoint_name
 from converters.lora import Lora, LoraLayer, is_finite
+from converters.stacking import row_slices
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
 from lidb_peft.files import atomic_folder, atomic_path, header_bytes
 from lidb_peft.naming import layer_name
@@ -27,22 +28,29 @@ from lidb_peft.safe_read import read_header
 # Hashes of what the file held before.
 _STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
 _MAX_SHOWN = 3
-# What kohya trains by default, and every reader loads.
-_EXTRACTED = (".attentions.", ".encoder.layers.")
+_COMPONENTS = {
+    name: [part for family in FAMILIES.values() for part in family.components if part.name == name]
+    for name in COMPONENTS
+}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a model keeps a layer's weight: a tensor, or one of ``num_parts`` that are stacked in it along axis 0."""
+    """Where a model keeps a layer's weight: a tensor, or one of several that are stacked in it along axis 0.
+
+    Args:
+        part: which of them.
+        widths: their numbers of rows, relative to each other.
+    """
 
     file: Path
     tensor: str
     part: int = 0
-    num_parts: int = 1
+    widths: tuple[int, ...] = (1,)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """View the layer's own rows of the stored tensor."""
-        return tensor.chunk(self.num_parts)[self.part]
+        return tensor[row_slices(len(tensor), self.widths)[self.part]] if len(self.widths) > 1 else tensor
 
     def load(self) -> Tensor:
         with safe_open(self.file, "pt") as file:
@@ -74,15 +82,16 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for file in _model_files(model):
         for tensor in read_header(file).tensors:
-            layers = _layers_of_folder(file, tensor) if model.is_dir() else from_checkpoint_name(tensor)
-            for part, layer in enumerate(layers):
+            place = _place_in_folder(file, tensor) if model.is_dir() else read_checkpoint_name(tensor)
+            for part, layer in enumerate(place.layers if place else ()):
                 if layer in weights:
                     raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
                                      " remove one")  # fmt: skip
-                weights[layer] = Weight(file, tensor, part, len(layers))
+                weights[layer] = Weight(file, tensor, part, place.widths)
     if not any(layer.partition(".")[0] in DENOISERS for layer in weights):
         raise ValueError(
-            f"{model} holds no UNet of {TITLES} in safetensors; name a checkpoint, or a folder in diffusers' layout"
+            f"{model} holds no UNet or transformer of {TITLES} in safetensors; name a checkpoint, or a folder in"
+            " diffusers' layout"
         )
     return weights
 
@@ -219,9 +228,9 @@ def _model_files(model: Path) -> Sequence[Path]:
     return [file for part in COMPONENTS for file in sorted((model / part).glob("*.safetensors"))]
 
 
-def _layers_of_folder(file: Path, tensor: str) -> tuple[str, ...]:
+def _place_in_folder(file: Path, tensor: str) -> Place | None:
     path = tensor.removesuffix(".weight")
-    return () if path == tensor else (layer_name(file.parent.name, path),)
+    return None if path == tensor else Place(tensor, (layer_name(file.parent.name, path),))
 
 
 def _with_biases(weights: dict[str, Weight], names: Iterable[str]) -> dict[str, Weight]:
@@ -229,7 +238,7 @@ def _with_biases(weights: dict[str, Weight], names: Iterable[str]) -> dict[str, 
     found = dict(weights)
     for name in names:
         weight = weights.get(name.removesuffix(".bias"))
-        if name not in weights and weight is not None and weight.num_parts == 1:
+        if name not in weights and weight is not None and len(weight.widths) == 1:
             tensor = weight.tensor.removesuffix("weight") + "bias"
             if tensor in read_header(weight.file).tensors:
                 found[name] = replace(weight, tensor=tensor)
@@ -262,7 +271,8 @@ def _finite(name: str, updated: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_extracted(name: str, difference: Tensor) -> bool:
     is_matrix = difference.dim() == 2 or difference.shape[2:] == (1, 1)
-    return is_matrix and any(part in name for part in _EXTRACTED)
+    trained = (part for component in _COMPONENTS.get(name.partition(".")[0], ()) for part in component.trained)
+    return is_matrix and any(part in name for part in trained)
 
 
 def leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:

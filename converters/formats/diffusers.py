@@ -12,6 +12,7 @@ from torch import Tensor
 from converters.formats.layout import SPELLINGS
 from converters.key_maps import to_old_diffusers_name
 from converters.lora import Lora, LoraLayer
+from lidb_peft.families import DENOISERS, FAMILIES
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -25,12 +26,15 @@ def old_diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
     """Return the tensors of a LoRA of scale 1 by the names of diffusers 0.18 and 0.19.
 
     Raises:
-        ValueError: a layer that is DoRA, or none of a UNet's attention projections.
+        ValueError: a family that diffusers did not have then, or a layer that is DoRA, or none of a UNet's attention
+            projections.
     """
+    if lora.family and not FAMILIES[lora.family].has_old_diffusers_names:
+        raise ValueError(f"{FAMILIES[lora.family].title} is newer than diffusers' old LoRA files; convert to diffusers")
     dora = [name for name, layer in lora.layers.items() if layer.magnitude is not None]
     if dora:
         raise ValueError(f"layer {dora[0]} is DoRA, which diffusers' old LoRA files cannot hold; convert to diffusers")
-    unet = {name: layer for name, layer in lora.layers.items() if name.startswith("unet.")}
+    unet = {name: layer for name, layer in lora.layers.items() if name.partition(".")[0] in DENOISERS}
     others = {name: layer for name, layer in lora.layers.items() if name not in unet}
     return path_tensors(unet, "diffusers-old", to_old_diffusers_name) | path_tensors(
         others, "diffusers-old text encoder", lambda layer: layer

@@ -1,7 +1,7 @@
 """Which base models an adapter is for: by its layers, or by what its metadata says."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lidb_peft.families import FAMILIES, Family, Mark
 
@@ -16,21 +16,27 @@ def find_base(layers: Iterable[tuple[str, str, int]], metadata: Mapping[str, str
         layers: ``(name, component, in_features)`` of each layer, named as in the file.
     """
     layers = list(layers)
-    certain = _marked(layers, FAMILIES.values(), is_certain=True)
-    return certain or stated_base(metadata) or _marked(layers, _NEWEST_FIRST, is_certain=False)
+    certain = marked_bases(layers)
+    return next(iter(certain), "") or stated_base(metadata) or next(_marked(layers, _NEWEST_FIRST, False), "")
 
 
-def _marked(layers: Sequence[tuple[str, str, int]], families: Iterable[Family], is_certain: bool) -> str:
-    """Return the first family of which some layer has a mark."""
-    return next(
-        (
-            family.name
-            for family in families
-            for mark in family.marks
-            if mark.is_certain == is_certain and any(_has_mark(mark, *layer) for layer in layers)
-        ),
-        "",
-    )
+def marked_bases(layers: Iterable[tuple[str, str, int]]) -> list[str]:
+    """Return the families of which some layer has a mark that is certain; more than one is none that a model has."""
+    return list(_marked(list(layers), FAMILIES.values(), is_certain=True))
+
+
+def mixed_bases(layers: Iterable[tuple[str, str, int]]) -> str:
+    """Return what is wrong with layers of several families, in words; "" if they are not."""
+    bases = [FAMILIES[name].title for name in marked_bases(layers)]
+    return f"layers of {' and of '.join(bases)}, which no model has both" if len(bases) > 1 else ""
+
+
+def _marked(layers: Sequence[tuple[str, str, int]], families: Iterable[Family], is_certain: bool) -> Iterator[str]:
+    """Yield the families of which some layer has a mark."""
+    for family in families:
+        marks = [mark for mark in family.marks if mark.is_certain == is_certain]
+        if any(_has_mark(mark, *layer) for mark in marks for layer in layers):
+            yield family.name
 
 
 def _has_mark(mark: Mark, name: str, component: str, in_features: int) -> bool:

@@ -1,7 +1,7 @@
 """The kohya LoRA file, which A1111, ComfyUI, kohya sd-scripts and diffusers read.
 
-One rank and one alpha for the whole file: diffusers loses alphas that differ between attention modules, and mixed ranks
-with them.
+One rank and one alpha for the whole file of a UNet: diffusers loses alphas that differ between its attention modules,
+and mixed ranks with them. FLUX's readers take each layer's own, and its attentions' projections are fused there.
 """
 
 import os
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from converters.formats.layout import SPELLINGS
 from converters.formats.reading import read_lora
-from converters.key_maps import to_kohya_name
+from converters.key_maps import Place, kohya_place
 from converters.lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, add_hashes, build_metadata
 from converters.sidecar import write_preview, write_sidecar
+from converters.stacking import stack
+from lidb_peft.families import get_family
 from lidb_peft.files import check_suffix, write_safetensors
 from lidb_peft.relax import LoraFactors
 
@@ -53,8 +55,9 @@ def save_kohya(
 ) -> None:
     """Write LoRA factors, layer name -> (``lora_A`` (r, in), ``lora_B`` (out, r)), as a kohya safetensors file.
 
-    Narrower layers are padded with zeros to the file's one rank, and the norms of both factors are balanced by powers
-    of two; either leaves every ``lora_B @ lora_A`` as it is, so that only the rounding to ``dtype`` remains.
+    Narrower layers are padded with zeros to the file's one rank, where the family's readers need one, and the norms of
+    both factors are balanced by powers of two; either leaves every ``lora_B @ lora_A`` as it is, so that only the
+    rounding to ``dtype`` remains.
 
     Raises:
         ValueError: no layers, NaN or infinity, shapes that do not fit, a layer that the family does not have, a value
@@ -98,7 +101,7 @@ def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple
     if not factors:
         raise ValueError("there are no LoRA layers to write; pass the factors of at least one layer")
     layers = {name: _balanced_layer(name, *pair) for name, pair in factors.items()}
-    lora, _ = with_one_alpha(Lora(layers, family), scale=1.0)
+    lora, _ = with_one_alpha(Lora(layers, family), scale=1.0, one_rank=not get_family(family).reads_mixed_ranks)
     return kohya_tensors(to_dtype(lora, dtype), family), max(layer.rank for layer in layers.values())
 
 
@@ -110,8 +113,7 @@ def kohya_tensors(lora: Lora, family: str) -> dict[str, Tensor]:
     """
     endings = SPELLINGS["kohya"]
     tensors: dict[str, Tensor] = {}
-    for layer_name, layer in lora.layers.items():
-        name = to_kohya_name(layer_name, family)
+    for name, layer in kohya_layers(lora, family).items():
         tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = layer.lora_A, layer.lora_B
         alpha = torch.tensor(layer.alpha, dtype=layer.lora_B.dtype)
         if alpha.item() != layer.alpha:  # bfloat16 counts exactly to 256 only
@@ -120,6 +122,28 @@ def kohya_tensors(lora: Lora, family: str) -> dict[str, Tensor]:
         if layer.magnitude is not None:
             tensors[name + endings["dora"]] = layer.magnitude.reshape(-1, *(1,) * (layer.lora_B.dim() - 1))
     return tensors
+
+
+def kohya_layers(lora: Lora, family: str) -> dict[str, LoraLayer]:
+    """Return a LoRA's layers as kohya has them, by kohya's names: what is one module there is stacked.
+
+    Raises:
+        ValueError: a layer that the family does not have, or layers of one module that do not fit each other.
+    """
+    places: dict[str, Place] = {}
+    for layer in lora.layers:
+        place = kohya_place(layer, family)
+        places.setdefault(place.name, place)
+    return {name: _kohya_layer(lora, place) for name, place in places.items()}
+
+
+def _kohya_layer(lora: Lora, place: Place) -> LoraLayer:
+    if len(place.layers) == 1:
+        return lora.layers[place.layers[0]]
+    try:
+        return stack([lora.layers.get(layer) for layer in place.layers], place.widths)
+    except ValueError as error:
+        raise ValueError(f"{place.name} has {error}") from error
 
 
 def _balanced_layer(name: str, lora_A: Tensor, lora_B: Tensor) -> LoraLayer:

@@ -6,6 +6,9 @@ Only names are looked at here; what the tensors hold is :mod:`converters.inspect
 import re
 from dataclasses import dataclass, field
 
+from converters.key_maps import component_of_kohya_name, component_of_path
+from lidb_peft.families import COMPONENTS
+
 # How each format ends the names of a layer's tensors; it is written so, and read so.
 SPELLINGS = {
     "kohya": {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
@@ -49,18 +52,6 @@ _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?$")
 BASIS_START = "lidb_basis."
 EMBEDDING_START = "bundle_emb."
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
-
-_KOHYA_COMPONENTS = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-    "lora_te3": "text_encoder_3",
-    "lora_transformer": "transformer",
-}
-_DIFFUSERS_COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
-_UNET_PATH = re.compile(r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\.")
-_CLIP_PATH = re.compile(r"(^|\.)encoder\.layers\.\d+\.|(^|\.)text_model\.")
 
 
 @dataclass
@@ -131,19 +122,11 @@ def _without_adapter(name: str) -> tuple[str, str]:
 def _style_and_component(module: str) -> tuple[str, str]:
     prefix = re.match(r"((?:lora|lycoris)_[a-z]+\d?)_", module)
     if prefix and "." not in module:
-        return "kohya", _KOHYA_COMPONENTS.get(prefix[1], prefix[1].partition("_")[2])
+        return "kohya", component_of_kohya_name(module) or prefix[1].partition("_")[2]
     first = module.partition(".")[0]
     if first == "base_model":
-        return "PEFT", _component_of_path(module)
-    if first in _DIFFUSERS_COMPONENTS:
-        return "diffusers", first
-    return "diffusers", _component_of_path(module)
-
-
-def _component_of_path(path: str) -> str:
-    if _UNET_PATH.search(path):
-        return "unet"
-    return "text_encoder" if _CLIP_PATH.search(path) else "model"
+        return "PEFT", component_of_path(module) or "model"
+    return "diffusers", first if first in COMPONENTS else component_of_path(module) or "model"
 
 
 def _algorithm(modules: dict[str, AdapterModule]) -> str:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from converters.formats.layout import BASIS_START, read_layout
-from converters.formats.reading import Source, find_sources, layer_of
+from converters.formats.reading import Source, find_sources, place_of
 from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
 from lidb_peft.families import FAMILIES
@@ -148,7 +148,8 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
 def _read_folder(source: Source) -> _Folder:
     header = read_header(source.file)
     names = list(header.tensors)
-    layers = tuple(layer_of(source, module) for module in read_layout(names).modules.values())
+    modules = read_layout(names).modules.values()
+    layers = tuple(name for module in modules for name in place_of(source, module).layers)
     if not layers:
         raise ValueError(f"{source.file} holds no LiDB layers")
     # "lidb_basis.down:320:100.record", or ".values"

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from converters.formats.diffusers import DIFFUSERS_WEIGHTS
-from converters.formats.family import find_base
+from converters.formats.family import find_base, mixed_bases
 from converters.formats.layout import AdapterModule, Layout, read_layout
 from converters.formats.lora_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
 from converters.formats.module import read_module
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from converters.full_update import FullUpdate
-from converters.key_maps import from_kohya_name, from_path_name
+from converters.key_maps import Place, read_kohya_name, read_path_name
 from converters.lora import Lora, LoraLayer, NotFiniteError
 from converters.shapes import kernel_side
+from converters.stacking import unstack
 from lidb_peft.families import COMPONENTS, FAMILIES, TITLES
 from lidb_peft.safe_read import PICKLE_SUFFIXES, count, examples, printable, read_json_object, read_tensors
 
@@ -95,6 +96,9 @@ def read_lora(
         )
     if not found.layers and not found.full_updates:
         raise ValueError(f"{path} holds no LoRA layers" + "".join(f"; {note}" for note in found.notes()))
+    mixed = mixed_bases(found.widths)
+    if mixed:
+        raise ValueError(f"{path} holds {mixed}; take the file of one of them")
     base = find_base(found.widths, found.metadata)
     return Lora(
         found.layers,
@@ -113,13 +117,14 @@ def _read_source(source: Source, found: _Found, drop_nan: bool, alpha: float | N
     configs = source.configs(entries)
     for component, config in configs.items():
         check_config(config, f"{source.file} {component}".rstrip())
-    for name, module in modules:
-        if name in found.names:
-            raise ValueError(
-                f"{source.file} holds layer {name} twice, as {found.names[name]} and as {module.name}; remove one"
-            )
-        found.names[name] = module.name
-        _read_layer(source.file, name, module, tensors, configs, found, drop_nan, alpha)
+    for place, module in modules:
+        for name in place.layers:
+            if name in found.names:
+                raise ValueError(
+                    f"{source.file} holds layer {name} twice, as {found.names[name]} and as {module.name}; remove one"
+                )
+            found.names[name] = module.name
+        _read_layer(source.file, place, module, tensors, configs, found, drop_nan, alpha)
     found.embeddings |= {name: tensors[name] for name in layout.embeddings}
     found.metadata |= {key: value for key, value in entries.items() if key not in _OWN_METADATA}
     if source.config and source.config.get("base_model_name_or_path"):
@@ -158,8 +163,8 @@ def _peft_source(folder: Path) -> Source:
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
 
-def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[tuple[str, AdapterModule]]:
-    """Return modules of what can be read, each with our name; anything else is refused by name."""
+def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[tuple[Place, AdapterModule]]:
+    """Return modules of what can be read, each with our layers; anything else is refused by name."""
     file = source.file
     if layout.style == "PEFT" and source.config is None and alpha is None:
         without = [module.name for module in layout.modules.values() if "alpha" not in module.parts]
@@ -173,9 +178,9 @@ def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[t
     known, unknown = [], list(layout.unknown)
     for module in layout.modules.values():
         is_whole = all(len(found) == 1 for found in module.parts.values()) and not _UNREAD & module.parts.keys()
-        name = _known_name(source, module) if is_whole else None
-        if name is not None:
-            known.append((name, module))
+        place = _known_place(source, module) if is_whole else None
+        if place is not None:
+            known.append((place, module))
         else:
             unknown += [name for found in module.parts.values() for name in found]
     if unknown:
@@ -185,30 +190,31 @@ def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[t
     return known
 
 
-def _known_name(source: Source, module: AdapterModule) -> str | None:
+def _known_place(source: Source, module: AdapterModule) -> Place | None:
     try:
-        return layer_of(source, module)
+        return place_of(source, module)
     except ValueError:
         return None
 
 
-def layer_of(source: Source, module: AdapterModule) -> str:
-    """Return our name of a module of a file.
+def place_of(source: Source, module: AdapterModule) -> Place:
+    """Return which layers of ours a module of a file is.
 
     Raises:
-        ValueError: it is none of a Stable Diffusion 1, 2 or XL model.
+        ValueError: it is none of a known family's model.
     """
     if "." in module.name:
-        return from_path_name(module.name, source.component or module.component)
-    return from_kohya_name(module.name)
+        return read_path_name(module.name, source.component or module.component)
+    return read_kohya_name(module.name)
 
 
 def _read_layer(
-    file: Path, name: str, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping],
+    file: Path, place: Place, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping],
     found: _Found, drop_nan: bool, alpha: float | None,
 ) -> None:  # fmt: skip
     where = f"{file}: {printable(module.name)}"
     parts = {role: tensors[names[0]] for role, names in module.parts.items()}
+    name = place.layers[0]
     component, _, path = name.partition(".")
     config = configs.get(component, configs.get(""))
     if config and "alpha" not in parts and parts.get("lora_A", _SCALAR).dim():
@@ -216,7 +222,8 @@ def _read_layer(
     elif not module.name.startswith("base_model."):
         alpha = None
     try:
-        read = read_module(parts, any(name.endswith(".dora_scale") for name in module.parts.get("dora", ())), alpha)
+        read = read_module(parts, any(part.endswith(".dora_scale") for part in module.parts.get("dora", ())), alpha)
+        layers = [read.layer] if len(place.layers) == 1 or read.layer is None else unstack(read.layer, place.widths)
     except NotFiniteError as error:
         if not drop_nan:
             raise ValueError(f"{where} has {error}; hdb convert --drop-nan leaves such layers out") from error
@@ -224,13 +231,18 @@ def _read_layer(
         return
     except ValueError as error:
         raise ValueError(f"{where} has {error}") from error
+    if read.full_updates and len(place.layers) > 1:
+        raise ValueError(
+            f"{where} is {', '.join(update.algorithm for update in read.full_updates.values())} of what is"
+            f" {len(place.layers)} layers in diffusers; only LoRA can be divided"
+        )
     found.full_updates |= {name + end: update for end, update in read.full_updates.items()}
     if "" in read.full_updates and len(read.full_updates[""].shape) > 1:
         found.widths.append((module.name, component, read.full_updates[""].shape[1]))
     if read.layer is not None:
         if read.layer.is_convolution and kernel_side(name) == 0:
             raise ValueError(f"{where} has a kernel of {tuple(read.layer.lora_A.shape[2:])}, but is a linear layer")
-        found.layers[name] = read.layer
+        found.layers |= {name: layer for name, layer in zip(place.layers, layers, strict=True) if layer is not None}
         found.widths.append((module.name, component, read.layer.lora_A.shape[1]))
     elif not read.full_updates:
         found.change("{} of rank 0, which change nothing, left out: {}", name)

@@ -15,7 +15,7 @@ _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> list[str]:
     """Return one sentence for each thing that a reader of the file, made for ``base``, would stumble over."""
-    found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
+    found = [*_value_warnings(modules), *_scale_warnings(layout, modules, base)]
     if layout.style == "kohya":
         found += _kohya_warnings(modules, metadata, base)
     name = metadata.get("ss_output_name", "")
@@ -43,11 +43,12 @@ def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
         yield f"{count(partial, 'layer')} with only one of lora_A and lora_B: {examples(partial)}"
 
 
-def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[str]:
+def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts], base: str) -> Iterator[str]:
     """Alphas and ranks that readers take differently."""
     ranks = {module.rank for module in modules if module.rank}
     alphas = {module.alpha for module in modules if module.alpha is not None}
-    if len(ranks) > 1 or len(alphas) > 1:
+    reads_mixed_ranks = base in FAMILIES and FAMILIES[base].reads_mixed_ranks
+    if not reads_mixed_ranks and (len(ranks) > 1 or len(alphas) > 1):
         yield (
             f"mixed ranks ({_numbers(ranks)}) or alphas ({_numbers(alphas)}), which diffusers applies wrongly:"
             " rewrite it with one rank and one alpha"
@@ -68,14 +69,15 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[
 
 def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> Iterator[str]:
     """Names and metadata that kohya, A1111 or ComfyUI miss without a word."""
-    clip = [module.name for module in modules if module.component in TEXT_ENCODERS]
+    family = FAMILIES.get(base)
+    others = {part.name for part in family.text_encoders if not part.level} if family else set()
+    clip = [module.name for module in modules if module.component in TEXT_ENCODERS and module.component not in others]
     bare = [name for name in clip if "_text_model_" not in name and "text_projection" not in name]
     if bare:
         yield (
             f"{count(bare, 'text-encoder layer')} without 'text_model_', which kohya, A1111 and ComfyUI skip:"
             f" {examples(bare)}"
         )
-    family = FAMILIES.get(base)
     for component in family.components if family else ():
         written, *others = component.kohya_prefixes
         for prefix in others:

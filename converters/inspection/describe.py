@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from converters.formats.family import find_base, shown_base, stated_base
+from converters.formats.family import find_base, mixed_bases, shown_base, stated_base
 from converters.formats.layout import read_layout
 from converters.formats.lora_config import METADATA_KEY
 from converters.formats.reading import find_sources
@@ -105,9 +105,11 @@ def describe(path: str | os.PathLike) -> FileDescription:
         raise ValueError(f"{file} is {_what_instead(header)}; name a LoRA or theta file")
     configs = source.configs(metadata)
     modules = gather_facts(dict(iter_tensors(file)), layout, configs)
-    base = find_base(((module.name, module.component, module.in_features) for module in modules), metadata)
+    layers = [(module.name, module.component, module.in_features) for module in modules]
+    base, mixed = find_base(layers, metadata), mixed_bases(layers)
     hashes = _hashes(file, header)
     warnings = find_warnings(layout, modules, metadata, base) + _hash_warnings(hashes, metadata)
+    warnings += [mixed] if mixed else []
     sidecar = read_sidecar(file) or {}
     peft_type = next((str(config["peft_type"]) for config in configs.values() if "peft_type" in config), "")
     algorithm = layout.algorithm or peft_type

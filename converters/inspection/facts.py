@@ -11,9 +11,10 @@ from converters.arithmetic.algebra import update_norm
 from converters.formats.layout import AdapterModule, Layout
 from converters.formats.lora_config import layer_alpha, stated_number
 from converters.lora import is_finite
+from lidb_peft.families import FAMILIES
 
 Configs = Mapping[str, Mapping[str, object]]
-_BLOCK = re.compile(r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block")
+_BLOCKS = {part.name: part.blocks for family in FAMILIES.values() for part in family.components if part.blocks}
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class ModuleFacts:
 
 
 def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
-    """Return the Frobenius norm of the updates of each text encoder and each block of a UNet; to see where it acts."""
+    """Return the Frobenius norm of the updates of each text encoder and block of a denoiser; to see where it acts."""
     norms: dict[str, float] = {}
     for module in modules:
         if module.norm is not None:
-            found = _BLOCK.search(module.name)
+            found = re.search(_BLOCKS[module.component], module.name) if module.component in _BLOCKS else None
             block = f"{module.component} {found[0].replace('.', '_')}" if found else module.component
             norms[block] = math.hypot(norms.get(block, 0.0), module.norm)
     return {block: norm for block, norm in norms.items() if math.isfinite(norm)}

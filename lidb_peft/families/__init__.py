@@ -5,15 +5,16 @@ To add one, write its file and list it in ``FAMILIES``.
 
 from collections.abc import Mapping
 
-from .family import Component, Family, Mark, Version
+from .family import Component, Family, Mark, Stacked, Version
+from .flux1 import FLUX1
 from .sd1 import SD1
 from .sd2 import SD2
 from .sdxl import SDXL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, FLUX1)}
 """Name -> family."""
 
-TITLES = "Stable Diffusion 1, 2 or XL"
+TITLES = "Stable Diffusion 1, 2 or XL, or FLUX.1"
 """All of them, for messages."""
 
 _ALL = tuple(component for family in FAMILIES.values() for component in family.components)
@@ -68,6 +69,7 @@ __all__ = [
     "Component",
     "Family",
     "Mark",
+    "Stacked",
     "Version",
     "families_of_pipeline",
     "family_of_pipeline",

@@ -1,6 +1,6 @@
 """CLIP's text encoders, OpenAI's and OpenCLIP's, which several families share."""
 
-from .family import Shapes
+from .family import Shapes, Stacked
 
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
 _WORDS = """
@@ -8,9 +8,12 @@ _WORDS = """
     embeddings token_embedding position_embedding final_layer_norm text_projection
 """
 WORDS = frozenset(_WORDS.split())
+PATH = r"(^|\.)encoder\.layers\.\d+\.|(^|\.)text_model\."
+LEVEL = "text_model."
+TRAINED = ("encoder.layers.",)
 # (ours, OpenCLIP's) inside a transformer layer; the first three are one weight.
 OPENCLIP = tuple(
-    (tuple(f"encoder.layers.{{}}.{path}" for path in ours), f"transformer.resblocks.{{}}.{original}")
+    Stacked(tuple(f"encoder.layers.{{}}.{path}" for path in ours), f"transformer.resblocks.{{}}.{original}")
     for ours, original in (
         (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn.in_proj_weight"),
         (("self_attn.out_proj",), "attn.out_proj.weight"),

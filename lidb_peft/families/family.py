@@ -12,6 +12,21 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Layers of ours that are one in the first authors' model, their rows below each other.
+
+    Args:
+        ours: paths, with ``{}`` for a block's number.
+        original: the one path, likewise.
+        widths: numbers of rows, relative to each other; () if they are equal.
+    """
+
+    ours: tuple[str, ...]
+    original: str
+    widths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Component:
     """A part of the pipeline that adapters may be on.
 
@@ -23,12 +38,17 @@ class Component:
         targets: ends of the names of the linear layers that LiDB adapts, its default ``target_modules``.
         shapes: those layers in the published models, in natural order, as ``LiDBSpace`` lists them.
         words: every word of its module paths that is no number; kohya's names join them by underscores.
+        path: regular expression that finds a path of this component, and of no other of its role.
+        blocks: regular expression for the block in a layer's name, as files spell it; "" for one that is shown whole.
+        trained: what is in the paths of the layers that kohya trains by default, and every reader loads.
+        num_blocks: name of a list of blocks -> how many the published models have; for those with paths that other
+            families' models have too.
+        level: how the paths of its layers begin in LoRA files, whatever the installed library calls them.
         kohya_prefixes: how kohya's names of its layers begin: the first is written, all are read.
         originals: pairs (ours, original) of path prefixes by which the model's first authors named its modules.
         kohya_uses_originals: kohya's names are made of the original paths, not of diffusers'.
         kohya_attribute: what the model has in sd-scripts, and no other family's of its role.
-        stacked: pairs (ours, original) of paths inside of one of the ``originals``, with ``{}`` for a number: weights
-            that are one in the original, stacked along axis 0.
+        stacked: whole paths, likewise: where layers are stacked, or their names follow no such prefixes.
         checkpoint_prefixes: how its tensors begin in a single-file checkpoint.
         convolutions: last words of the names of its convolutions -> side of the kernel; all other layers are linear.
         kohya_convolutions: last words of the names of linear layers that are 1x1 convolutions in sd-scripts.
@@ -43,11 +63,16 @@ class Component:
     targets: frozenset[str]
     shapes: Shapes
     words: frozenset[str]
+    path: str
+    trained: tuple[str, ...]
     kohya_prefixes: tuple[str, ...]
+    blocks: str = ""
+    num_blocks: Mapping[str, int] = field(default_factory=dict)
+    level: str = ""
     originals: tuple[tuple[str, str], ...] = ()
     kohya_uses_originals: bool = False
     kohya_attribute: str = ""
-    stacked: tuple[tuple[tuple[str, ...], str], ...] = ()
+    stacked: tuple[Stacked, ...] = ()
     checkpoint_prefixes: tuple[str, ...] = ()
     convolutions: Mapping[str, int] = field(default_factory=dict)
     kohya_convolutions: frozenset[str] = frozenset()
@@ -105,12 +130,15 @@ class Family:
         versions: what was published; the first is the one meant where nothing says otherwise.
         has_guidance_embeds: the denoiser is told a guidance scale, which it was distilled with.
         implementation: ModelSpec's.
+        network_module: sd-scripts' module that trains its LoRAs, in their metadata.
         metadata: further kohya metadata of its LoRAs.
         marks: layers that tell that an adapter is for this family.
         stated_by: metadata key -> how its value begins in adapters for this family.
         is_hidden_unless_stated: Automatic1111 takes a LoRA without such metadata for another family's.
         checkpoint_marker: the tensor by which a single-file checkpoint of this architecture is told.
         checkpoint_parts: how the tensors begin that a whole checkpoint has -> what they are.
+        reads_mixed_ranks: readers of its LoRAs take each layer's own rank and alpha; else one file has one of each.
+        has_old_diffusers_names: diffusers had such models before 0.20.
         kohya_blocks: blocks of kohya's block-wise learning rates: those going down, and as many up, and in the middle.
     """
 
@@ -128,7 +156,10 @@ class Family:
     stated_by: Mapping[str, str]
     checkpoint_marker: str
     checkpoint_parts: Mapping[str, str]
+    network_module: str = "networks.lora"
     has_guidance_embeds: bool = False
+    reads_mixed_ranks: bool = False
+    has_old_diffusers_names: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
     is_hidden_unless_stated: bool = False
     kohya_blocks: tuple[int, int] | None = None

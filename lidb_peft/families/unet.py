@@ -13,6 +13,9 @@ WORDS = frozenset(_WORDS.split())
 CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
 # What leads into an attention and out of it: linear layers in the newer UNets, 1x1 convolutions in the first.
 PROJECTIONS = frozenset({"proj_in", "proj_out"})
+PATH = r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\."
+BLOCKS = r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block"
+TRAINED = (".attentions.",)
 _LAYERS_A_LEVEL = 2
 # (diffusers, sgm) inside a ResNet block.
 _RESNET_PARTS = (

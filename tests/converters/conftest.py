@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 SDXL_CONFIG = {
@@ -21,6 +21,19 @@ SDXL_CONFIG = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "use_linear_projection": True,
+}
+
+# FLUX.1-dev's transformer/config.json, as black-forest-labs published it.
+FLUX_CONFIG = {
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
 }
 
 
@@ -44,8 +57,16 @@ _MODELS = {
         "text_encoder": _clip(CLIPTextModel, 12, 768),
         "text_encoder_2": _clip(CLIPTextModelWithProjection, 32, 1280),
     },
+    "flux1": lambda: {
+        "transformer": FluxTransformer2DModel(**FLUX_CONFIG),
+        "text_encoder": _clip(CLIPTextModel, 12, 768),
+    },
 }
-_ENDS = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text": ("q_proj", "k_proj", "v_proj", "out_proj")}
+_ENDS = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    "text": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "tran": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+}
 
 
 @lru_cache
@@ -59,7 +80,7 @@ def _attentions(models):
     """Component -> model, as classic layer name -> module; transformers' own naming is undone by hand."""
     found = {}
     for component, model in models.items():
-        prefix = "" if component == "unet" else "text_model."
+        prefix = "text_model." if component.startswith("text") else ""
         for name, module in model.named_modules():
             if name.endswith(_ENDS[component[:4]]):
                 found[f"{component}.{prefix}{name.removeprefix(prefix)}"] = module

@@ -266,10 +266,8 @@ def test_other_algorithms_and_other_models_are_named(tmp_path):
     state = {f"{UNET}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
     assert described(tmp_path, state).kind == "kohya LoHa"
     assert described(tmp_path, lora(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}).kind == "kohya DoRA"
-    flux = described(
-        tmp_path, lora("lora_unet_double_blocks_0_img_attn_proj"), {"modelspec.architecture": "flux-1-dev/lora"}
-    )
-    assert (flux.kind, flux.base, flux.layers) == ("kohya LoRA", "flux-1-dev", {"unet": 1})
+    lumina = described(tmp_path, lora("lora_unet_layers_0_attention_qkv"), {"modelspec.architecture": "lumina-2/lora"})
+    assert (lumina.kind, lumina.base, lumina.layers) == ("kohya LoRA", "lumina-2", {"unet": 1})
 
 
 def test_float8_and_bfloat16_are_read(tmp_path):
