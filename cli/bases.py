@@ -83,6 +83,15 @@ hypernet_option = click.option(
     "or testbed, the bundled one; none does without.",
 )
 
+start_option = click.option(
+    "--start",
+    metavar="auto|none|FILE",
+    default="auto",
+    show_default=True,
+    help="A LoRA that the finetuning starts from, as hdb learn-start makes it; auto: the one beside the hypernetwork, "
+    "or without one beside the base, if there is one; none: a fresh LoRA.",
+)
+
 token_option = click.option(
     "--token", default=PersonalizeConfig.token, show_default=True, help="The rare word that means the person."
 )

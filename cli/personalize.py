@@ -21,8 +21,9 @@ from cli.bases import (
     pop_loading,
     recipe_option,
     seed_option,
+    start_option,
 )
-from hypernet.recipe import NUM_TIMESTEPS, PersonalizeConfig
+from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, PersonalizeConfig
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ _RECIPE = PersonalizeConfig()
 @recipe_option(
     "--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning, by default half after a prediction."
 )
+@start_option
+@recipe_option("--adapt", "adapt", click.Choice(PERSONALIZE_CHOICES["adapt"]),
+               "Which layers, where no hypernetwork says so: the denoiser's, or the text encoders' too.")  # fmt: skip
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
 @recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; LiDB weights add 1 to the file's.")
 @recipe_option("--max-timestep", "max_timestep", click.IntRange(1, NUM_TIMESTEPS),
@@ -78,6 +82,7 @@ def command(
     no_crop,
     save_theta,
     from_theta,
+    start,
     **options,
 ) -> None:
     """Make a LoRA of the person in PHOTOS; several photos are one person. With --each, of many people at once.
@@ -102,7 +107,7 @@ def command(
 
     recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})
     common = {"config": recipe, "hypernet": network, "lidb_config": base_lidb_config(base),
-              "previews": None if no_preview else previews}  # fmt: skip
+              "previews": None if no_preview else previews, "start": None if start == "none" else start}  # fmt: skip
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
         request = request_person(photos, out, save_theta=save_theta, from_theta=from_theta, **common)
@@ -162,6 +167,8 @@ def _tell_person(result: "Personalization", out: Path) -> None:
     for photo in result.photos:
         if photo.note:
             click.echo(photo.note, err=True)
+    if result.start_source:
+        click.echo(f"the finetuning started from {result.start_source}", err=True)
     for file in result.files:
         click.echo(f"wrote {file}")
 

@@ -3,6 +3,7 @@
 theta starts at a hypernetwork's prediction, at a theta file, or at the shared starting vector.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from converters import KohyaMetadata, write_lora
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import Photo, prepare_photo
@@ -27,6 +29,7 @@ from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_pers
 from hypernet.sampling import contact_sheet, generate, save_picture
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, save_theta
+from lidb_peft.record import fingerprint_components
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Personalization:
         theta: ``(L, row)``.
         photos: the prepared photos, at least one.
         bases: the learned bases of ``theta``, by label; None if they are the frozen ones.
-        finetuned: theta and the finetuned LoRA as one set of factors; None if there was no finetuning.
+        finetuned: theta and the finetuned LoRA as one set of factors; None if there was no finetuning and no start.
+        start_source: the file of the LoRA that the finetuning started from; "" if it was a fresh one.
         seconds: time of each stage; people who are fitted together share it.
         losses: mean denoising loss of each step, ``(steps, 1)``, by stage.
         files: what was written.
@@ -53,6 +57,7 @@ class Personalization:
     seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    start_source: str = ""
 
     @cached_property
     def theta_factors(self) -> LoraFactors:
@@ -95,7 +100,7 @@ class Personalization:
             self.theta,
             self.space,
             base_model_name=Path(self.base.name).name,
-            base_fingerprint=base_fingerprint(self.base.adapted),
+            base_fingerprint=base_fingerprint(self.space.models),
         )
         self.files.append(Path(path))
 
@@ -108,6 +113,7 @@ def personalize(
     from_theta: str | Path | None = None,
     hypernet: Hypernet | None = None,
     progress: StageProgress | None = None,
+    start: str | Path | None = AUTO_START,
 ) -> Personalization:
     """Personalise a base model on photos of one person.
 
@@ -116,12 +122,21 @@ def personalize(
         lidb_config: the bases; default the paper's, a = 100 and b = 50. Theta files and hypernetworks bring their own.
         from_theta: a theta file to start from instead of the shared starting vector.
         hypernet: starts at its prediction from the photos; a network that is given stays where it is.
+        start: a LoRA file that the finetuning starts from, as `hypernet.training.start` learns it; ``auto`` takes the
+            one beside the hypernetwork, if there is one, None a fresh LoRA.
 
     Raises:
         ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
             the message names it.
     """
-    request = request_person(photos, config=config, from_theta=from_theta, hypernet=hypernet, lidb_config=lidb_config)
+    request = request_person(
+        photos,
+        config=config,
+        from_theta=from_theta,
+        hypernet=hypernet,
+        lidb_config=lidb_config,
+        start=start,
+    )
     return make_person(request, base, progress)
 
 
@@ -136,6 +151,7 @@ def personalize_to_files(
     from_theta: str | Path | None = None,
     hypernet: Hypernet | None = None,
     progress: StageProgress | None = None,
+    start: str | Path | None = AUTO_START,
 ) -> Personalization:
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
 
@@ -143,12 +159,12 @@ def personalize_to_files(
         previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
             None draws nothing, not even the preview picture.
         save_theta: write theta there too.
-        config, lidb_config, from_theta, hypernet: as for `personalize`.
+        config, lidb_config, from_theta, hypernet, start: as for `personalize`.
 
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
-    request = request_person(photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews)
+    request = request_person(photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start)
     return make_person(request, base, progress)
 
 
@@ -192,6 +208,7 @@ class OpenedRequest:
 
     Attributes:
         space: of the thetas.
+        start, start_source: the flat LoRA that finetunings start from, and its file; None and "" draw fresh ones.
         network: the hypernetwork that predicts where fits start, loaded; None if there is none.
         seconds: time of each stage; it becomes every result's.
     """
@@ -214,9 +231,32 @@ class OpenedRequest:
             self.space = self.network.space_on(base.adapted)
         else:
             file = request.theta_file
-            self.space = LiDBSpace(base.adapted, request.lidb_config if file is None else file.config)
+            models = _models(base, request)
+            self.space = LiDBSpace(models, request.lidb_config if file is None else file.config)
             if file is not None:
                 check_record(file.record, self.space, request.theta_source)
+        self.start, self.start_source = self._open_start()
+
+    def _open_start(self) -> tuple[Tensor | None, str]:
+        """What finetunings start from; of ``auto`` what is there and fits, with a warning if something else is there.
+
+        Raises:
+            ValueError: the start that was asked for is of other layers.
+        """
+        start, rank = self.request.start, self.request.config.rank
+        if isinstance(start, LoraStart):
+            return start.flat(self.space), start.source
+        network = self.request.network_config
+        file = None
+        if start == AUTO_START:
+            file = find_start("" if network is None else network.name_or_path, self.base.name)
+        if file is None:
+            return None, ""
+        try:
+            return load_start(file).of_rank(rank).flat(self.space), str(file)
+        except ValueError as error:
+            warnings.warn(f"the finetuning starts at a fresh LoRA: {error}", stacklevel=3)
+            return None, ""
 
     def starts(self, people: Sequence[PreparedPerson], progress: StageProgress | None = None) -> Starts:
         """Where the fits of these people start: at a prediction for each, or all at one theta."""
@@ -241,20 +281,30 @@ class OpenedRequest:
                 )
         theta = theta.expand(len(people), *space.theta_0.shape)
         finetuned: Sequence[LoraFactors | None] = [None] * len(people)
-        if config.steps:
+        if config.steps or self.start is not None:  # what a prediction lacks, a start has in part before any step
             is_identity = torch.equal(theta, space.theta_0.expand_as(theta))  # which would only add to the rank
             with timed(self.seconds, "finetune LoRA"):
                 finetuned, losses["finetune LoRA"] = fit_lora(
                     base, space, subjects, config.lora_fit, config.rank, None if is_identity else theta,
-                    _of_stage(progress, "finetune LoRA"), bases,
+                    _of_stage(progress, "finetune LoRA"), bases, self.start,
                 )  # fmt: skip
         return [
             Personalization(
                 base, space, config, theta[i], person.photos, bases, finetuned[i], self.seconds,
                 {name: values[:, i : i + 1] for name, values in losses.items()},
+                start_source=self.start_source,
             )
             for i, person in enumerate(people)
         ]  # fmt: skip
+
+
+def _models(base: BaseModel, request: Request) -> dict[str, nn.Module]:
+    """What is adapted without a hypernetwork: what the theta file is of, or what the recipe says."""
+    models = base.adapted
+    if request.theta_file is not None:
+        names = fingerprint_components(request.theta_file.base_fingerprint, request.theta_source)
+        return {name: model for name, model in models.items() if name in names} or models
+    return models if request.config.adapt == "all" else dict([next(iter(models.items()))])
 
 
 def _of_stage(progress: StageProgress | None, stage: str) -> Progress | None:

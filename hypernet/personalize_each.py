@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.batch_size import choose_batch
+from hypernet.fitting.starts import AUTO_START
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person
 from hypernet.network.prediction import Hypernet
 from hypernet.personalize import OpenedRequest, draw_base, write_result
@@ -60,6 +61,7 @@ def personalize_each(
     batch: int | None = None,
     hypernet: Hypernet | None = None,
     progress: StageProgress | None = None,
+    start: str | Path | None = AUTO_START,
 ) -> PersonalizedEach:
     """Personalise a base model on each person of a data set; write ``<out>/<name>.safetensors`` and what goes with it.
 
@@ -69,14 +71,14 @@ def personalize_each(
     Args:
         people: of `open_people`; a name is that of the person's photo or folder.
         batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
-        config, lidb_config, previews, hypernet: as for `personalize_to_files`.
+        config, lidb_config, previews, hypernet, start: as for `personalize_to_files`.
         progress: called with (stage, people done, people in all or None if that is not known).
 
     Raises:
         BlockingIOError: another run is at work in ``out``.
         ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
     """
-    request = request_people(people, out, config, hypernet, lidb_config, previews, batch)
+    request = request_people(people, out, config, hypernet, lidb_config, previews, batch, start)
     return make_people(request, base, progress)
 
 

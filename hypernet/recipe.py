@@ -29,6 +29,7 @@ ATTENTIONS = ("auto", "sdpa", "xformers")
 AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
+PERSONALIZE_CHOICES = {"adapt": ("denoiser", "all")}
 TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
 
 
@@ -98,6 +99,8 @@ class PersonalizeConfig:
     Attributes:
         token: the rare word that will mean this person.
         prompt: what the photos show; ``[V]`` stands for the token.
+        adapt: which layers, where no hypernetwork and no theta file says so: those of the ``denoiser``, the UNet, or
+            ``all``, those of the text encoders too, which forget prompts sooner than they learn a person.
         theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity, or at its prediction. What it adds,
             as many steps of finetuning add sooner.
         steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
@@ -113,6 +116,7 @@ class PersonalizeConfig:
 
     token: str = "sks"
     prompt: str = "a [V] face"
+    adapt: str = "all"
     theta_steps: int = 0
     theta_lr: float = 5e-3
     steps: int = 80
@@ -129,6 +133,7 @@ class PersonalizeConfig:
     guidance: float = 7.5
 
     def __post_init__(self):
+        _check_choices(self, PERSONALIZE_CHOICES)
         if "[V]" not in self.prompt:
             raise ValueError(f"prompt is {self.prompt!r}; it must hold [V], which stands for the person")
         if not self.token.strip():

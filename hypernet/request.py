@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
 from hypernet.inputs.people import People, check_detector
 from hypernet.inputs.photos import NamedImage, open_photo
 from hypernet.network.config import HyperNetworkConfig
@@ -35,6 +36,8 @@ class Request:
         theta_file: what fits start at otherwise; None is the shared starting vector.
         theta_source: the file it was read from.
         previews: prompts to be drawn beside the trigger prompt; None draws nothing at all.
+        start: the LoRA that finetunings start from; ``auto`` is the one beside the hypernetwork, or without one beside
+            the base, if there is one; None draws each a fresh one.
     """
 
     config: PersonalizeConfig
@@ -43,6 +46,7 @@ class Request:
     theta_file: ThetaFile | None = None
     theta_source: str = ""
     previews: tuple[str, ...] | None = None
+    start: LoraStart | str | None = None
 
     @property
     def network_config(self) -> HyperNetworkConfig | None:
@@ -88,6 +92,7 @@ def request_person(
     hypernet: Hypernet | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = None,
+    start: str | Path | None = AUTO_START,
 ) -> PersonRequest:
     """Resolve what `hypernet.personalize.personalize_to_files` takes.
 
@@ -95,7 +100,7 @@ def request_person(
         ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
             ``config``, or an output cannot be written.
     """
-    common = _resolve(config, from_theta, hypernet, lidb_config, previews)
+    common = _resolve(config, from_theta, hypernet, lidb_config, previews, start)
     out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
     _check_outputs(out, save_theta, from_theta, common["config"], _config_of(common["network"]))
     if not photos:
@@ -113,6 +118,7 @@ def request_people(
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = None,
     batch: int | None = None,
+    start: str | Path | None = AUTO_START,
 ) -> PeopleRequest:
     """Resolve what `hypernet.personalize_each.personalize_each` takes.
 
@@ -121,7 +127,7 @@ def request_people(
             to be found and cannot be.
         OSError: ``out`` is a file, or cannot be written.
     """
-    common, out = _resolve(config, None, hypernet, lidb_config, previews), Path(out)
+    common, out = _resolve(config, None, hypernet, lidb_config, previews, start), Path(out)
     if common["config"].crop:
         check_detector()
     if out.exists() and not out.is_dir():
@@ -138,6 +144,7 @@ def _resolve(
     hypernet: Hypernet | None,
     lidb_config: LiDBConfig | None,
     previews: Sequence[str] | None,
+    start: str | Path | None,
 ) -> dict[str, Any]:
     """The fields of `Request` but for the theta file; the recipe is checked against where theta starts."""
     network = read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
@@ -155,7 +162,15 @@ def _resolve(
         "lidb_config": lidb_config or LiDBConfig(),
         "network": network,
         "previews": None if previews is None else tuple(previews),
+        "start": _read_start(start, config, network is not None),
     }
+
+
+def _read_start(start: str | Path | None, config: PersonalizeConfig, is_predicted: bool) -> LoraStart | str | None:
+    """The start that is named, read and of the recipe's rank; ``auto`` as it is, for the base may have one too."""
+    if start is None or not (config.steps or is_predicted):
+        return None
+    return AUTO_START if start == AUTO_START else load_start(start).of_rank(config.rank)
 
 
 def _check_outputs(

@@ -1,10 +1,13 @@
 """Make the miniature's hypernetwork from nothing: ``python -m testbed.train_hypernetwork --out runs/hypernetwork``.
 
 Stages: draw people, a few plain photos of each; train a vision transformer to tell them apart, as face recognition is
-trained; train the hypernetwork around it as `hdb train` does; pack. Every stage resumes where it was stopped.
+trained; train the hypernetwork around it as `hdb train` does; leave the text encoder out and train on in prompts
+(`testbed.lessons`); pack; learn where finetunings start, beside its predictions and without them (`hdb learn-start`).
+Every stage resumes where it was stopped.
 """
 
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +20,23 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from hypernet.bases.loading import load_base
+from hypernet.fitting.engine import Subject
+from hypernet.fitting.starts import START_FILE, save_start
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.recipe import StageProgress, TrainConfig
+from hypernet.recipe import StageProgress, StartConfig, TrainConfig
 from hypernet.training.loop import BEST, train
 from hypernet.training.setup import LAST
+from hypernet.training.start import learn_start, resumable_start
 from hypernet.training.state import has_state
 from lidb_peft import LiDBSpace
-from testbed import MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed.lessons import Lessons, without_text_encoder
 from testbed.measuring import MeasuringNetwork
 from testbed.measuring_training import SHOTS, Labelled, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS
-from testbed.protocol import photo, photo_scene
-from testbed.trainer import Run, fixed_initialisation
+from testbed.protocol import photo, photo_scene, shown_photos, shown_subjects
+from testbed.trainer import Run, Trainer, fixed_initialisation, level_then_falling
 
 HELD_OUT = 64  # people of the validation split
 PHOTOS = 3  # of each person
@@ -43,6 +50,11 @@ LEARN_PHOTOS = TrainConfig(
 )  # fmt: skip
 LEARN_PEOPLE = replace(LEARN_PHOTOS, steps=7_500, same_photo=False)
 KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)
+
+IN_PROMPTS = 2_050  # steps of `testbed.lessons`
+IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
+START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
+START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
 
 
 class PhotoFeatures(nn.Module):
@@ -112,7 +124,7 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
         images: as for `write_people`, of the training split.
 
     Returns:
-        The folder of the hypernetwork, in float16.
+        The folder of the hypernetwork, which still adapts the text encoder too.
     """
     base = load_base(str(miniature_path()), device="cpu")
     space = LiDBSpace(base.adapted, miniature_lidb_config())
@@ -132,8 +144,42 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
             network = HyperNetwork.from_encoder(encoder, space, "testbed", **HYPERNETWORK)
         train(training, base, network, folder, config, held_out=held_out, resume=resume, progress=progress)
         before = folder / BEST
-    HyperNetwork.from_pretrained(before).save_pretrained(out / "hypernetwork", dtype=torch.float16)
-    return out / "hypernetwork"
+    return before
+
+
+def train_in_prompts(run: Run, before: Path) -> Path:
+    """Go on with the hypernetwork in ``before``, on the denoiser alone; returns its folder, in float16."""
+    folder = run.out / "hypernetwork"
+    if not (folder / "model.safetensors").exists():
+        base = load_base(str(miniature_path()), device="cpu")
+        space = LiDBSpace({"unet": base.denoiser}, miniature_lidb_config())
+        network = without_text_encoder(HyperNetwork.from_pretrained(before), space).train()
+        trainer = Trainer(
+            "in-prompts", run, network, IN_PROMPTS, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
+        )
+        trainer.run(Lessons(base, space, network))
+        network.save_pretrained(folder, dtype=torch.float16)
+    return folder
+
+
+def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwork | None) -> Path:
+    """Learn where finetunings of the denoiser start, beside predictions or without; returns the file."""
+    file = run.out / f"{name}.safetensors"
+    if not file.exists():
+        base = load_base(str(miniature_path()), device="cpu")
+        space = LiDBSpace({"unet": base.denoiser}, miniature_lidb_config())
+        config = replace(config, rounds=math.ceil(run.fraction * config.rounds))
+
+        def people(number: int) -> tuple[list[Subject], Tensor | None]:
+            seeds = SPLITS["train"][number * config.people : (number + 1) * config.people]
+            return shown_subjects(base, seeds), None if network is None else network(shown_photos(seeds))
+
+        bases = None if network is None else network.bases
+        fit, rank = MINIATURE_RECIPE.lora_fit, MINIATURE_RECIPE.rank
+        with resumable_start(run.out / f"{name}.unfinished.safetensors", space, rank) as (state, checkpoint):
+            learn_start(base, space, people, config, fit, state, rank, bases, checkpoint=checkpoint)
+            save_start(file, state.start, rank, space)
+    return file
 
 
 @click.command()
@@ -154,7 +200,13 @@ def main(out: Path, people: int, encoder_steps: int, fraction: float, threads: i
         if done % LEARN_PEOPLE.log_every == 0:
             click.echo(f"{stage} {done} of {total}, {(time.monotonic() - began) / 60:.0f} min", err=True)
 
-    click.echo(f"wrote {train_hypernetwork(out, encoder, drawn.images, fraction, report)}")
+    run = Run(out, fraction)
+    folder = train_in_prompts(run, train_hypernetwork(out, encoder, drawn.images, fraction, report))
+    network = HyperNetwork.from_pretrained(folder).requires_grad_(False)
+    beside = learn_a_start(run, "start-predicted", START_PREDICTED, network)
+    shutil.copy(beside, folder / START_FILE)
+    alone = learn_a_start(run, "start-alone", START_ALONE, None)
+    click.echo(f"wrote {folder}, with {START_FILE}, and {alone}, which goes into the miniature's folder")
 
 
 if __name__ == "__main__":

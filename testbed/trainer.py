@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,44 @@ class Run:
     fraction: float = 1.0
 
 
+def falling(step: int, num_steps: int) -> float:
+    """From 1 to 0, a little slower than linearly."""
+    return (1 - step / num_steps) ** 0.8
+
+
+def level_then_falling(step: int, num_steps: int) -> float:
+    """1 for four fifths of the steps, then linearly to 0: how many steps there are need not be known till then."""
+    return min(1.0, 5 * (1 - step / num_steps))
+
+
+def _is_trained(parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
 class Trainer:
     """A step-numbered training loop: optimiser, linear warm-up and decay, EMA weights, whole checkpoints, a log."""
 
-    def __init__(self, name: str, run: Run, modules: torch.nn.Module, num_steps: int, lr: float):
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        modules: torch.nn.Module,
+        num_steps: int,
+        lr: float,
+        ema_decay: float = EMA_DECAY,
+        schedule: Callable[[int, int], float] = falling,
+    ):
+        """Train ``modules`` for ``num_steps``, or go on where the run's folder says.
+
+        Args:
+            schedule: of the learning rate, after 100 steps of warm-up: the step, and all steps -> a fraction of ``lr``.
+        """
+        self.ema_decay, self.schedule = ema_decay, schedule
         self.name, self.file, self.log = name, run.out / f"{name}.safetensors", run.out / f"{name}.jsonl"
         self.modules, self.num_steps, self.lr, self.step = modules, num_steps, lr, 0
         self.last_step = math.ceil(num_steps * run.fraction)
         self.optimizer = torch.optim.AdamW(
-            modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+            filter(_is_trained, modules.parameters()), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
         )
         self.ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
         if self.file.exists():
@@ -46,7 +75,7 @@ class Trainer:
         last_save, started, first, running = time.monotonic(), time.monotonic(), self.step, 0.0
         while self.step < self.last_step:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100) * (1 - self.step / self.num_steps) ** 0.8
+                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100) * self.schedule(self.step, self.num_steps)
             loss = loss_of_step(self.step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -71,7 +100,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         for name, value in self.modules.state_dict().items():
             if value.is_floating_point():
                 self.ema[name].lerp_(value, 1 - decay)

@@ -184,8 +184,9 @@ class HyperNetwork(PreTrainedModel):
         return self(pixels.to(self.device)).cpu()
 
     def space_on(self, models: dict[str, nn.Module]) -> LiDBSpace:
-        """Return the space of the predictions on ``models``; raises and warns as `check_space` does."""
-        space = LiDBSpace(models, self.config.lidb)
+        """Return the space of the predictions on those of ``models`` that they adapt; raises as `check_space` does."""
+        adapted = {name.partition(".")[0] for name, *_ in self.config.layers}
+        space = LiDBSpace({name: model for name, model in models.items() if name in adapted}, self.config.lidb)
         self.check_space(space)
         return space
 

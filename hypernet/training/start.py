@@ -5,10 +5,14 @@ user's are, and the start moves towards the mean of what became of it. Learned b
 without one; a start is part of the LoRA that a user gets, so nothing is lost at export.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hypernet.bases.base import BaseModel
@@ -16,6 +20,8 @@ from hypernet.fitting.engine import Subject, fit_flat_lora
 from hypernet.inputs.people import derive_seed
 from hypernet.recipe import FitConfig, Progress, StartConfig
 from lidb_peft import LiDBSpace
+from lidb_peft.files import atomic_path
+from lidb_peft.safe_read import read_tensors
 
 Round = Callable[[int], tuple[Sequence[Subject], Tensor | None]]
 """Called with the number of a round: its people, and the thetas ``(n, L, row)`` beside which they are finetuned."""
@@ -40,6 +46,37 @@ def first_start(space: LiDBSpace, rank: int, seed: int = 0) -> StartState:
     """A fresh LoRA, which changes nothing yet."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "start"))
     return StartState(space.init_lora(rank, generator), 0, [])
+
+
+@contextmanager
+def resumable_start(
+    file: Path, space: LiDBSpace, rank: int, seed: int = 0
+) -> Iterator[tuple[StartState, Callable[[StartState], None]]]:
+    """The state in ``file``, or the first; and what writes it there. The file goes when the block ends well.
+
+    Raises:
+        ValueError: the file is of another rank or other layers, or damaged.
+    """
+    state = _read_state(file, space, rank) if file.exists() else first_start(space, rank, seed)
+
+    def checkpoint(state: StartState) -> None:
+        progress = {"rounds": state.rounds, "losses": state.losses, "layers_hash": space.layers_hash}
+        with atomic_path(file) as temporary:
+            save_file({"start": state.start}, temporary, metadata={"learn_start": json.dumps(progress)})
+
+    yield state, checkpoint
+    file.unlink(missing_ok=True)
+
+
+def _read_state(file: Path, space: LiDBSpace, rank: int) -> StartState:
+    tensors, metadata = read_tensors(file)
+    try:
+        found, start = json.loads(metadata["learn_start"]), tensors["start"]
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no start that is being learned; choose another file, or delete it") from error
+    if found["layers_hash"] != space.layers_hash or start.shape != (space.lora_size(rank),):
+        raise ValueError(f"{file} is of another rank or of other layers; go on with its own, or delete it")
+    return StartState(start, found["rounds"], [tuple(pair) for pair in found["losses"]])
 
 
 def learn_start(

@@ -206,9 +206,16 @@ def test_another_prompt_is_refused(base, learned, photo, tmp_path, change, no_wo
 
 
 def test_another_base_is_refused(base, photo, make_hypernetwork):
-    unet_only = make_hypernetwork(LiDBSpace({"unet": base.unet}, LiDBConfig(down_dim=8, up_dim=6)))
-    with pytest.raises(ValueError, match=r"another list of 128 layers .* this model's 176 .* made for, that of mini"):
-        personalize([photo], base, ALONE, hypernet=unet_only)
+    another = make_hypernetwork(LiDBSpace({"unet": base.unet.mid_block}, LiDBConfig(down_dim=8, up_dim=6)))
+    with pytest.raises(ValueError, match=r"another list of 8 layers .* this model's 128 .* made for, that of mini"):
+        personalize([photo], base, ALONE, hypernet=another)
+
+
+def test_a_hypernetwork_of_the_denoiser_alone_adapts_that_alone(base, photo, make_hypernetwork):
+    denoiser = make_hypernetwork(LiDBSpace({"unet": base.unet}, LiDBConfig(down_dim=8, up_dim=6)))
+    found = personalize([photo], base, RELAXED, hypernet=denoiser)
+    assert found.theta.shape[0] == len(found.factors) == 128
+    assert all(name.startswith("unet.") for name in found.factors)
 
 
 def test_other_weights_of_the_base_are_a_warning(base, space, photo, make_hypernetwork):

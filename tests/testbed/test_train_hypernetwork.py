@@ -7,15 +7,19 @@ from PIL import Image
 
 import testbed.train_hypernetwork as recipe
 from hypernet.bases.loading import load_base
+from hypernet.fitting.starts import START_FILE, load_start
 from hypernet.network.hypernetwork import HyperNetwork
-from lidb_peft import LiDBSpace
-from testbed import miniature_lidb_config, miniature_path
+from hypernet.recipe import StartConfig
+from hypernet.training.start import first_start
+from testbed import MINIATURE_RECIPE, miniature_path
 from testbed.measuring import to_pixels
 from testbed.protocol import photo
 
 
 def test_the_recipe_makes_a_hypernetwork_from_nothing_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "HELD_OUT", 1)
+    for name in ("START_PREDICTED", "START_ALONE"):
+        monkeypatch.setattr(recipe, name, StartConfig(rounds=2, people=2, inner_steps=1))
     arguments = ["--out", str(tmp_path), "--people", "4", "--encoder-steps", "1", "--threads", "1",
                  "--fraction", "1e-6"]  # fmt: skip
     made = CliRunner().invoke(recipe.main, arguments, catch_exceptions=False)
@@ -32,9 +36,12 @@ def test_the_recipe_makes_a_hypernetwork_from_nothing_and_goes_on(tmp_path, monk
         assert {"denoising", "preservation"} & set(lines[0]) == terms
 
     network = HyperNetwork.from_pretrained(tmp_path / "hypernetwork")
-    network.check_space(LiDBSpace(load_base(str(miniature_path()), device="cpu").adapted, miniature_lidb_config()))
+    space = network.space_on(load_base(str(miniature_path()), device="cpu").adapted)
+    assert space.num_layers == 128  # the text encoder is left out
     theta = network(to_pixels([photo(0, 0)]))
-    best = HyperNetwork.from_pretrained(tmp_path / "training-2" / "best")(to_pixels([photo(0, 0)]))
-    assert theta.shape == best.shape
-    assert (theta - best).abs().max() < 1e-2 * (best - network.theta_0).abs().max()  # float16 on disk
     assert torch.isfinite(theta).all()
+    for file in (tmp_path / "hypernetwork" / START_FILE, tmp_path / "start-alone.safetensors"):
+        start = load_start(file)
+        assert start.rank == MINIATURE_RECIPE.rank
+        assert not torch.equal(start.flat(space), first_start(space, start.rank).start.half().float())
+    assert not list(tmp_path.glob("*unfinished*"))
