@@ -28,8 +28,8 @@ from hypernet.timing import timed
 
 if TYPE_CHECKING:
     from hypernet.network.config import HyperNetworkConfig
-    from hypernet.personalize import Personalization
-    from hypernet.personalize_each import PersonalizedEach
+    from hypernet.personalization import Personalization
+    from hypernet.personalization_each import PersonalizedEach
 
 _RECIPE = PersonalizeConfig()
 
@@ -101,8 +101,8 @@ def command(
     with timed(seconds, "import"):
         from cli.progress import progress_bars
         from hypernet.inputs.people import open_people
-        from hypernet.personalize import make_person
-        from hypernet.personalize_each import make_people
+        from hypernet.personalization import make_person
+        from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
 
     recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})

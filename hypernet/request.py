@@ -1,7 +1,7 @@
 """What is asked for, resolved once: options, config, hypernetwork, theta file and photos become one request.
 
 A request is made before a base model is loaded, which may be a download of gigabytes, and finds what is wrong with its
-parts, the light checks first. `hypernet.personalize` and `hypernet.personalize_each` act on it as it is.
+parts, the light checks first. `hypernet.personalization` and `hypernet.personalization_each` act on it as it is.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def request_person(
     previews: Sequence[str] | None = None,
     start: str | Path | None = AUTO_START,
 ) -> PersonRequest:
-    """Resolve what `hypernet.personalize.personalize_to_files` takes.
+    """Resolve what `hypernet.personalization.personalize_to_files` takes.
 
     Raises:
         ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
@@ -120,7 +120,7 @@ def request_people(
     batch: int | None = None,
     start: str | Path | None = AUTO_START,
 ) -> PeopleRequest:
-    """Resolve what `hypernet.personalize_each.personalize_each` takes.
+    """Resolve what `hypernet.personalization_each.personalize_each` takes.
 
     Raises:
         ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are

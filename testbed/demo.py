@@ -11,7 +11,7 @@ from PIL import Image
 from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
-from hypernet.personalize import Personalization, personalize
+from hypernet.personalization import Personalization, personalize
 from hypernet.recipe import StageProgress
 from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors

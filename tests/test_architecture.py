@@ -16,7 +16,7 @@ PARTS = {
     "converters": ("inspection", "arithmetic", "formats"),
 }
 # What puts the parts of a package together: no part may import it.
-HEADS = {"hypernet": ("request", "personalize", "personalize_each"), "converters": ("batch", "convert")}
+HEADS = {"hypernet": ("request", "personalization", "personalization_each"), "converters": ("batch", "convert")}
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
 # Entry points like the CLI: each may reach one package to the left, and nothing may import it.
 ENTRIES = {Path("lidb_peft/kohya.py"): "converters", Path("lidb_peft/__main__.py"): "cli"}
@@ -107,7 +107,7 @@ state = torch.get_rng_state()
 import lidb_peft
 assert "cv2" not in sys.modules  # which is for finding faces
 import converters, hypernet, testbed, cli
-import hypernet.personalize, hypernet.doctor, testbed.demo, cli.main
+import hypernet.personalization, hypernet.doctor, testbed.demo, cli.main
 assert torch.equal(torch.get_rng_state(), state)
 print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
 """

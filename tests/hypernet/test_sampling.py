@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from converters import write_lora
-from hypernet.personalize import lora_metadata
+from hypernet.personalization import lora_metadata
 from hypernet.sampling import contact_sheet, generate, generate_to_file, lora_applied
 from lidb_peft import save_theta
 

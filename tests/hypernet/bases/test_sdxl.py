@@ -15,7 +15,7 @@ from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people
-from hypernet.personalize import lora_metadata, personalize
+from hypernet.personalization import lora_metadata, personalize
 from hypernet.recipe import FitConfig, PersonalizeConfig, PreoptimizeConfig
 from hypernet.sampling import generate, generate_to_file, lora_applied
 from lidb_peft import LiDBConfig, LiDBSpace

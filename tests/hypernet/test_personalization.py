@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-import hypernet.personalize as personalize_module
+import hypernet.personalization as personalization
 from converters import prepare_conversion
 from hypernet.bases.loading import load_base
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
-from hypernet.personalize import Personalization, personalize, personalize_to_files
+from hypernet.personalization import Personalization, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
@@ -202,7 +202,7 @@ def test_a_diverged_fit_writes_nothing(base, photo, tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Anything that would take time fails the test."""
-    monkeypatch.setattr(personalize_module, "make_person", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(personalization, "make_person", lambda *_: pytest.fail("work began"))
 
 
 def test_bad_outputs_are_found_before_any_work(base, photo, tmp_path, no_work):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import hypernet.personalize as personalize_module
+import hypernet.personalization as personalization
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
@@ -15,7 +15,7 @@ from hypernet.inputs.photos import load_photo
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import check_recipe, predicted_recipe
-from hypernet.personalize import personalize, personalize_to_files
+from hypernet.personalization import personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta
@@ -46,7 +46,7 @@ def second_photo(photo, tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Anything that would take time fails the test."""
-    monkeypatch.setattr(personalize_module, "make_person", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(personalization, "make_person", lambda *_: pytest.fail("work began"))
     monkeypatch.setattr(HyperNetwork, "from_pretrained", lambda *_: pytest.fail("the hypernetwork was loaded"))
 
 

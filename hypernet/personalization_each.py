@@ -16,7 +16,7 @@ from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.starts import AUTO_START
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person
 from hypernet.network.prediction import Hypernet
-from hypernet.personalize import OpenedRequest, draw_base, write_result
+from hypernet.personalization import OpenedRequest, draw_base, write_result
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.request import PeopleRequest, request_people
 from hypernet.timing import timed

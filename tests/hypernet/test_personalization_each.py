@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from hypernet.inputs.people import Person, RawPhoto, open_people, prepare_person
 from hypernet.network.prediction import predict_people
-from hypernet.personalize import OpenedRequest, Personalization, Starts, personalize
-from hypernet.personalize_each import lora_name, personalize_each
+from hypernet.personalization import OpenedRequest, Personalization, Starts, personalize
+from hypernet.personalization_each import lora_name, personalize_each
 from hypernet.request import Request, request_people
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config
