@@ -47,10 +47,12 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
     """
     from cli.progress import progress_bars
     from converters.batch import convert_batch, plan_batch
+    from lidb_peft.outputs import check_not_an_input
 
     jobs = plan_batch(sources, out, to)
     models, v_prediction = None, False
     if base is not None:
+        check_not_an_input(out, [base])
         from cli.bases import open_base
 
         opened = open_base(base, device="cpu", precision="fp32")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cli.bases import seed_option
+from cli.results import overwrite_option
 
 
 @click.command(name="demo")
@@ -14,7 +15,8 @@ from cli.bases import seed_option
 )  # fmt: skip
 @click.option("--person", default=4, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
 @seed_option
-def command(out: Path, person: int, seed: int) -> None:
+@overwrite_option
+def command(out: Path, person: int, seed: int, overwrite: bool) -> None:
     """Show the whole way on a bundled miniature, offline: portrait, prediction, LoRA, pictures.
 
     \b
@@ -25,7 +27,7 @@ def command(out: Path, person: int, seed: int) -> None:
     from testbed.demo import run_demo
 
     with progress_bars() as report:
-        files, result = run_demo(out, person, seed, report)
+        files, result = run_demo(out, person, seed, overwrite, report)
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     click.echo(f"one photo           {files.photo}")
     click.echo(f"LoRA                {files.lora}  ({files.lora.stat().st_size / 1000:.0f} KB)")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, write_result
+from cli.results import dtype_option, overwrite_option, write_result
 
 _MAX_SHOWN = 3
 
@@ -16,7 +16,8 @@ _MAX_SHOWN = 3
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA to write.")
 @click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the LoRA.")
 @dtype_option("fp16")
-def command(tuned, base, out, rank, dtype) -> None:
+@overwrite_option
+def command(tuned, base, out, rank, dtype, overwrite) -> None:
     """Make a LoRA of what TUNED, a finetuned model, has that BASE has not, and say how much it misses.
 
     Both are .safetensors checkpoints or diffusers folders. Attention blocks and text encoders are taken.
@@ -27,10 +28,12 @@ def command(tuned, base, out, rank, dtype) -> None:
     """
     from cli.progress import progress_bars
     from converters.arithmetic.checkpoint import extract
+    from converters.convert import check_target
 
+    check_target(out, [tuned, base], "kohya", overwrite)
     with progress_bars() as report:
         found = extract(tuned, base, rank, dtype, partial(report, "extract"))
-    write_result(found.lora, [tuned, base], out, found.errors, to="kohya")
+    write_result(found.lora, [tuned, base], out, found.errors, "kohya", overwrite)
     if found.left_out:
         click.echo(f"left out {len(found.left_out)} layers that differ and are no linear ones of attention or text "
                    f"encoder: {', '.join(found.left_out[:_MAX_SHOWN])}")  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, seed_option
+from cli.results import overwrite_option
 from hypernet.recipe import PersonalizeConfig
 
 
@@ -21,7 +22,8 @@ from hypernet.recipe import PersonalizeConfig
 @seed_option
 @device_option
 @precision_option
-def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device, precision) -> None:
+@overwrite_option
+def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device, precision, overwrite) -> None:
     """Draw PROMPTS, with or without a LoRA.
 
     \b
@@ -33,11 +35,11 @@ def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device,
 
     if guidance is None:
         guidance = base_recipe(base).guidance
-    check_pictures(out, lora)
+    check_pictures(out, base, lora, overwrite)
     model = open_base(base, device, precision)
     with progress_bars() as report:
         generate_to_file(
             model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,
-            progress=lambda done, total: report("draw", done, total),
+            overwrite=overwrite, progress=lambda done, total: report("draw", done, total),
         )  # fmt: skip
     click.echo(f"wrote {out}")

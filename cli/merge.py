@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, echo_notes, rank_option, write_result
+from cli.results import dtype_option, echo_notes, overwrite_option, rank_option, write_result
 
 
 class WeightedPath(click.ParamType):
@@ -27,7 +27,8 @@ class WeightedPath(click.ParamType):
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
               help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
 @dtype_option()
-def command(loras, out, rank, into, dtype) -> None:
+@overwrite_option
+def command(loras, out, rank, into, dtype, overwrite) -> None:
     """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
 
     A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
@@ -45,14 +46,20 @@ def command(loras, out, rank, into, dtype) -> None:
 
     from converters import read_lora
     from converters.arithmetic.algebra import merge
-    from converters.arithmetic.checkpoint import merge_into
+    from converters.arithmetic.checkpoint import check_model_output, merge_into
+    from converters.convert import check_target
 
+    sources = [path for path, _ in loras]
+    if into is None:
+        check_target(out, sources, overwrite=overwrite)
+    else:
+        check_model_output(out, into, sources, overwrite)
     parts = [(read_lora(path, full_updates=into is not None), weight) for path, weight in loras]
     if into is not None:
         merged = merge(parts, dtype=torch.float32)[0]
-        merge_into(into, merged, out)
+        merge_into(into, merged, out, overwrite)
         click.echo(f"wrote {out}")
         echo_notes(merged)
         return
     merged, errors = merge(parts, rank, dtype)
-    write_result(merged, [path for path, _ in loras], out, errors)
+    write_result(merged, sources, out, errors, overwrite=overwrite)

@@ -23,6 +23,7 @@ from cli.bases import (
     seed_option,
     start_option,
 )
+from cli.results import overwrite_option
 from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, PersonalizeConfig
 from hypernet.timing import timed
 
@@ -70,6 +71,7 @@ _RECIPE = PersonalizeConfig()
 @click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
+@overwrite_option
 def command(
     photos,
     each,
@@ -83,6 +85,7 @@ def command(
     save_theta,
     from_theta,
     start,
+    overwrite,
     **options,
 ) -> None:
     """Make a LoRA of the person in PHOTOS; several photos are one person. With --each, of many people at once.
@@ -107,7 +110,8 @@ def command(
 
     recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})
     common = {"config": recipe, "hypernet": network, "lidb_config": base_lidb_config(base),
-              "previews": None if no_preview else previews, "start": None if start == "none" else start}  # fmt: skip
+              "previews": None if no_preview else previews, "start": None if start == "none" else start,
+              "base": base, "overwrite": overwrite}  # fmt: skip
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
         request = request_person(photos, out, save_theta=save_theta, from_theta=from_theta, **common)

@@ -57,7 +57,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, **options) 
     accelerate launch --num_processes 8 -m lidb_peft preoptimize faces/ --out targets
     """
     from cli.progress import progress_bars
-    from hypernet.fitting.preoptimize import open_targets, preoptimize
+    from hypernet.fitting.preoptimize import check_store, open_targets, preoptimize
     from hypernet.fitting.targets import SKIPPED_FILE
     from hypernet.inputs.people import open_people
     from hypernet.network.prediction import predicted_start
@@ -66,6 +66,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, **options) 
     loading = pop_loading(options)
     given = {name: value for name, value in options.items() if value is not None}
     config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch)
+    check_store(out, [images, base, init_from])
     people = open_people(images, streaming)
     state, model = join_and_open(base, **loading)
     space = LiDBSpace(model.adapted, base_lidb_config(base))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import what_is_missed
+from cli.results import overwrite_option, what_is_missed
 
 
 @click.command(name="project")
@@ -14,7 +14,8 @@ from cli.results import what_is_missed
               help="The base of a finetuned MODEL: project their difference.")  # fmt: skip
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
               help="Base model, where it is of no known family.")  # fmt: skip
-def command(source, out, minus, base) -> None:
+@overwrite_option
+def command(source, out, minus, base, overwrite) -> None:
     """Write the LiDB weights nearest to a LoRA, and say how much they miss: what a hypernetwork can be trained on.
 
     Most LoRAs change more than two random bases can hold; on layers that LiDB does not adapt, all is left out.
@@ -24,13 +25,15 @@ def command(source, out, minus, base) -> None:
     hdb project dreambooth.safetensors theta.safetensors --minus sd15.safetensors
     """
     from converters.arithmetic.project import project_to_file
+    from lidb_peft.outputs import check_output
 
+    check_output(out, [source, minus, base], overwrite=overwrite)
     options = {}
     if base is not None:
         from cli.bases import base_lidb_config, open_base
 
         model = open_base(base, device="cpu", precision="fp32")
         options = {"models": model.adapted, "config": base_lidb_config(base)}
-    found = project_to_file(source, out, minus, **options)
+    found = project_to_file(source, out, minus, overwrite=overwrite, **options)
     click.echo(f"wrote {out}")
     click.echo(f"{len(found.errors)} {what_is_missed(found.errors)}; {len(found.left_out)} were left out")

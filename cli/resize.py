@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, rank_option, write_result
+from cli.results import dtype_option, overwrite_option, rank_option, write_result
 
 
 @click.command(name="resize")
@@ -14,7 +14,8 @@ from cli.results import dtype_option, rank_option, write_result
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True),
               help="Or the lowest rank at which every layer keeps this share of its squared norm.")  # fmt: skip
 @dtype_option()
-def command(source, out, rank, energy, dtype) -> None:
+@overwrite_option
+def command(source, out, rank, energy, dtype, overwrite) -> None:
     """Make a LoRA smaller: the nearest one of a lower rank, and how much it misses.
 
     \b
@@ -25,6 +26,8 @@ def command(source, out, rank, energy, dtype) -> None:
         raise click.UsageError("pass either --rank or --energy")
     from converters import read_lora
     from converters.arithmetic.algebra import resize
+    from converters.convert import check_target
 
+    check_target(out, [source], overwrite=overwrite)
     lora, errors = resize(read_lora(source), rank, energy, dtype)
-    write_result(lora, [source], out, errors)
+    write_result(lora, [source], out, errors, overwrite=overwrite)

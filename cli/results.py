@@ -21,6 +21,7 @@ class _Dtype(click.Choice):
         return getattr(torch, DTYPES[super().convert(value, parameter, context)])
 
 
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that are there.")
 rank_option = click.option("--rank", type=click.IntRange(1), help="The new rank.")
 
 
@@ -31,11 +32,13 @@ def dtype_option(default: str | None = None):
                         help="Of the tensors.")  # fmt: skip
 
 
-def write_result(lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "") -> None:
+def write_result(
+    lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "", overwrite: bool = False
+) -> None:
     """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are its layers' relative ones."""
     from converters.convert import prepare_writing
 
-    conversion = prepare_writing(lora, sources, out, to)
+    conversion = prepare_writing(lora, sources, out, to, overwrite)
     for file in conversion.write():
         click.echo(f"wrote {file}")
     for note in conversion.notes:

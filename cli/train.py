@@ -99,8 +99,8 @@ def command(
     from cli.progress import progress_bars
     from hypernet.fitting.targets import SKIPPED_FILE
     from hypernet.inputs.people import open_people
-    from hypernet.training.loop import BEST, train
-    from hypernet.training.setup import LAST, open_network
+    from hypernet.training.loop import train
+    from hypernet.training.setup import BEST, LAST, check_folder, open_network
 
     if init_from is not None:
         _check_nothing_of_a_fresh_one()
@@ -108,6 +108,7 @@ def command(
     weights = float(targets is not None) if weights is None else weights
     loading = pop_loading(options)
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
+    check_folder(out, resume, [images, validation_images, targets, base, init_from])
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
     state, model = join_and_open(base, **loading)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from converters.convert import is_folder_format, prepare_conversion
 from converters.formats.reading import is_adapter_folder
+from lidb_peft.outputs import check_not_an_input
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def plan_batch(sources: Sequence[Path], out: Path, to: str) -> list[tuple[Path, 
 
     Raises:
         FileNotFoundError: a source does not exist.
-        ValueError: there is no adapter in a folder, or two would become the same file.
+        ValueError: there is no adapter in a folder, two would become the same file, or ``out`` is in a source.
     """
     if len(sources) == 1 and _is_adapter(sources[0]) and (not out.is_dir() or is_adapter_folder(out)):
         return [(sources[0], out)]
+    check_not_an_input(out, sources, may_hold=True)
     jobs = []
     for source in sources:
         adapters = [source] if _is_adapter(source) else _adapters_below(source)
@@ -71,7 +73,7 @@ def convert_batch(
             yield Outcome(source, target, kept=True)
             continue
         try:
-            conversion = prepare_conversion(source, target, to, **options)
+            conversion = prepare_conversion(source, target, to, overwrite=overwrite, **options)
             if not dry_run:
                 target.parent.mkdir(parents=True, exist_ok=True)
             written = () if dry_run else tuple(conversion.write())

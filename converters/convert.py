@@ -26,9 +26,10 @@ from converters.key_maps import kohya_place
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
 from converters.shapes import fit_shapes
-from converters.sidecar import Companions, read_companions, write_companions
+from converters.sidecar import Companions, check_companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
-from lidb_peft.files import atomic_folder, check_suffix, write_safetensors
+from lidb_peft.files import atomic_folder, write_safetensors
+from lidb_peft.outputs import check_output, check_output_folder
 from lidb_peft.safe_read import count, examples, read_header
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
@@ -90,6 +91,7 @@ def prepare_conversion(
     rank: int | None = None,
     drop_nan: bool = False,
     alpha: float | None = None,
+    overwrite: bool = False,
 ) -> Conversion:
     """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
 
@@ -104,13 +106,15 @@ def prepare_conversion(
         models: component -> model of the base, for LiDB weights that are of no known family.
         rank: of the LoRA that LoHa, LoKr and whole differences become.
         drop_nan, alpha: as `read_lora`.
+        overwrite: what is at ``target`` may be replaced.
 
     Raises:
-        OSError: ``source`` is not there.
-        ValueError: it cannot be read, or ``to`` cannot hold it.
+        OSError: ``source`` is not there, or ``target`` cannot be written, or is there already.
+        ValueError: the one cannot be read, the other is no output, or ``to`` cannot hold it.
     """
     source, target = Path(source), Path(target)
-    _check_choices([source], target, to, dtype, family)
+    _check_choices(to, dtype, family)
+    check_target(target, [source], to, overwrite, parents=True)
     found = detect_format(source)
     if to in LIDB_FORMATS:
         if found not in LIDB_FORMATS:
@@ -125,11 +129,42 @@ def prepare_conversion(
         lora = _as_lora(read_lora(source, rank is not None, drop_nan, alpha), source, rank, dtype)
     lora, companions = _with_companions(replace(lora, family=family or lora.family), [source], trigger)
     lora, notes = _fit_to(lora, to, dtype)
-    return Conversion(found, notes, _writer(target, lora, to, companions, v_prediction))
+    return Conversion(found, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
+
+
+def check_target(
+    target: str | os.PathLike,
+    sources: Sequence[str | os.PathLike],
+    to: str = "",
+    overwrite: bool = False,
+    parents: bool = False,
+) -> None:
+    """Raise now what writing an adapter to ``target`` in the format ``to`` would raise after the work.
+
+    Args:
+        sources: what it is made of, of which the first has the format if ``to`` is empty.
+        overwrite, parents: as for `check_output`.
+
+    Raises:
+        ValueError, OSError: as `check_output`, or a first source that is no adapter.
+    """
+    if is_folder_format(to or detect_format(sources[0])):
+        check_output_folder(target, sources)
+        if any(Path(target).glob("*")):
+            if not is_adapter_folder(Path(target)):
+                raise FileExistsError(f"{target} is a folder of something else; name a new one")
+            if not overwrite:
+                raise FileExistsError(f"{target} exists and is kept; choose another output, or pass --overwrite")
+    else:
+        check_output(target, sources, overwrite=overwrite, parents=parents)
 
 
 def prepare_writing(
-    lora: Lora, sources: Sequence[str | os.PathLike], target: str | os.PathLike, to: str = ""
+    lora: Lora,
+    sources: Sequence[str | os.PathLike],
+    target: str | os.PathLike,
+    to: str = "",
+    overwrite: bool = False,
 ) -> Conversion:
     """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
 
@@ -137,30 +172,27 @@ def prepare_writing(
 
     Args:
         to: one of ``FORMATS``; that of the first source if empty.
+        overwrite: what is at ``target`` may be replaced.
 
     Raises:
-        ValueError: the format cannot hold it, or ``target`` is one of the sources.
+        ValueError: the format cannot hold it.
+        ValueError, OSError: as `check_target`.
     """
     sources, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
-    _check_choices(sources, target, to)
+    _check_choices(to)
+    check_target(target, sources, to, overwrite)
     lora, companions = _with_companions(lora, sources)
     lora, notes = _fit_to(lora, to)
-    return Conversion(to, notes, _writer(target, lora, to, companions))
+    return Conversion(to, notes, _writer(target, lora, to, companions, overwrite=overwrite))
 
 
-def _check_choices(
-    sources: Sequence[Path], target: Path, to: str, dtype: torch.dtype | None = None, family: str = ""
-) -> None:
+def _check_choices(to: str, dtype: torch.dtype | None = None, family: str = "") -> None:
     if to not in FORMATS:
         raise ValueError(f"the format is {to!r}; choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; choose one of {', '.join(str(dtype) for dtype in DTYPES)}")
     if family:
         get_family(family)
-    if to not in _FOLDER_FORMATS:
-        check_suffix(target)
-    if target.resolve() in (source.resolve() for source in sources):
-        raise ValueError(f"{target} would be both what is read and what is written; choose another output")
 
 
 def _read_lidb(found: str, source: Path, models: Mapping[str, nn.Module] | None) -> LiDBWeights:
@@ -248,7 +280,7 @@ def _stated_scale(lora: Lora) -> float | None:
 
 
 def _writer(
-    target: Path, lora: Lora, to: str, companions: Companions, v_prediction: bool = False
+    target: Path, lora: Lora, to: str, companions: Companions, v_prediction: bool = False, overwrite: bool = False
 ) -> Callable[[], list[Path]]:
     if to == "peft":
         folders = peft_folders(lora)
@@ -257,6 +289,9 @@ def _writer(
         if not lora.family:
             raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
         tensors = kohya_tensors(lora, lora.family) | lora.embeddings
+        trigger = lora.metadata.get("modelspec.trigger_phrase", "")
+        if companions.entries or trigger:
+            check_companions(target, str(companions.entries.get("activation text") or trigger), overwrite=overwrite)
         return lambda: _write_kohya(target, tensors, lora, companions, v_prediction)
     tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
     return lambda: _write_file(target, tensors, lora.metadata)
@@ -293,13 +328,7 @@ def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype 
 def _write_folders(
     target: Path, folders: Mapping[str, tuple[dict[str, object], dict[str, Tensor]]], metadata: dict[str, str]
 ) -> list[Path]:
-    """Write ``target/component`` for each, all of them or none; what else an earlier adapter's folder holds stays.
-
-    Raises:
-        FileExistsError: ``target`` is a folder of something else.
-    """
-    if target.is_dir() and any(target.iterdir()) and not is_adapter_folder(target):
-        raise FileExistsError(f"{target} is a folder of something else; name a new one")
+    """Write ``target/component`` for each, all of them or none; what else an earlier adapter's folder holds stays."""
     with atomic_folder(target, overwrite=True) as whole:
         if target.is_dir():
             shutil.copytree(target, whole, ignore=shutil.ignore_patterns(PEFT_CONFIG, PEFT_WEIGHTS), dirs_exist_ok=True)

@@ -6,7 +6,7 @@ Trigger words reach its prompt only through the sidecar.
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from converters.metadata import KohyaMetadata
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
+from lidb_peft.outputs import check_not_an_input, check_output
 from lidb_peft.safe_read import read_header
 
 if TYPE_CHECKING:
@@ -37,6 +38,50 @@ class Companions:
 
     entries: Mapping[str, object]
     pictured: Path | None
+
+
+def check_companions(
+    lora_path: Path,
+    trigger: str = "",
+    inputs: Iterable[str | Path | None] = (),
+    preview: bool = False,
+    sheet: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Raise now what would be lost, or not be written, where a LoRA gets a sidecar and pictures.
+
+    Args:
+        trigger: the activation text that the sidecar would say.
+        inputs: as for `check_output`.
+        preview: `write_preview` will be called.
+        sheet: a picture that is written beside it, which another of ours may be replaced by.
+
+    Raises:
+        FileExistsError: a file of somebody else's is in the way, and is not to be overwritten.
+        ValueError, OSError: as `check_output`.
+    """
+    inputs, path = list(inputs), lora_path.with_suffix(".json")
+    check_not_an_input(path, inputs)
+    earlier = read_sidecar(lora_path)
+    if earlier is None and not overwrite:
+        raise FileExistsError(f"{path} is no sidecar of A1111 and is kept; choose another output, or move it")
+    text = str((earlier or {}).get("activation text") or "")
+    if text and (not trigger or trigger not in text) and not overwrite and not lora_path.exists():
+        raise FileExistsError(
+            f"{path} is the sidecar of another LoRA, whose activation text would be lost; choose another output, or"
+            " pass --overwrite"
+        )
+    if preview:
+        picture = _free_preview_path(lora_path)
+        if picture is not None:
+            check_not_an_input(picture, inputs)
+        elif not overwrite:
+            names = " and ".join(map(str, _preview_paths(lora_path)))
+            raise FileExistsError(
+                f"{names} are other pictures and are kept; choose another output, or do without a preview"
+            )
+    if sheet is not None:
+        check_output(sheet, inputs, ".png", overwrite or is_our_picture(sheet))
 
 
 def read_companions(sources: Sequence[Path]) -> Companions:
@@ -139,17 +184,22 @@ def write_preview(lora_path: Path, preview: "Image") -> Path | None:
     A picture that this function did not write is never overwritten: it may be the photo that the LoRA was made from.
     Returns None, with a warning, when both names are taken.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    path = next((path for path in _preview_paths(lora_path) if not path.exists() or _is_our_preview(path)), None)
+    path = _free_preview_path(lora_path)
     if path is None:
         warnings.warn(f"{lora_path.with_suffix('.png')} is another picture; the preview was not written", stacklevel=2)
         return None
+    write_our_picture(preview.convert("RGB"), path)
+    return path
+
+
+def write_our_picture(picture: "Image", path: Path) -> None:
+    """Write a PNG that belongs to a LoRA, marked so that it may be replaced with it; see `is_our_picture`."""
+    from PIL.PngImagePlugin import PngInfo
+
     mark = PngInfo()
     mark.add_text("Software", _PREVIEW_SOFTWARE)
     with atomic_path(path) as temporary:
-        preview.convert("RGB").save(temporary, format="PNG", pnginfo=mark)
-    return path
+        picture.save(temporary, format="PNG", pnginfo=mark)
 
 
 def copy_preview(source: Path, target: Path) -> Path | None:
@@ -168,7 +218,12 @@ def _preview_paths(lora_path: Path) -> tuple[Path, Path]:
     return lora_path.with_suffix(".png"), lora_path.with_suffix(".preview.png")
 
 
-def _is_our_preview(path: Path) -> bool:
+def _free_preview_path(lora_path: Path) -> Path | None:
+    return next((path for path in _preview_paths(lora_path) if not path.exists() or is_our_picture(path)), None)
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether `write_our_picture` wrote the file."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from converters import KohyaMetadata, write_lora
+from converters.sidecar import write_our_picture
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
@@ -25,8 +26,8 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
 from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
-from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
-from hypernet.sampling import contact_sheet, generate, save_picture
+from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person, sheet_path
+from hypernet.sampling import contact_sheet, generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, save_theta
 from lidb_peft.record import fingerprint_components
@@ -150,6 +151,7 @@ def personalize_to_files(
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
     hypernet: Hypernet | None = None,
+    overwrite: bool = False,
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
 ) -> Personalization:
@@ -160,11 +162,14 @@ def personalize_to_files(
             None draws nothing, not even the preview picture.
         save_theta: write theta there too.
         config, lidb_config, from_theta, hypernet, start: as for `personalize`.
+        overwrite: what is there may be replaced, unless it is an input.
 
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
-    request = request_person(photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start)
+    request = request_person(
+        photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base.name, overwrite
+    )
     return make_person(request, base, progress)
 
 
@@ -336,8 +341,8 @@ def write_result(
             preview = pictures[0]
     with timed(result.seconds, "export"):
         if base_pictures:
-            file = out.with_name(f"{out.stem}-preview.png")
-            save_picture(contact_sheet([("LoRA", pictures), ("base", base_pictures)], prompts), file)
+            file = sheet_path(out)
+            write_our_picture(contact_sheet([("LoRA", pictures), ("base", base_pictures)], prompts), file)
             result.files.append(file)
         result.save(out, preview)
 

@@ -4,7 +4,6 @@ The fitting engine keeps people apart: up to rounding a LoRA is the one that `pe
 """
 
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from hypernet.request import PeopleRequest, request_people
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
 from lidb_peft.files import locked_folder
+from lidb_peft.outputs import NO_FILE_NAME
 
-_NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in Windows; and in a prompt ":" and ">" end a LoRA's name
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the suffix and that of the temporary file
 
 
@@ -60,6 +59,7 @@ def personalize_each(
     previews: Sequence[str] | None = (),
     batch: int | None = None,
     hypernet: Hypernet | None = None,
+    overwrite: bool = False,
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
 ) -> PersonalizedEach:
@@ -72,13 +72,14 @@ def personalize_each(
         people: of `open_people`; a name is that of the person's photo or folder.
         batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
         config, lidb_config, previews, hypernet, start: as for `personalize_to_files`.
+        overwrite: make everybody's anew.
         progress: called with (stage, people done, people in all or None if that is not known).
 
     Raises:
         BlockingIOError: another run is at work in ``out``.
         ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
     """
-    request = request_people(people, out, config, hypernet, lidb_config, previews, batch, start)
+    request = request_people(people, out, config, hypernet, lidb_config, previews, batch, start, base.name, overwrite)
     return make_people(request, base, progress)
 
 
@@ -94,7 +95,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
         return lambda stage, done, total: report(num_people / (stages * total))
 
     base_pictures = None
-    unmade = _without_lora(request.people, request.out, result, report)
+    unmade = _without_lora(request, result, report)
     usable = _prepared(unmade, base.size_px, config.crop, result, report)
     with locked_folder(request.out, "hdb personalize --each"):
         while group := list(islice(usable, batch)):
@@ -110,24 +111,29 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
 
 
 def _without_lora(
-    people: Iterable[Person], out: Path, result: PersonalizedEach, report: Callable[[float], None]
+    request: PeopleRequest, result: PersonalizedEach, report: Callable[[float], None]
 ) -> Iterator[tuple[Person, Path]]:
     """Yield who has no LoRA yet, with the file to write; note whose name can be none of a file of their own."""
     owners: dict[str, str] = {}
-    for person in people:
+    for person in request.people:
         name = lora_name(person)
-        file = out / f"{name}.safetensors"
+        file = request.out / f"{name}.safetensors"
         key = unicodedata.normalize("NFC", name).casefold()  # what some file systems take for the same name
         reason = ""
         if not 0 < len(os.fsencode(name)) <= _LONGEST_NAME:
             reason = f"its name makes no file name of 1 to {_LONGEST_NAME} bytes; rename it"
         elif key in owners:
             reason = f"its LoRA would be {file.name}, as that of {owners[key]}; rename one of them"
+        elif request.overwrite or not file.exists():
+            try:
+                request.check_file(file)
+            except (ValueError, OSError) as error:
+                reason = str(error)
         owners.setdefault(key, person.name)
         if reason:
             result.skipped.append(Skipped(person.name, reason))
             report(1)
-        elif file.exists():
+        elif not request.overwrite and file.exists():
             result.kept.append(file)
         else:
             yield person, file
@@ -137,7 +143,7 @@ def lora_name(person: Person) -> str:
     """Return what a person's LoRA is called: their name, without the suffix if it is that of a photo."""
     is_photo = [photo.name for photo in person.photos] == [person.name]
     name = os.path.splitext(person.name)[0] if is_photo else person.name
-    return _NO_FILE_NAME.sub("-", name).strip(". ")
+    return NO_FILE_NAME.sub("-", name).strip(". ")
 
 
 def _prepared(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.sidecar import check_companions
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
 from hypernet.inputs.people import People, check_detector
 from hypernet.inputs.photos import NamedImage, open_photo
@@ -17,7 +18,7 @@ from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import Hypernet, check_recipe
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 from lidb_peft import LiDBConfig, ThetaFile, load_theta
-from lidb_peft.files import check_suffix, check_writable
+from lidb_peft.outputs import check_distinct, check_output, check_output_folder
 
 NO_THETA_FILE = (
     "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out, for the "
@@ -38,6 +39,7 @@ class Request:
         previews: prompts to be drawn beside the trigger prompt; None draws nothing at all.
         start: the LoRA that finetunings start from; ``auto`` is the one beside the hypernetwork, or without one beside
             the base, if there is one; None draws each a fresh one.
+        overwrite: files that are there may be replaced, unless they are inputs.
     """
 
     config: PersonalizeConfig
@@ -47,10 +49,17 @@ class Request:
     theta_source: str = ""
     previews: tuple[str, ...] | None = None
     start: LoraStart | str | None = None
+    overwrite: bool = False
 
     @property
     def network_config(self) -> HyperNetworkConfig | None:
         return _config_of(self.network)
+
+    def check_file(self, out: Path, inputs: Sequence[str | Path | None] = ()) -> None:
+        """Raise ValueError or OSError now if the LoRA ``out``, or what goes with it, cannot or must not be written."""
+        check_output(out, inputs, overwrite=self.overwrite)
+        sheet = sheet_path(out) if self.previews else None
+        check_companions(out, self.config.trigger, inputs, self.previews is not None, sheet, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,33 @@ def request_person(
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = None,
     start: str | Path | None = AUTO_START,
+    base: str = "",
+    overwrite: bool = False,
 ) -> PersonRequest:
     """Resolve what `hypernet.personalization.personalize_to_files` takes.
+
+    Args:
+        base: the name of the base model, which may be a file or folder and is not written over.
 
     Raises:
         ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
             ``config``, or an output cannot be written.
     """
-    common = _resolve(config, from_theta, hypernet, lidb_config, previews, start)
+    common = _resolve(config, from_theta, hypernet, lidb_config, previews, start, overwrite)
     out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
-    _check_outputs(out, save_theta, from_theta, common["config"], _config_of(common["network"]))
+    _check_theta_is_made(save_theta, from_theta, common["config"], _config_of(common["network"]))
+    inputs = [
+        *(photo for photo in photos if isinstance(photo, str | Path)),
+        base,
+        from_theta,
+        start,
+        _folder_of(common),
+    ]
+    if out is not None:
+        Request(**common).check_file(out, inputs)
+    if save_theta is not None:
+        check_distinct([*([] if out is None else [("the LoRA", out)]), ("the LiDB weights", save_theta)])
+        check_output(save_theta, inputs, overwrite=overwrite)
     if not photos:
         raise ValueError("there is no photo; pass at least one")
     if from_theta is not None:
@@ -119,22 +145,22 @@ def request_people(
     previews: Sequence[str] | None = None,
     batch: int | None = None,
     start: str | Path | None = AUTO_START,
+    base: str = "",
+    overwrite: bool = False,
 ) -> PeopleRequest:
     """Resolve what `hypernet.personalization_each.personalize_each` takes.
 
+    Args:
+        base: as for `request_person`.
+
     Raises:
-        ValueError: ``out`` is in the data set's own folder, ``config`` does not go with the hypernetwork, or faces are
-            to be found and cannot be.
-        OSError: ``out`` is a file, or cannot be written.
+        ValueError: ``config`` does not go with the hypernetwork, or faces are to be found and cannot be.
+        ValueError, OSError: ``out`` is in the data set's own folder, or as `check_output_folder`.
     """
-    common, out = _resolve(config, None, hypernet, lidb_config, previews, start), Path(out)
+    common, out = _resolve(config, None, hypernet, lidb_config, previews, start, overwrite), Path(out)
+    check_output_folder(out, [people.source, base, start, _folder_of(common)], may_hold_inputs=True)
     if common["config"].crop:
         check_detector()
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder for the LoRAs")
-    if out.resolve().is_relative_to(Path(people.source).resolve()):
-        raise ValueError(f"{out} is in {people.source}, where its previews would be people; choose another --out")
-    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()) / "name.safetensors")
     return PeopleRequest(**common, people=people, out=out, batch=batch)
 
 
@@ -145,6 +171,7 @@ def _resolve(
     lidb_config: LiDBConfig | None,
     previews: Sequence[str] | None,
     start: str | Path | None,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """The fields of `Request` but for the theta file; the recipe is checked against where theta starts."""
     network = read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
@@ -163,6 +190,7 @@ def _resolve(
         "network": network,
         "previews": None if previews is None else tuple(previews),
         "start": _read_start(start, config, network is not None),
+        "overwrite": overwrite,
     }
 
 
@@ -173,21 +201,22 @@ def _read_start(start: str | Path | None, config: PersonalizeConfig, is_predicte
     return AUTO_START if start == AUTO_START else load_start(start).of_rank(config.rank)
 
 
-def _check_outputs(
-    out: Path | None,
+def sheet_path(out: Path) -> Path:
+    """Where the sheet of the further prompts goes."""
+    return out.with_name(f"{out.stem}-preview.png")
+
+
+def _folder_of(common: dict[str, Any]) -> str:
+    """Where the hypernetwork was read from, "" if nobody knows."""
+    return getattr(_config_of(common["network"]), "name_or_path", "")
+
+
+def _check_theta_is_made(
     save_theta: Path | None,
     from_theta: str | Path | None,
     config: PersonalizeConfig,
     network: HyperNetworkConfig | None,
 ) -> None:
-    """Raise now what writing the LoRA and theta would raise after all the work."""
-    for target in (out, save_theta):
-        if target is not None:
-            check_suffix(target)
-            check_writable(target)
-    for theta in (save_theta, from_theta):
-        if out is not None and theta is not None and Path(theta).resolve() == out.resolve():
-            raise ValueError(f"{out} would be both the LoRA and the LiDB weights; choose another --out")
     if save_theta is not None and network is not None and network.learned_bases:
         raise ValueError(NO_THETA_FILE)
     if save_theta is not None and network is None and from_theta is None and not config.theta_steps:

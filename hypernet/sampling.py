@@ -14,7 +14,8 @@ from converters.lora import is_finite
 from hypernet.bases.base import BaseModel
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
-from lidb_peft.files import atomic_path, check_writable
+from lidb_peft.files import atomic_path
+from lidb_peft.outputs import check_output
 from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
@@ -66,18 +67,20 @@ def generate_to_file(
     out: str | Path,
     lora: str | Path | None = None,
     weight: float = 1.0,
+    overwrite: bool = False,
     progress: Progress | None = None,
     **options,
 ) -> None:
     """Draw prompts, with a LoRA file of any author if given, and write one picture, or a sheet of several.
 
     Args:
+        overwrite: a file ``out`` may be replaced.
         options: of `generate`.
 
     Raises:
         ValueError, OSError: as `check_pictures`, or `lora_applied` refuses the LoRA.
     """
-    check_pictures(out)
+    check_pictures(out, base.name, lora, overwrite)
     with nullcontext() if lora is None else lora_applied(base, lora, weight):
         pictures = generate(base, prompts, progress=progress, **options)
     label = "base" if lora is None else Path(lora).stem
@@ -96,11 +99,13 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def check_pictures(out: str | Path, lora: str | Path | None = None) -> None:
-    """Raise ValueError or OSError now if pictures cannot be written to ``out`` or ``lora`` is no usable LoRA."""
-    if Path(out).suffix.lower() != ".png":
-        raise ValueError(f"{out} does not end in .png; pictures are written as PNG")
-    check_writable(out)
+def check_pictures(out: str | Path, base: str = "", lora: str | Path | None = None, overwrite: bool = False) -> None:
+    """Raise ValueError or OSError now if pictures cannot be written to ``out`` or ``lora`` is no usable LoRA.
+
+    Args:
+        base: the base model's name, which is not to be written over.
+    """
+    check_output(out, [base, lora], ".png", overwrite)
     if lora is not None:
         _check_lora(lora)
 

@@ -33,6 +33,7 @@ _DTYPE_NAMES = {
 _DTYPES = tuple(_DTYPE_NAMES)
 _SUFFIX = ".hdb-tmp"
 _TEMPORARY = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}", re.DOTALL)
+_MAX_PREFIX_CHARS = 30
 _LOCK = ".hdb-lock"
 _cleaned: set[str] = set()  # folders in which this process has looked for what others left
 
@@ -159,6 +160,11 @@ def locked_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
         lock.release()
 
 
+def was_interrupted(folder: str | os.PathLike) -> bool:
+    """Whether a run that held `locked_folder` was killed in it, or is still at work."""
+    return (Path(folder) / _LOCK).exists()
+
+
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
     """Yield a new file or folder beside ``target``, locked; afterwards it is gone unless it was renamed."""
@@ -181,13 +187,17 @@ def _temporary(target: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
 
 
 def _make_file(target: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=_SUFFIX, dir=target.parent)
     os.close(handle)
     return Path(name)
 
 
 def _make_folder(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+    return Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=_SUFFIX, dir=target.parent))
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:_MAX_PREFIX_CHARS]}."  # with what is added, the whole could be longer than a name may be
 
 
 def _make_locked(target: Path, make: Callable[[Path], Path]) -> tuple[Path, int | None]:

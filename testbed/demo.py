@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from converters.sidecar import check_companions
 from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
@@ -15,6 +16,7 @@ from hypernet.personalization import Personalization, personalize
 from hypernet.recipe import StageProgress
 from hypernet.sampling import contact_sheet, save_picture
 from lidb_peft import LoraFactors
+from lidb_peft.outputs import check_output, check_output_folder
 from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
@@ -33,17 +35,29 @@ class DemoFiles:
 
 
 def run_demo(
-    out: str | Path, person: int = 4, seed: int = 0, progress: StageProgress | None = None
+    out: str | Path,
+    person: int = 4,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: StageProgress | None = None,
 ) -> tuple[DemoFiles, Personalization]:
     """Personalise the miniature on one photo of an identity that nothing was trained on, and show every stage.
 
     Args:
         person: which identity of the test split.
         seed: starting noise of fits and pictures.
+        overwrite: what an earlier demo has left in ``out`` may be replaced.
+
+    Raises:
+        ValueError, OSError: as `check_output` for each of the files.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     files = DemoFiles(out / "photo.png", out / "sks.safetensors", out / "demo.png")
+    check_output_folder(out)
+    for file in (files.photo, files.lora, files.sheet):
+        check_output(file, suffix=file.suffix, overwrite=overwrite, parents=True)
+    check_companions(files.lora, preview=True, overwrite=overwrite)
+    out.mkdir(parents=True, exist_ok=True)
     shown, truth = draw_photos(person)
     save_picture(shown.resize((256, 256), Image.Resampling.NEAREST), files.photo)
 

@@ -25,8 +25,8 @@ from hypernet.fitting.starts import START_FILE, save_start
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, StartConfig, TrainConfig
-from hypernet.training.loop import BEST, train
-from hypernet.training.setup import LAST
+from hypernet.training.loop import train
+from hypernet.training.setup import BEST, LAST
 from hypernet.training.start import learn_start, resumable_start
 from hypernet.training.state import has_state
 from lidb_peft import LiDBSpace

@@ -23,6 +23,7 @@ from converters.stacking import row_slices
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
 from lidb_peft.files import atomic_folder, atomic_path, header_bytes
 from lidb_peft.naming import layer_name
+from lidb_peft.outputs import FOLDER, check_output
 from lidb_peft.safe_read import read_header
 
 # Hashes of what the file held before.
@@ -107,18 +108,28 @@ def find_family(weights: Mapping[str, Weight]) -> str:
     return find_base(layers, {}) or next(iter(FAMILIES))
 
 
-def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike) -> None:
+def check_model_output(
+    out: str | os.PathLike, model: str | os.PathLike, inputs: Sequence[str | os.PathLike] = (), overwrite: bool = False
+) -> None:
+    """Raise now what writing ``out``, a changed ``model``, would raise: a file of a file, a new folder of a folder.
+
+    Raises:
+        ValueError, OSError: as `check_output`; ``inputs`` are what is read besides.
+    """
+    check_output(out, [model, *inputs], FOLDER if Path(model).is_dir() else ".safetensors", overwrite)
+
+
+def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike, overwrite: bool = False) -> None:
     """Write ``model`` with a LoRA, DoRA too, added to its weights, each in its own dtype and one in memory at a time.
 
     Sums are float32 before they are rounded. A folder becomes a folder, with everything else that is in it.
 
     Raises:
-        FileExistsError: ``out`` is there, and ``model`` is a folder.
         ValueError: a layer that the model lacks or has in another shape, a sum beyond its dtype, or as `find_weights`.
+        ValueError, OSError: as `check_model_output`.
     """
     model, out = Path(model), Path(out)
-    if model.resolve() == out.resolve():
-        raise ValueError(f"{out} would be both what is read and what is written; choose another output")
+    check_model_output(out, model, overwrite=overwrite)
     updates = lora.layers | dict(lora.full_updates)
     weights = _with_biases(find_weights(model), updates)
     missing = sorted(set(updates) - set(weights))

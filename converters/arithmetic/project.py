@@ -18,6 +18,7 @@ from converters.formats.reading import read_lora
 from converters.lora import Lora
 from lidb_peft import LiDBConfig, project_lora
 from lidb_peft.families import FAMILIES
+from lidb_peft.outputs import check_output
 from lidb_peft.space import LiDBSpace
 from lidb_peft.theta import save_theta
 
@@ -43,16 +44,20 @@ def project_to_file(
     minus: str | os.PathLike | None = None,
     models: Mapping[str, nn.Module] | None = None,
     config: LiDBConfig | None = None,
+    overwrite: bool = False,
 ) -> Projected:
     """Write the theta nearest to a LoRA, or to what the model ``source`` has that the model ``minus`` has not.
 
     Args:
         models: component -> model of the base, whose fingerprint is recorded; None takes ``source``'s architecture.
         config: the bases; None takes the default ones.
+        overwrite: a file ``out`` may be replaced.
 
     Raises:
         ValueError: a source that cannot be read, or that does not tell its architecture.
+        ValueError, OSError: as `check_output`.
     """
+    check_output(out, [source, minus], overwrite=overwrite)
     if minus is None:
         lora = read_lora(source)
         updates, family, base_name = lora_updates(lora), lora.family, lora.metadata.get("ss_sd_model_name", "")

@@ -5,7 +5,7 @@ so a run that was killed goes on with the shards that are missing, whichever pro
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,13 +20,14 @@ from hypernet.devices import OUT_OF_MEMORY
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.subjects import make_subjects
-from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
+from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
 from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
 from hypernet.recipe import PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
 from lidb_peft.files import locked_folder
+from lidb_peft.outputs import check_output_folder
 
 Item = TypeVar("Item")
 
@@ -54,6 +55,11 @@ class Preoptimized:
         return 3600 * self.fitted / self.seconds
 
 
+def check_store(folder: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """Raise ValueError or OSError now if no store can be made or gone on with in ``folder``; see `check_output`."""
+    check_output_folder(folder, inputs, (SKIPPED_FILE,), has_targets(folder))
+
+
 def open_targets(
     folder: str | Path,
     base: BaseModel,
@@ -69,7 +75,9 @@ def open_targets(
 
     Raises:
         ValueError: the store there is of another base, seed, dimensions or fit.
+        ValueError, OSError: as `check_store`.
     """
+    check_store(folder, [people.source, base.name])
     recipe = config.recipe
     fit = asdict(recipe.theta_fit)
     del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives

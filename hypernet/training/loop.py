@@ -30,19 +30,21 @@ from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
 from hypernet.training.objective import SUMMED, Objective
 from hypernet.training.setup import (
+    BEST,
     LAST,
-    check_resumable,
+    LOG_FILE,
+    SAMPLES,
+    check_folder,
+    check_start,
     make_accelerator,
     make_optimizer,
     some_targets,
     targets_to_learn,
 )
-from hypernet.training.state import TrainingState, has_state
+from hypernet.training.state import TrainingState
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path, locked_folder
-
-BEST, SAMPLES, LOG_FILE = "best", "samples", "log.jsonl"
 
 
 @dataclass
@@ -101,7 +103,7 @@ def train(
         OSError: a checkpoint cannot be written; the one before stays.
     """
     out = Path(out)
-    _check_folder(out, resume)
+    check_folder(out, resume, [people.source, held_out and held_out.source, targets, base.name])
     space = space or network.space_on(base.adapted)
     store = targets_to_learn(targets, space, base, network, config)
     if held_out is not None and not config.needs_base:
@@ -131,7 +133,7 @@ def train(
         base.checkpointed(config.gradient_checkpointing),
     ):
         if is_main:
-            _check_folder(out, resume)  # another may have begun, and ended, since
+            check_start(out, resume)  # another may have begun, and ended, since
         try:
             run.start(resume)
             run.go(progress)
@@ -302,13 +304,6 @@ def _told_of_the_dead(world: int) -> Iterator[None]:
             f"another process of this training has died or hangs ({first_sentence(error)}); see what it "
             f"said, and resume from the last checkpoint"
         ) from error
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    if has_state(out) and not resume:
-        raise ValueError(f"{out} holds a training already; resume it, or choose another folder")
-    if resume:
-        check_resumable(out)
 
 
 def _read_skipped(path: Path) -> dict[str, str]:

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from hypernet.bases.base import BaseModel
 from hypernet.devices import WAIT
-from hypernet.fitting.targets import TargetStore
+from hypernet.fitting.targets import SKIPPED_FILE, TargetStore
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
 from hypernet.training.state import has_state
 from lidb_peft import LiDBConfig, LiDBSpace
+from lidb_peft.files import was_interrupted
+from lidb_peft.outputs import check_output_folder
 
-LAST = "last"
+LAST, BEST, SAMPLES, LOG_FILE = "last", "best", "samples", "log.jsonl"
+_WRITTEN = (LAST, BEST, f"{SAMPLES}/step-*.png", LOG_FILE, SKIPPED_FILE)
 _SCALE_FROM = 256  # targets, of which the layers' scale is the mean
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -98,6 +101,24 @@ def open_network(
     if differing:
         raise ValueError(f"{trained} trains a hypernetwork with {', '.join(differing)}; resume with the same options")
     return network, network.space_on(base.adapted)
+
+
+def check_folder(out: Path, resume: bool, inputs: Sequence[str | Path | None]) -> None:
+    """Raise now what a training in ``out`` would destroy or could not write.
+
+    Raises:
+        ValueError, OSError: as `check_start`, or `check_output_folder`; ``inputs`` are what the training reads.
+    """
+    check_start(out, resume)
+    check_output_folder(out, inputs, _WRITTEN, is_resumed=resume or was_interrupted(out))
+
+
+def check_start(out: Path, resume: bool) -> None:
+    """Raise FileNotFoundError or ValueError unless there is a training in ``out`` just if it is to be resumed."""
+    if resume:
+        check_resumable(out)
+    elif has_state(out):
+        raise ValueError(f"{out} holds a training already; resume it, or choose another folder")
 
 
 def check_resumable(folder: Path) -> None:

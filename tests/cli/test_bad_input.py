@@ -200,8 +200,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(hdb, personalize, portra
 
 def test_a_lora_never_overwrites_the_theta_it_comes_from(hdb, personalize, portrait, made):
     shutil.copy(made / "theta.safetensors", "portrait.safetensors")
-    assert "both the LoRA and the LiDB weights" in hdb.fail(
-        *personalize(portrait), "--from-theta", "portrait.safetensors"
+    assert "both what is read and what is written" in hdb.fail(
+        *personalize(portrait), "--from-theta", "portrait.safetensors", "--overwrite"
     )
     assert "both what is read and what is written" in hdb.fail(
         "convert", "portrait.safetensors", "portrait.safetensors", "--overwrite"
@@ -233,7 +233,7 @@ def use_theta(portrait, personalize):
     """Both commands that read a theta file."""
     return lambda file: (
         personalize(portrait, "--from-theta", file, "--out", "out.safetensors"),
-        ("convert", file, "out.safetensors", "--base", "testbed", "--overwrite"),
+        ("convert", file, "out.safetensors", "--base", "testbed"),
     )
 
 
@@ -280,7 +280,7 @@ def test_a_theta_of_another_checkpoint_is_a_warning(hdb, use_theta):
             parameter.mul_(1.1)
     file = make_theta("theta.safetensors", base.adapted)
     for arguments in use_theta(file):
-        output = hdb.run(*arguments)
+        output = hdb.run(*arguments, "--overwrite")
         assert "warning: theta.safetensors was made on another base model" in output
         assert "wrote out.safetensors" in output
 

@@ -68,8 +68,6 @@ def test_what_does_not_go_with_a_folder_is_a_usage_error(hdb, faces, arguments, 
 
 def test_what_is_wrong_is_told_before_the_base_is_loaded(hdb, faces):
     each = ("personalize", "--no-crop", "--base", "no/such-base", "--each")
-    assert "faces/loras is in faces, where its previews would be people" in hdb.fail(
-        *each, faces, "--out", "faces/loras"
-    )
+    assert "faces/loras lies inside faces, which is read" in hdb.fail(*each, faces, "--out", "faces/loras")
     Path("empty").mkdir()
     assert "empty holds no images" in hdb.fail(*each, "empty")

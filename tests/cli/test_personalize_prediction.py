@@ -64,7 +64,7 @@ def test_the_lora_is_finetuned_and_theta_only_if_it_is_asked_for(hdb, run, saved
     output = hdb.run(*run("--hypernet", saved / "learned", "--steps", 1, "--rank", 2))
     assert stages(output) == ["load hypernetwork", "predict", "finetune LoRA"]
     assert describe("me.safetensors").ranks == (3,)
-    output = hdb.run(*run("--hypernet", saved / "learned", "--theta-steps", 1))
+    output = hdb.run(*run("--hypernet", saved / "learned", "--theta-steps", 1, "--overwrite"))
     assert stages(output) == ["load hypernetwork", "predict", "fit theta"]
 
 
@@ -75,7 +75,7 @@ def test_the_miniature_has_its_own_hypernetwork(hdb, run, saved, portrait, monke
     assert stages(output) == ["load hypernetwork", "predict"]
     own = Path("me.safetensors").read_bytes()
     hdb.run("personalize", portrait, "--base", miniature_path(), "--hypernet", "testbed", "--no-crop", "--no-preview",
-            "--steps", 0, "--out", "me.safetensors")  # fmt: skip
+            "--steps", 0, "--out", "me.safetensors", "--overwrite")  # fmt: skip
     assert Path("me.safetensors").read_bytes() == own
     assert "predict" not in stages(hdb.run(*run("--hypernet", "none", "--theta-steps", 1)))
     assert stages(hdb.run(*run("--from-theta", "theta.safetensors", "--theta-steps", 0))) == []

@@ -72,7 +72,7 @@ print(json.dumps(sorted(sys.modules)))
 def test_ctrl_c_and_a_schedulers_stop_in_the_middle_of_a_fit_leave_no_file(environment, portrait, tmp_path, number):
     (tmp_path / "me.safetensors").write_text("the one from yesterday")
     arguments = ("personalize", portrait, "--base", "testbed", "--hypernet", "none", "--no-crop", "--save-theta",
-                 "theta.safetensors", "--theta-steps", 1_000_000, "--out", "me.safetensors")  # fmt: skip
+                 "theta.safetensors", "--theta-steps", 1_000_000, "--out", "me.safetensors", "--overwrite")  # fmt: skip
     process = subprocess.Popen(
         [*HDB, *map(str, arguments)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it

@@ -227,7 +227,7 @@ def test_lidb_weights_go_from_file_to_folder_and_back_to_the_last_bit(tmp_path, 
 @pytest.mark.parametrize(("found", "to"), list(itertools.product(LORA_FORMATS, LIDB_FORMATS)))
 def test_a_lora_never_becomes_lidb_in_silence(tmp_path, sources, found, to):
     with pytest.raises(ValueError, match="by projection, and lose"):
-        prepare_conversion(sources[found], tmp_path / "out.safetensors", to)
+        prepare_conversion(sources[found], tmp_path / ("out" if to == "lidb" else "out.safetensors"), to)
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_what_cannot_be_folded_exactly_is_rounded_and_said(tmp_path, raw_deltas)
     }
     source = write_modules(tmp_path / "in.safetensors", **modules)
     for dtype, bound in ((None, 2**-24), (torch.float16, 2**-11)):
-        conversion = prepare_conversion(source, tmp_path / "out.safetensors", "kohya", dtype=dtype)
+        conversion = prepare_conversion(source, tmp_path / "out.safetensors", "kohya", dtype=dtype, overwrite=True)
         assert "become float32" in conversion.notes[0]
         assert "the alphas of 1 layers are folded into lora_up, rounded by up to" in conversion.notes[1]
         conversion.write()

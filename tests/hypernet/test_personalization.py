@@ -221,7 +221,7 @@ def test_bad_outputs_are_found_before_any_work(base, photo, tmp_path, no_work):
         run(out, save_theta=tmp_path / "nowhere/theta.safetensors")
     with pytest.raises(ValueError, match="both the LoRA and the LiDB weights"):
         run(out, save_theta=out)
-    with pytest.raises(ValueError, match="both the LoRA and the LiDB weights"):
+    with pytest.raises(ValueError, match="both what is read and what is written"):
         run(out, from_theta=tmp_path / "dir.safetensors/../me.safetensors")
 
 

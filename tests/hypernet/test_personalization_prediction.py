@@ -125,16 +125,16 @@ def test_a_folder_is_as_good_as_the_network(base, network, photo, tmp_path):
 
 
 def test_its_config_is_read_once(base, network, photo, tmp_path, monkeypatch):
-    network.save_pretrained(tmp_path)
+    network.save_pretrained(tmp_path / "net")
     reads, read = [], HyperNetworkConfig.get_config_dict
     monkeypatch.setattr(
         HyperNetworkConfig, "get_config_dict", lambda *args, **kw: reads.append(args) or read(*args, **kw)
     )
     out = tmp_path / "me.safetensors"
-    personalize_to_files([photo], base, out, ALONE, previews=None, hypernet=tmp_path)
+    personalize_to_files([photo], base, out, ALONE, previews=None, hypernet=tmp_path / "net")
     assert len(reads) == 1
-    config = read_config(tmp_path)
-    request_person([photo], out, ALONE, hypernet=config)
+    config = read_config(tmp_path / "net")
+    request_person([photo], tmp_path / "other.safetensors", ALONE, hypernet=config)
     result = personalize([photo], base, ALONE, hypernet=config)
     assert len(reads) == 2
     assert torch.equal(result.theta, predicted(network, photo))

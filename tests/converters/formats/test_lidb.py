@@ -88,8 +88,10 @@ def test_bases_of_its_own_reach_the_lora_but_no_theta_file(tmp_path, real_models
 
 
 def test_models_of_different_settings_cannot_share_a_theta_file(tmp_path, real_models):
+    (tmp_path / "folder").mkdir()
     for seed, component in enumerate(("unet", "text_encoder")):
         write_theta(tmp_path / "theta.safetensors", {component: real_models("sd1")[component]}, seed=seed)
-        prepare_conversion(tmp_path / "theta.safetensors", tmp_path / "folder", "lidb").write()
+        prepare_conversion(tmp_path / "theta.safetensors", tmp_path / component, "lidb").write()
+        (tmp_path / component / component).rename(tmp_path / "folder" / component)
     with pytest.raises(ValueError, match="the adapters differ in seed; one theta file cannot hold them"):
         read_lidb_folder(tmp_path / "folder").save_theta(tmp_path / "again.safetensors")
