@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "cli.generate",
     "preoptimize": "cli.preoptimize",
     "train": "cli.train",
+    "learn-start": "cli.learn_start",
     "inspect": "cli.inspect",
     "convert": "cli.convert",
     "resize": "cli.resize",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from converters import KohyaMetadata, write_lora
 from converters.sidecar import write_our_picture
@@ -29,7 +29,7 @@ from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
 from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person, sheet_path
 from hypernet.sampling import contact_sheet, generate
 from hypernet.timing import timed
-from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, base_fingerprint, check_record, save_theta
+from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
 from lidb_peft.record import fingerprint_components
 
 
@@ -236,10 +236,11 @@ class OpenedRequest:
             self.space = self.network.space_on(base.adapted)
         else:
             file = request.theta_file
-            models = _models(base, request)
-            self.space = LiDBSpace(models, request.lidb_config if file is None else file.config)
-            if file is not None:
-                check_record(file.record, self.space, request.theta_source)
+            self.space = (
+                recipe_space(base, request.config, request.lidb_config)
+                if file is None
+                else _theta_space(base, file, request.theta_source)
+            )
         self.start, self.start_source = self._open_start()
 
     def _open_start(self) -> tuple[Tensor | None, str]:
@@ -303,13 +304,19 @@ class OpenedRequest:
         ]  # fmt: skip
 
 
-def _models(base: BaseModel, request: Request) -> dict[str, nn.Module]:
-    """What is adapted without a hypernetwork: what the theta file is of, or what the recipe says."""
+def recipe_space(base: BaseModel, config: PersonalizeConfig, lidb_config: LiDBConfig) -> LiDBSpace:
+    """The layers that a recipe adapts, where neither a hypernetwork nor a theta file says so."""
     models = base.adapted
-    if request.theta_file is not None:
-        names = fingerprint_components(request.theta_file.base_fingerprint, request.theta_source)
-        return {name: model for name, model in models.items() if name in names} or models
-    return models if request.config.adapt == "all" else dict([next(iter(models.items()))])
+    return LiDBSpace(models if config.adapt == "all" else dict([next(iter(models.items()))]), lidb_config)
+
+
+def _theta_space(base: BaseModel, file: ThetaFile, source: str) -> LiDBSpace:
+    """The space of the models that a theta file is of."""
+    names = fingerprint_components(file.base_fingerprint, source)
+    models = {name: model for name, model in base.adapted.items() if name in names} or base.adapted
+    space = LiDBSpace(models, file.config)
+    check_record(file.record, space, source)
+    return space
 
 
 def _of_stage(progress: StageProgress | None, stage: str) -> Progress | None:

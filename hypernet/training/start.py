@@ -8,17 +8,21 @@ without one; a start is part of the LoRA that a user gets, so nothing is lost at
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import Subject, fit_flat_lora
-from hypernet.inputs.people import derive_seed
-from hypernet.recipe import FitConfig, Progress, StartConfig
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import People, PreparedPerson, derive_seed, prepare_person
+from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.prediction import predict_people
+from hypernet.recipe import FitConfig, PersonalizeConfig, Progress, StartConfig
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
 from lidb_peft.safe_read import read_tensors
@@ -46,6 +50,40 @@ def first_start(space: LiDBSpace, rank: int, seed: int = 0) -> StartState:
     """A fresh LoRA, which changes nothing yet."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "start"))
     return StartState(space.init_lora(rank, generator), 0, [])
+
+
+def rounds_of(
+    people: People,
+    base: BaseModel,
+    recipe: PersonalizeConfig,
+    config: StartConfig,
+    network: HyperNetwork | None = None,
+) -> Round:
+    """Rounds of a data set's people, in an order that the seed gives, again and again; who is unusable is left out.
+
+    Args:
+        network: finetunings are beside its predictions; None without any.
+    """
+    order = np.random.default_rng(config.seed).permutation(len(people.dataset))
+
+    def of_round(number: int) -> tuple[Sequence[Subject], Tensor | None]:
+        found: dict[str, PreparedPerson] = {}
+        first = number * config.people
+        for place in range(first, first + len(order)):
+            row = int(order[place % len(order)])
+            (person,) = replace(people, dataset=people.dataset.select([row]))
+            prepared, skipped = prepare_person(person, base.size_px, recipe.crop)
+            if prepared is not None:
+                found[prepared.key] = prepared
+            if len(found) == config.people:
+                break
+        if not found:
+            raise ValueError(f"nobody in {people.source} can be used ({skipped[0].name}: {skipped[0].reason})")
+        chosen = list(found.values())
+        theta = None if network is None else predict_people(network, chosen, base.device)[0]
+        return make_subjects(base, chosen, recipe.trigger, recipe.class_prompt), theta
+
+    return of_round
 
 
 @contextmanager

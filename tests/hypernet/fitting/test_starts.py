@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypernet.personalization import personalize
 
 from hypernet.fitting.engine import fit_flat_lora, fit_lora
 from hypernet.fitting.starts import START_FILE, find_start, load_start, save_start
+from hypernet.personalization import personalize
 from hypernet.recipe import FitConfig, StartConfig
 from hypernet.training.start import StartState, first_start, learn_start
 from lidb_peft import LiDBSpace
