@@ -80,7 +80,7 @@ def test_stages_can_be_left_out(base, photo, space, taught):
     lora_only = personalize([photo], base, replace(QUICK, theta_steps=0), miniature_lidb_config())
     assert torch.equal(lora_only.theta, space.theta_0)
     assert {len(lora_A) for lora_A, _ in lora_only.factors.values()} == {QUICK.rank}
-    assert [name for name, (_, lora_B) in lora_only.factors.items() if lora_B.any()] == taught
+    assert [name for name, (_, lora_B) in lora_only.factors.items() if lora_B.abs().max() > 1e-6] == taught
     theta_only = personalize([photo], base, replace(QUICK, steps=0), miniature_lidb_config())
     assert theta_only.factors is theta_only.theta_factors
     with pytest.raises(ValueError, match="theta_steps and steps are both 0"):
@@ -139,10 +139,10 @@ def test_a_theta_file_brings_its_own_bases(result, base, photo, tmp_path):
 
 
 def test_a_theta_of_another_layer_list_is_refused(base, photo, tmp_path):
-    unet_only = LiDBSpace({"unet": base.unet}, miniature_lidb_config())
+    half = LiDBSpace({"unet": base.unet.down_blocks}, miniature_lidb_config())
     file = tmp_path / "theta.safetensors"
-    save_theta(file, unet_only.theta_0, unet_only)
-    with pytest.raises(ValueError, match=f"{file} belongs to another list of 128 layers"):
+    save_theta(file, half.theta_0, half)
+    with pytest.raises(ValueError, match=f"{file} belongs to another list of 48 layers"):
         personalize([photo], base, QUICK, from_theta=file)
     assert tree(tmp_path) == ["theta.safetensors"]
 
@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(result, tmp_path, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         result.save(file)
-    assert caught.value.filename == str(file)
+    assert caught.value.filename == str(file.with_suffix(".json"))  # the sidecar comes first, the LoRA last
     assert file.read_text() == "the one from yesterday"
     with pytest.raises(OSError, match="No space left"):
         result.save_theta(tmp_path / "theta.safetensors")

@@ -43,13 +43,26 @@ def relative(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def double(batch):
+    return batch[0].double(), batch[1], batch[2].double()
+
+
+def equal_up_to_rounding(found, dense, batch):
+    """Whether a float32 output is as near to the float64 model ``dense`` as that model itself in float32, twice over.
+
+    How near that is depends on the processor's kernels.
+    """
+    expected = dense(*double(batch)).sample
+    return relative(found, expected) < 2 * relative(copy.deepcopy(dense).float()(*batch).sample, expected) < 1e-5
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_relaxing_changes_nothing(unet, theta_factors, batch, merge):
     with torch.no_grad():
-        expected = add_to_weights(unet, theta_factors)(*(batch[0].double(), batch[1], batch[2].double())).sample
+        dense = add_to_weights(unet, theta_factors)
         relaxed = relax(copy.deepcopy(unet), theta_factors, rank=4, merge=merge)
-        assert relative(relaxed(*batch).sample, expected) < 1e-6
-        assert relative(unet(*batch).sample, expected) > 1e-2
+        assert equal_up_to_rounding(relaxed(*batch).sample, dense, batch)
+        assert relative(unet(*batch).sample, dense(*double(batch)).sample) > 1e-2
 
 
 def test_theta_stays_frozen_and_the_fresh_lora_trains(unet, theta_factors, batch):
@@ -76,8 +89,7 @@ def test_the_combined_lora_on_the_untouched_base_equals_the_relaxed_model(unet, 
     combined = combine(theta_factors, peft_factors(relaxed, "unet", RELAXED_ADAPTER))
     assert {lora_A.shape[0] for lora_A, _ in combined.values()} == {5}
     with torch.no_grad():
-        expected = add_to_weights(unet, combined)(*(batch[0].double(), batch[1], batch[2].double())).sample
-        assert relative(relaxed(*batch).sample, expected) < 1e-6
+        assert equal_up_to_rounding(relaxed(*batch).sample, add_to_weights(unet, combined), batch)
 
 
 def test_in_bf16_the_combined_lora_equals_the_relaxed_model_to_2_percent(unet, theta_factors, batch):

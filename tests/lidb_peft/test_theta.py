@@ -181,7 +181,7 @@ def test_other_and_damaged_files_are_refused_in_words(space, theta, path, tmp_pa
     header["theta"] |= {"shape": [2**63], "data_offsets": [0, 0]}  # more than torch counts to
     endless = json.dumps(header).encode()
     contents = {
-        b"": "has 0 bytes, too few",
+        b"": "is empty",
         whole[:100]: "is truncated",
         whole[:-7]: "is truncated",
         b"\xff" * 200: "is not a safetensors file",
