@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hypernet.recipe import ATTENTIONS, AUTO, DEFAULT_BASE, OPTIMIZERS, PersonalizeConfig
+from hypernet.recipe import ATTENTIONS, AUTO, DEFAULT_BASE, FACE_DETECTORS, OPTIMIZERS, PersonalizeConfig
 from testbed import MINIATURE_RECIPE
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from hypernet.bases.base import BaseModel
     from lidb_peft import LiDBConfig
+
+DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 
 
 class MemorySize(click.ParamType):
@@ -98,6 +100,11 @@ token_option = click.option(
 prompt_option = click.option(
     "--prompt", default=PersonalizeConfig.prompt, show_default=True, help="What the photos show; [V] is the token."
 )
+face_detector_option = click.option(
+    "--face-detector", default="auto", show_default=True, type=click.Choice(FACE_DETECTORS),
+    help="What looks for faces: YuNet, whose file (233 KB) comes from the Hugging Face hub at first use, or OpenCV 4's "
+    "cascades, which miss more; auto is YuNet where it can be had.",
+)  # fmt: skip
 no_crop_option = click.option("--no-crop", is_flag=True, help="Do not look for faces: the images are faces already.")
 
 
@@ -127,6 +134,16 @@ checkpointing_option = recipe_option(
     "--gradient-checkpointing", "gradient_checkpointing", click.Choice(AUTO),
     "Take less memory and more time; auto does if the memory of a card calls for it.",
 )  # fmt: skip
+
+
+def chosen_detector(name: str, crop: bool) -> str:
+    """What ``--face-detector`` means here, which is told if ``auto`` chose it; as it is if no face is looked for."""
+    from hypernet.inputs.people import check_detector
+
+    chosen = check_detector(crop, name)
+    if chosen != name:
+        click.echo(f"faces are looked for with {DETECTOR_NAMES[chosen]}", err=True)
+    return chosen
 
 
 def base_recipe(name: str) -> PersonalizeConfig:

@@ -13,6 +13,8 @@ from cli.bases import (
     base_recipe,
     batch_option,
     checkpointing_option,
+    chosen_detector,
+    face_detector_option,
     hypernet_option,
     hypernet_source,
     loading_options,
@@ -68,6 +70,7 @@ _RECIPE = PersonalizeConfig()
 @checkpointing_option
 @seed_option
 @loading_options
+@face_detector_option
 @click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
@@ -82,6 +85,7 @@ def command(
     previews,
     no_preview,
     no_crop,
+    face_detector,
     save_theta,
     from_theta,
     start,
@@ -108,7 +112,8 @@ def command(
         from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
 
-    recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options | {"crop": not no_crop})
+    options |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
+    recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options)
     common = {"config": recipe, "hypernet": network, "lidb_config": base_lidb_config(base),
               "previews": None if no_preview else previews, "start": None if start == "none" else start,
               "base": base, "overwrite": overwrite}  # fmt: skip
@@ -168,6 +173,8 @@ def _choose_recipe(
 
 
 def _tell_person(result: "Personalization", out: Path) -> None:
+    for sentence in result.left_out:
+        click.echo(sentence, err=True)
     for photo in result.photos:
         if photo.note:
             click.echo(photo.note, err=True)

@@ -11,6 +11,8 @@ from cli.bases import (
     base_recipe,
     batch_option,
     checkpointing_option,
+    chosen_detector,
+    face_detector_option,
     hypernet_source,
     join_and_open,
     loading_options,
@@ -42,9 +44,10 @@ from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
 @prompt_option
 @click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
 @no_crop_option
+@face_detector_option
 @seed_option
 @loading_options
-def command(images, base, out, batch, init_from, streaming, no_crop, **options) -> None:
+def command(images, base, out, batch, init_from, streaming, no_crop, face_detector, **options) -> None:
     """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
 
     IMAGES is a folder of images, one person each, with a sub-folder for a person of several; or parquet, webdataset
@@ -65,7 +68,8 @@ def command(images, base, out, batch, init_from, streaming, no_crop, **options) 
 
     loading = pop_loading(options)
     given = {name: value for name, value in options.items() if value is not None}
-    config = PreoptimizeConfig(replace(base_recipe(base), **given, crop=not no_crop), batch)
+    given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
+    config = PreoptimizeConfig(replace(base_recipe(base), **given), batch)
     check_store(out, [images, base, init_from])
     people = open_people(images, streaming)
     state, model = join_and_open(base, **loading)

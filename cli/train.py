@@ -8,6 +8,8 @@ from click.core import ParameterSource
 from cli.bases import (
     base_lidb_config,
     base_option,
+    chosen_detector,
+    face_detector_option,
     hypernet_source,
     join_and_open,
     loading_options,
@@ -78,10 +80,12 @@ def _switch(flag: str, text: str):
 @token_option
 @prompt_option
 @no_crop_option
+@face_detector_option
 @seed_option
 @loading_options
 def command(
-    images, base, out, targets, resume, init_from, weights, validation_images, trackers, no_crop, **options
+    images, base, out, targets, resume, init_from, weights, validation_images, trackers, no_crop, face_detector,
+    **options,
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
 
@@ -107,7 +111,8 @@ def command(
     fresh = {name: options.pop(name) for name in OF_A_FRESH_ONE}
     weights = float(targets is not None) if weights is None else weights
     loading = pop_loading(options)
-    config = TrainConfig(**options, weights=weights, crop=not no_crop)
+    detector = chosen_detector(face_detector, not no_crop)
+    config = TrainConfig(**options, weights=weights, crop=not no_crop, face_detector=detector)
     check_folder(out, resume, [images, validation_images, targets, base, init_from])
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)

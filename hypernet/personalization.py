@@ -21,7 +21,7 @@ from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
-from hypernet.inputs.photos import Photo, prepare_photo
+from hypernet.inputs.photos import Photo
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
@@ -46,6 +46,7 @@ class Personalization:
         seconds: time of each stage; people who are fitted together share it.
         losses: mean denoising loss of each step, ``(steps, 1)``, by stage.
         files: what was written.
+        left_out: photos without a face, a sentence for each.
     """
 
     base: BaseModel
@@ -59,6 +60,7 @@ class Personalization:
     losses: dict[str, Tensor] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     start_source: str = ""
+    left_out: Sequence[str] = ()
 
     @cached_property
     def theta_factors(self) -> LoraFactors:
@@ -182,12 +184,12 @@ def make_person(request: PersonRequest, base: BaseModel, progress: StageProgress
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare photos"):
-        photos = (prepare_photo(image, base.size_px, request.config.crop, name) for name, image in request.photos)
-        person = PreparedPerson("", tuple(photos))
+        person = PreparedPerson("", tuple(photo.prepare(base.size_px) for photo in request.photos))
     opened = OpenedRequest(request, base, seconds)
     starts = opened.starts([person], progress)
     opened.network = None  # it may be larger than the base
     (result,) = opened.fit([person], starts, progress)
+    result.left_out = request.left_out
     if request.out is not None:
         base_pictures = draw_base(result, request.previews, progress)
         write_result(result, request.out, request.previews, base_pictures, progress)

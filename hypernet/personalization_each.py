@@ -96,7 +96,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
 
     base_pictures = None
     unmade = _without_lora(request, result, report)
-    usable = _prepared(unmade, base.size_px, config.crop, result, report)
+    usable = _prepared(unmade, base.size_px, config, result, report)
     with locked_folder(request.out, "hdb personalize --each"):
         while group := list(islice(usable, batch)):
             prepared = [person for person, _ in group]
@@ -149,7 +149,7 @@ def lora_name(person: Person) -> str:
 def _prepared(
     unmade: Iterable[tuple[Person, Path]],
     size_px: int,
-    crop: bool,
+    config: PersonalizeConfig,
     result: PersonalizedEach,
     report: Callable[[float], None],
 ) -> Iterator[tuple[PreparedPerson, Path]]:
@@ -158,7 +158,7 @@ def _prepared(
     for person, file in unmade:
         report(0)
         with timed(result.seconds, "prepare photos"):
-            prepared, skipped = prepare_person(person, size_px, crop)
+            prepared, skipped = prepare_person(person, size_px, config.crop, config.face_detector)
         result.skipped += skipped
         if prepared is None:
             report(1)

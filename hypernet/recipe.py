@@ -28,6 +28,8 @@ PRESERVED = (
 ATTENTIONS = ("auto", "sdpa", "xformers")
 AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
+FACE_DETECTORS = ("auto", "yunet", "cascade")
+CROP_CHOICES = {"face_detector": FACE_DETECTORS}
 FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
 PERSONALIZE_CHOICES = {"adapt": ("denoiser", "all")}
 TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
@@ -111,6 +113,7 @@ class PersonalizeConfig:
         background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
+        face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
         guidance: classifier-free guidance of the preview pictures.
     """
 
@@ -130,10 +133,11 @@ class PersonalizeConfig:
     gradient_checkpointing: str = "auto"
     seed: int = 0
     crop: bool = True
+    face_detector: str = "auto"
     guidance: float = 7.5
 
     def __post_init__(self):
-        _check_choices(self, PERSONALIZE_CHOICES)
+        _check_choices(self, PERSONALIZE_CHOICES | CROP_CHOICES)
         if "[V]" not in self.prompt:
             raise ValueError(f"prompt is {self.prompt!r}; it must hold [V], which stands for the person")
         if not self.token.strip():
@@ -239,6 +243,7 @@ class TrainConfig:
         caption_dropout: how often the prompt is the empty one.
         validation: the fraction of the people that is held out.
         crop: find each face and crop to it; False takes the middle square.
+        face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
         seed: keys the order of people, all noise and what is held out.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         log_every, checkpoint_every: steps; each checkpoint comes with a validation and sample pictures.
@@ -268,6 +273,7 @@ class TrainConfig:
     caption_dropout: float = 0.0
     validation: float = 0.02
     crop: bool = True
+    face_detector: str = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
     log_every: int = 10
@@ -284,7 +290,7 @@ class TrainConfig:
         for name in ("jitter", "caption_dropout", "validation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
-        _check_choices(self, TRAIN_CHOICES)
+        _check_choices(self, TRAIN_CHOICES | CROP_CHOICES)
         if not self.denoising and not self.weights:
             raise ValueError("denoising and weights are both 0; nothing would be learned: choose at least one above 0")
         # What it has in common with a fit is checked there.

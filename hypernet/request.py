@@ -5,14 +5,14 @@ parts, the light checks first. `hypernet.personalization` and `hypernet.personal
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converters.sidecar import check_companions
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
 from hypernet.inputs.people import People, check_detector
-from hypernet.inputs.photos import NamedImage, open_photo
+from hypernet.inputs.photos import OpenPhoto, open_photos
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import Hypernet, check_recipe
@@ -67,12 +67,14 @@ class PersonRequest(Request):
     """One person.
 
     Attributes:
-        photos: of that person, decoded, at least one.
+        photos: of that person, decoded and with their faces found, at least one.
+        left_out: photos without a face, a sentence for each.
         out: the LoRA to write; None writes nothing.
         save_theta: the theta file to write.
     """
 
-    photos: tuple[NamedImage, ...] = ()
+    photos: tuple[OpenPhoto, ...] = ()
+    left_out: tuple[str, ...] = ()
     out: Path | None = None
     save_theta: Path | None = None
 
@@ -129,11 +131,10 @@ def request_person(
     if save_theta is not None:
         check_distinct([*([] if out is None else [("the LoRA", out)]), ("the LiDB weights", save_theta)])
         check_output(save_theta, inputs, overwrite=overwrite)
-    if not photos:
-        raise ValueError("there is no photo; pass at least one")
     if from_theta is not None:
         common |= {"theta_file": load_theta(from_theta), "theta_source": str(from_theta)}
-    return PersonRequest(**common, photos=tuple(map(open_photo, photos)), out=out, save_theta=save_theta)
+    opened, left_out = open_photos(photos, common["config"].crop, common["config"].face_detector)
+    return PersonRequest(**common, photos=opened, left_out=left_out, out=out, save_theta=save_theta)
 
 
 def request_people(
@@ -159,8 +160,6 @@ def request_people(
     """
     common, out = _resolve(config, None, hypernet, lidb_config, previews, start, overwrite), Path(out)
     check_output_folder(out, [people.source, base, start, _folder_of(common)], may_hold_inputs=True)
-    if common["config"].crop:
-        check_detector()
     return PeopleRequest(**common, people=people, out=out, batch=batch)
 
 
@@ -180,6 +179,7 @@ def _resolve(
     if network is not None:
         config = check_recipe(_config_of(network), config)
     config = config or PersonalizeConfig()
+    config = replace(config, face_detector=check_detector(config.crop, config.face_detector))
     if network is None and from_theta is None and not config.theta_steps and not config.steps:
         raise ValueError(
             "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"

@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks a network
 
 import pytest
 import torch
@@ -14,6 +16,11 @@ from packaging.version import Version
 from PIL import Image
 
 torch.set_num_threads(1)
+
+_YUNET = "shared/data/face_detection_yunet_2023mar.onnx"  # beside a checkout, or further above
+for _folder in Path(__file__).parents:
+    if "HDB_YUNET" not in os.environ and (_folder / _YUNET).is_file():
+        os.environ["HDB_YUNET"] = str(_folder / _YUNET)
 
 CLEAR = 300  # times the heads' first weights: predictions as far from theta_0 as those of a trained network
 
@@ -89,6 +96,15 @@ def sdxl_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases") / "narrow-sdxl"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def yunet():
+    """Skips a test that finds faces with YuNet where there is no copy of its file."""
+    from hypernet.inputs.yunet import unavailable
+
+    if reason := unavailable():
+        pytest.skip(f"without YuNet: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,11 +20,11 @@ from hypernet.devices import OUT_OF_MEMORY
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.subjects import make_subjects
-from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, has_targets
+from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
 from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
-from hypernet.recipe import PreoptimizeConfig, StageProgress
+from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
 from lidb_peft.files import locked_folder
 from lidb_peft.outputs import check_output_folder
@@ -84,6 +84,7 @@ def open_targets(
     fit["optimizer"] = chosen_optimizer(fit["optimizer"])
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
     fit |= {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
+    fit |= detector_fit(recipe.crop, recipe.face_detector)
     if not has_targets(folder):
         batch = config.batch or choose_batch(base, space, recipe.theta_fit)
         create_targets(folder, space, Path(base.name).name, fit, batch, people.source)
@@ -120,8 +121,8 @@ def preoptimize(
         BlockingIOError: another run is at work in the store.
         OSError: a shard cannot be written; those before it stay.
     """
-    if config.recipe.crop:
-        check_detector()
+    detector = check_detector(config.recipe.crop, config.recipe.face_detector)
+    config = replace(config, recipe=replace(config.recipe, face_detector=detector))
     with locked_folder(store.folder, "hdb preoptimize") if rank == 0 else nullcontext():
         return _preoptimize(people, base, space, store, config, start, rank, world, progress)
 
@@ -139,7 +140,7 @@ def _preoptimize(
 ) -> Preoptimized:
     result, total_loss, began = Preoptimized(), 0.0, time.perf_counter()
     report = _people_done(store, people.count(), rank, world, progress)
-    missing = _missing_shards(people, store, base.size_px, config.recipe.crop, rank, world, result)
+    missing = _missing_shards(people, store, base.size_px, config.recipe, rank, world, result)
     try:
         for index, prepared in _ahead(missing):
             shard, thetas, losses = _make_shard(
@@ -166,7 +167,13 @@ class _Prepared:
 
 
 def _missing_shards(
-    people: People, store: TargetStore, size_px: int, crop: bool, rank: int, world: int, result: Preoptimized
+    people: People,
+    store: TargetStore,
+    size_px: int,
+    recipe: PersonalizeConfig,
+    rank: int,
+    world: int,
+    result: Preoptimized,
 ) -> Iterator[tuple[int, _Prepared]]:
     """Yield this process' shards that are not in the store, prepared, with their numbers; count the others."""
     index = -1
@@ -177,7 +184,7 @@ def _missing_shards(
             _check_rows(store, index, rows, people.source)
             result.found += 1
         else:
-            yield index, _Prepared(rows, *_prepare(rows, size_px, crop))
+            yield index, _Prepared(rows, *_prepare(rows, size_px, recipe))
     if index < 0:
         raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
 
@@ -250,7 +257,9 @@ def _make_shard(
     return shard, torch.cat(thetas), torch.cat(losses)
 
 
-def _prepare(rows: list[tuple[Person, bool]], size_px: int, crop: bool) -> tuple[list[PreparedPerson], list[Skipped]]:
+def _prepare(
+    rows: list[tuple[Person, bool]], size_px: int, recipe: PersonalizeConfig
+) -> tuple[list[PreparedPerson], list[Skipped]]:
     """The people who can be fitted, no two of them with one name or one photo, and what is left out."""
     people: dict[str, PreparedPerson] = {}
     left_out = []
@@ -258,7 +267,7 @@ def _prepare(rows: list[tuple[Person, bool]], size_px: int, crop: bool) -> tuple
         if is_double:
             left_out.append(Skipped(person.name, "an earlier row of the data set has the same name"))
             continue
-        prepared, skipped = prepare_person(person, size_px, crop)
+        prepared, skipped = prepare_person(person, size_px, recipe.crop, recipe.face_detector)
         left_out += skipped
         if prepared is not None and prepared.key in people:
             left_out.append(Skipped(person.name, f"its photo is the same as that of {people[prepared.key].name}"))

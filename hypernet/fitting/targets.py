@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hypernet.inputs.faces import choose_detector
 from hypernet.inputs.people import Skipped, write_skipped
 from hypernet.recipe import NUM_TIMESTEPS
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
@@ -31,7 +32,7 @@ SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 # Which manifests did not say when there was no other.
-_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS}
+_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade"}
 _REMEDY = "delete it and run hdb preoptimize again, which makes it anew"
 
 
@@ -51,6 +52,11 @@ class Shard:
     names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     photos: tuple[str, ...] = ()
+
+
+def detector_fit(crop: bool, detector: str) -> dict[str, str]:
+    """What a store notes of the detector by which photos were cropped: what ``detector`` means here."""
+    return {"face_detector": choose_detector(detector)} if crop else {}
 
 
 def has_targets(folder: str | Path) -> bool:

@@ -1,134 +1,121 @@
-"""Where the faces in a photo are, offline: two of the cascades that OpenCV 4 ships, asked to agree.
+"""Where the faces in a photo are: which detector looks for them, and at what.
 
-One cascade alone takes ties, curtains and knees for faces and misses a tilted head. Measured on 35 photographs of
-people in ten variants each (plain, grey, dark, bright, noisy, small, mirrored, tilted by 10, -20 and 30 degrees), the
-frontal-face cascade alone at its best threshold finds the right face in 81 % and a wrong place in 2 %; with the
-contrast stretched, a second cascade to confirm it and a second look at the tilted photo, in 98 % and 0.3 %. The
-constants below were chosen on the same photographs; rates of 0.5 to 0.7 and scores of 7 to 9 give nearly the same.
+A photo may be turned by 90 or 180 degrees, and a panorama is searched in windows. What the detectors find, measured on
+real photographs: ``benchmarks/results/2026-11-29-faces.md``.
 """
 
-import importlib.util
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 
-_SEARCH_SIDE_PX = 640  # the longer side of the photo that is searched
-_SMALLEST_FACE = 0.06  # of the shorter side; a smaller face makes no portrait
-_SMALLEST_FACE_PX = 24  # of the searched photo; the size of the cascades' own window
-_TILTS_DEG = (22, -22)  # a cascade follows a head to about 20 degrees either way
-_CONFIRMED = 6.0  # added to the first cascade's score where the second sees a face too
-_UPRIGHT_SCORE, _TILTED_SCORE = 8.0, 9.0  # so: confirmed and at least 2 and 3, or very sure alone
-_RELATIVE_SCORE = 0.6  # of the best: what is further behind may be a pattern and is not preferred for its size
+from hypernet.inputs import cascades, yunet
+from hypernet.inputs.face import Face, without_doubles
+from hypernet.recipe import FACE_DETECTORS
+
+_LONGER_SIDE_PX, _SHORTER_SIDE_PX = 640, 360  # of the photo that is searched, whichever makes it larger
+_WINDOW = 2.5  # shorter sides, and at least the longer side above: of a longer photo that much is searched at once
+_TURNS = {
+    0: None,
+    90: Image.Transpose.ROTATE_90,
+    -90: Image.Transpose.ROTATE_270,
+    180: Image.Transpose.ROTATE_180,
+}  # by how much the photo is turned, counter-clockwise
+_LOOK = {"yunet": lambda image, is_turned: yunet.look(image), "cascade": cascades.look}
+_SURE = {"yunet": 0.91, "cascade": 0.0}  # with a face of this score the photo is not turned
+_TURNED_SCORE = {"yunet": 0.87, "cascade": 11.0}  # a cat upside down has 0.83, and a human turned so that he is, 0.94
+_RELATIVE_SCORE = {"yunet": 0.8, "cascade": 0.6}  # of the best: what is further behind is not preferred for its size
 
 
-@dataclass(frozen=True)
-class Face:
-    """A square from the brows to the chin, in pixels of the photo that was searched."""
+def find_faces(image: Image.Image, detector: str = "auto") -> list[Face]:
+    """Return the faces of a photo, the largest of the clear ones first; empty if there are none.
 
-    left: float
-    top: float
-    side: float
-    score: float
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        return self.left + self.side / 2, self.top + self.side / 2
-
-
-def find_faces(image: Image.Image) -> list[Face]:
-    """Return the frontal faces of an upright photo, the largest of the clear ones first; empty if there are none.
+    Args:
+        image: RGB; it may be turned by 90 or 180 degrees.
+        detector: as `choose_detector` takes it.
 
     Raises:
-        ValueError: the installed OpenCV has no cascade detector (5.0 dropped it).
+        ValueError: as `choose_detector`.
     """
-    cascades = _load_cascade("default"), _load_cascade("alt")
-    grey, scale = _searched(image)
-    faces = [face for face in _look(grey, cascades, 0) if face.score >= _UPRIGHT_SCORE]
-    if not faces:
-        tilted = [face for degrees in _TILTS_DEG for face in _look(grey, cascades, degrees)]
-        faces = [face for face in tilted if face.score >= _TILTED_SCORE]
-    faces = _without_doubles(faces)
-    clear = _RELATIVE_SCORE * max((face.score for face in faces), default=0.0)
-    faces.sort(key=lambda face: (face.score < clear, -face.side, face.left, face.top))
-    return [Face(face.left / scale, face.top / scale, face.side / scale, face.score) for face in faces]
+    detector = choose_detector(detector)
+    small, scale = _searched(image)
+    found = _in_turned(small, 0, detector)
+    if not found or _best(found) < _SURE[detector]:
+        turned = (_in_turned(small, degrees, detector) for degrees in _TURNS if degrees)
+        clear = [faces for faces in turned if _best(faces) >= _TURNED_SCORE[detector]]
+        found = max([found, *clear], key=_best)
+    clear = _RELATIVE_SCORE[detector] * _best(found)
+    found = sorted(found, key=lambda face: (face.score < clear, -face.side, face.left, face.top))
+    return [replace(face, left=face.left / scale, top=face.top / scale, side=face.side / scale) for face in found]
 
 
-def _load_cascade(name: str):
-    """Read a frontal-face cascade out of the OpenCV package, as text: its C++ cannot open every Windows path."""
-    found = "no OpenCV"
-    if importlib.util.find_spec("cv2"):
-        import cv2
+def choose_detector(name: str = "auto") -> str:
+    """Return ``yunet`` or ``cascade``: what ``name`` means here. ``auto`` is ``yunet``, or else, with a warning, the
+    cascades.
 
-        found = f"OpenCV {cv2.__version__}"
-        path = Path(cv2.__file__).parent / "data" / f"haarcascade_frontalface_{name}.xml"
-        if hasattr(cv2, "CascadeClassifier") and path.is_file():
-            storage = cv2.FileStorage(path.read_text(encoding="utf-8"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
-            cascade = cv2.CascadeClassifier()
-            cascade.read(storage.getFirstTopLevelNode())
-            return cascade
-    raise ValueError(
-        f"faces are found with the cascades of OpenCV 4, and here is {found}; run "
-        "pip install 'opencv-python-headless>=4.8,<5', or crop the photo to the face yourself and pass --no-crop"
-    )
+    Raises:
+        ValueError: an unknown name, or what is asked for cannot be had.
+    """
+    if name not in FACE_DETECTORS:
+        raise ValueError(f"face_detector is {name!r}; choose {', '.join(FACE_DETECTORS[:-1])} or {FACE_DETECTORS[-1]}")
+    no_yunet = "" if name == "cascade" else yunet.unavailable()
+    no_cascade = "" if name == "yunet" else cascades.unavailable()
+    if name == "yunet" and no_yunet:
+        raise ValueError(f"faces cannot be found with YuNet: {no_yunet}; or choose another --face-detector, or crop "
+                         f"the photo to the face yourself and pass --no-crop")  # fmt: skip
+    if name == "cascade" and no_cascade:
+        raise ValueError(f"faces cannot be found with cascades: {no_cascade}; choose --face-detector yunet, run pip "
+                         f"install 'opencv-python-headless<5', or crop the photo to the face yourself and pass "
+                         f"--no-crop")  # fmt: skip
+    if name != "auto":
+        return name
+    if not no_yunet:
+        return "yunet"
+    if not no_cascade:
+        warnings.warn(f"faces are looked for with OpenCV's cascades, which miss more of them than YuNet: {no_yunet}",
+                      stacklevel=2)  # fmt: skip
+        return "cascade"
+    raise ValueError(f"faces cannot be found: {no_cascade}, and as to YuNet, {no_yunet}; or crop the photo to the face "
+                     f"yourself and pass --no-crop")  # fmt: skip
 
 
-def _searched(image: Image.Image) -> tuple[np.ndarray, float]:
-    """Return the photo in grey, small and with its contrast stretched, ``(height, width)`` uint8, and its scale."""
-    scale = min(1.0, _SEARCH_SIDE_PX / max(image.size))
+def _best(faces: list[Face]) -> float:
+    return max((face.score for face in faces), default=0.0)
+
+
+def _searched(image: Image.Image) -> tuple[Image.Image, float]:
+    """Return the photo small enough to be searched, and its scale."""
+    scale = min(1.0, max(_LONGER_SIDE_PX / max(image.size), _SHORTER_SIDE_PX / min(image.size)))
     size = tuple(max(1, round(side * scale)) for side in image.size)
-    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
-    dark, bright = np.percentile(grey, (1, 99))
-    grey = (grey - dark) * (255 / max(bright - dark, 1))
-    return grey.clip(0, 255).astype(np.uint8), scale
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), scale
 
 
-def _look(grey: np.ndarray, cascades: tuple, degrees: float) -> list[Face]:
+def _in_turned(image: Image.Image, degrees: int, detector: str) -> list[Face]:
     """Search the photo turned by ``degrees``; faces come back in coordinates of the photo as it was."""
-    import cv2
-
-    height, width = grey.shape
-    turn = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1.0)
-    if degrees:
-        grey = cv2.warpAffine(grey, turn, (width, height), borderMode=cv2.BORDER_REPLICATE)
-    first, second = (_detect(cascade, grey) for cascade in cascades)
-    back = cv2.invertAffineTransform(turn)
-    faces = []
-    for face in first:
-        confirmed = any(_overlap(face, other) > 0.35 for other in second)
-        x, y = back @ (*face.centre, 1.0)
-        score = face.score + _CONFIRMED * confirmed
-        faces.append(Face(float(x) - face.side / 2, float(y) - face.side / 2, face.side, score))
-    return faces
+    turned = image if _TURNS[degrees] is None else image.transpose(_TURNS[degrees])
+    faces = [
+        replace(face, left=face.left + box[0], top=face.top + box[1])
+        for box in _windows(*turned.size)
+        for face in _LOOK[detector](turned.crop(box), is_turned=degrees != 0)
+    ]
+    faces = [_turned_back(face, degrees, *image.size) for face in without_doubles(faces)]
+    return [yunet.straighten(image, face, degrees) for face in faces] if detector == "yunet" else faces
 
 
-def _detect(cascade, grey: np.ndarray) -> list[Face]:
-    smallest = max(_SMALLEST_FACE_PX, int(_SMALLEST_FACE * min(grey.shape)))
-    boxes, _, scores = cascade.detectMultiScale3(
-        grey, scaleFactor=1.1, minNeighbors=2, minSize=(smallest, smallest), outputRejectLevels=True
-    )
-    # With no face both are empty tuples; otherwise (n, 4) and, depending on the version, (n,) or (n, 1).
-    pairs = zip(boxes, np.ravel(scores), strict=True)
-    return [Face(float(left), float(top), float(side), float(score)) for (left, top, side, _), score in pairs]
+def _windows(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a photo along its longer side into overlapping boxes; most are one box."""
+    longer, shorter = max(width, height), min(width, height)
+    length = max(round(_WINDOW * shorter), _LONGER_SIDE_PX)
+    step = length - shorter  # so that a face lies in one of them as a whole
+    for start in range(0, max(longer - shorter, 1), step):
+        end = min(start + length, longer)
+        yield (start, 0, end, height) if width >= height else (0, start, width, end)
 
 
-def _without_doubles(faces: list[Face]) -> list[Face]:
-    """Keep the best-scored of the faces that lie on each other: a cascade, or both tilts, may have seen one twice."""
-    kept: list[Face] = []
-    for face in sorted(faces, key=lambda face: (-face.score, face.left, face.top)):
-        if not any(_holds(face, other.centre) or _holds(other, face.centre) for other in kept):
-            kept.append(face)
-    return kept
-
-
-def _holds(face: Face, point: tuple[float, float]) -> bool:
-    return 0 <= point[0] - face.left <= face.side and 0 <= point[1] - face.top <= face.side
-
-
-def _overlap(a: Face, b: Face) -> float:
-    """Intersection over union."""
-    width = min(a.left + a.side, b.left + b.side) - max(a.left, b.left)
-    height = min(a.top + a.side, b.top + b.side) - max(a.top, b.top)
-    shared = max(width, 0.0) * max(height, 0.0)
-    return shared / (a.side**2 + b.side**2 - shared)
+def _turned_back(face: Face, degrees: int, width: int, height: int) -> Face:
+    x, y = face.centre
+    x, y = {0: (x, y), 90: (width - y, x), -90: (y, height - x), 180: (width - x, height - y)}[degrees]
+    roll = (face.roll_deg + degrees + 180) % 360 - 180
+    return replace(face, left=x - face.side / 2, top=y - face.side / 2, roll_deg=roll)

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from hypernet.errors import first_line
-from hypernet.inputs.faces import find_faces
-from hypernet.inputs.photos import Photo, decode_image, prepare_photo, read_image
+from hypernet.inputs.faces import choose_detector
+from hypernet.inputs.photos import RASTER_FORMATS, Photo, decode_image, prepare_photo, read_image
 from lidb_peft.files import atomic_path
 from lidb_peft.safe_read import printable
 
@@ -173,8 +173,8 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
 
 def _find_files(path: Path) -> dict[str, list[Path]]:
     """The files of each kind at ``path``, sorted; hidden ones and other kinds, such as captions, are left out."""
-    suffixes = {"images": set(Image.registered_extensions()) | _NOT_PILLOWS, "parquet": {".parquet"},
-                "webdataset": {".tar"}}  # fmt: skip
+    images = {suffix for suffix, kind in Image.registered_extensions().items() if kind in RASTER_FORMATS}
+    suffixes = {"images": images | _NOT_PILLOWS, "parquet": {".parquet"}, "webdataset": {".tar"}}
     if path.is_file():
         files = [path]
     else:
@@ -247,8 +247,10 @@ def _readable(source: str) -> Iterator[None]:
         raise ValueError(f"{source} is damaged or no data set ({first_line(error.__cause__ or error)})") from error
 
 
-def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPerson | None, list[Skipped]]:
-    """Decode a person's photos and prepare them as `hypernet.inputs.photos` does.
+def prepare_person(
+    person: Person, size_px: int, crop: bool, detector: str = "auto"
+) -> tuple[PreparedPerson | None, list[Skipped]]:
+    """Decode a person's photos and prepare them as `hypernet.inputs.photos.prepare_photo` does.
 
     Returns:
         The person on the photos that can be used, None if none can be; and the photos that cannot.
@@ -262,7 +264,7 @@ def prepare_person(person: Person, size_px: int, crop: bool) -> tuple[PreparedPe
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
             image = decode_image(file, photo.name) if file else read_image(photo.data)
-            photos.append(prepare_photo(image, size_px, crop, photo.name))
+            photos.append(prepare_photo(image, size_px, crop, photo.name, detector))
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
     return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
@@ -316,6 +318,13 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def check_detector() -> None:
-    """Raise ValueError if faces cannot be looked for here, before each image of a data set is skipped for it."""
-    find_faces(Image.new("RGB", (64, 64)))
+def check_detector(crop: bool, detector: str) -> str:
+    """Find out now, and not at each image of a data set, whether faces can be looked for, if they are to be.
+
+    Returns:
+        What ``detector`` means here, see `hypernet.inputs.faces.choose_detector`.
+
+    Raises:
+        ValueError: as there.
+    """
+    return choose_detector(detector) if crop else detector

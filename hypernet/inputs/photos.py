@@ -6,10 +6,12 @@ sRGB square; whatever is wrong with it is said in one sentence that names the fi
 
 import importlib.util
 import io
+import math
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,13 +22,37 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, fea
 from torch import Tensor
 
 from hypernet.errors import first_line
-from hypernet.inputs.faces import Face, find_faces
+from hypernet.inputs.face import Face
+from hypernet.inputs.faces import find_faces
 
 SMALLEST_SIDE_PX = 32
-_LARGEST_PIXELS = 179_000_000  # Pillow's own limit, rounded up
 _DECODED_SIDE_PX = 4096  # a JPEG of more is decoded at a half, a quarter or an eighth, but not below this
+_KEPT_PIXELS = 50_000_000  # a decoded image of more is reduced
+_MEMORY = 560_000_000  # bytes that decoding an image may take
 _CROP_PER_FACE = 2.2  # the head with its hair and some of the shoulders, as portraits for DreamBooth show it
 _CROP_DROP = 0.05  # of the face: the crop's centre lies this much below the face's
+_LEAST_ROLL_DEG = 2  # no head is straighter; a smaller roll is not undone, which would blur the picture for nothing
+_QUARTERS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# Raster images only: Pillow hands EPS to Ghostscript and WMF to Windows, and leaves other kinds to other libraries.
+# With each, the bytes that decoding takes for a pixel, as measured (benchmarks/photo_memory.py); 0: as many as a pixel
+# of its mode has.
+RASTER_FORMATS = {
+    "JPEG": 0, "MPO": 0, "PNG": 0, "TIFF": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "SGI": 0,
+    "QOI": 0, "JPEG2000": 20, "WEBP": 17, "AVIF": 16, "HEIF": 11,
+}  # fmt: skip
+_PROGRESSIVE_JPEG = 6  # more bytes for a pixel, for all coefficients are kept until the last scan
+_MODE_BYTES = {
+    "1": 1,
+    "L": 1,
+    "P": 1,
+    "I;16": 2,
+    "I;16B": 2,
+    "I;16L": 2,
+    "I;16N": 2,
+    "RGBA": 8,
+    "LA": 8,
+    "PA": 8,
+}  # others take 4; those with alpha are copied where they are reduced
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -72,64 +98,115 @@ class Photo:
         return torch.from_numpy(np.array(self.image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class NamedImage(NamedTuple):
-    """An upright RGB picture, and what messages call it."""
+class NoFaceError(ValueError):
+    """A photo in which no face is found."""
+
+
+class OpenPhoto(NamedTuple):
+    """An upright RGB photo, what messages call it, and its faces, the one to take first; None if none is asked for."""
 
     name: str
     image: Image.Image
+    faces: tuple[Face, ...] | None = None
+
+    def prepare(self, size_px: int) -> Photo:
+        """Square the photo and scale it to ``size_px``, antialiased.
+
+        Raises:
+            ValueError: ``size_px`` is not positive.
+        """
+        if size_px < 1:
+            raise ValueError(
+                f"size_px is {size_px}; give the side of the square in pixels, 512 for Stable Diffusion 1.5"
+            )
+        if self.faces is None:
+            square = ImageOps.fit(self.image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS)
+            return Photo(square, self.name, note=_note(self.name, 1, min(self.image.size), size_px))
+        square, cut_px = _portrait(self.image, self.faces[0], size_px)
+        return Photo(square, self.name, self.faces[0], _note(self.name, len(self.faces), cut_px, size_px))
 
 
-def open_photo(path: str | os.PathLike) -> NamedImage:
-    """Read a photo of a person; raises as `read_image` does."""
-    return NamedImage(str(path), read_image(path))
+def open_photo(path: str | os.PathLike, crop: bool = True, detector: str = "auto") -> OpenPhoto:
+    """Read a photo of a person, ``look_at(read_image(path), ...)``."""
+    return look_at(read_image(path), crop, str(path), detector)
 
 
-def load_photo(path: str | os.PathLike, size_px: int, crop: bool = True) -> Photo:
-    """Read a photo of a person and prepare it: ``prepare_photo(read_image(path), ...)``."""
-    return prepare_photo(read_image(path), size_px, crop, name=str(path))
+def open_photos(
+    paths: Sequence[str | os.PathLike], crop: bool = True, detector: str = "auto"
+) -> tuple[tuple[OpenPhoto, ...], tuple[str, ...]]:
+    """Read the photos of one person; of several, those without a face are left out.
+
+    Returns:
+        The photos, at least one, and for each that is left out a sentence that names it.
+
+    Raises:
+        NoFaceError: there is no face in any of them.
+        ValueError, OSError: a photo cannot be read, or there is none.
+    """
+    if not paths:
+        raise ValueError("there is no photo; pass at least one")
+    photos, left_out, error = [], [], None
+    for path in paths:
+        try:
+            photos.append(open_photo(path, crop, detector))
+        except NoFaceError as none_there:
+            error = none_there
+            left_out.append(f"left out {error}")
+    if not photos:
+        raise error if len(paths) == 1 else NoFaceError(f"no photo of {len(paths)} can be used: {error}")
+    return tuple(photos), tuple(left_out)
 
 
-def prepare_photo(image: Image.Image, size_px: int, crop: bool = True, name: str = "the photo") -> Photo:
-    """Square a photo and scale it to ``size_px``, antialiased.
+def look_at(image: Image.Image, crop: bool = True, name: str = "the photo", detector: str = "auto") -> OpenPhoto:
+    """Find the face in a photo.
 
     Args:
         image: an upright RGB photo.
-        crop: square it around the largest face, with hair and shoulders; otherwise take the centre of the whole photo.
+        crop: the photo will be squared around the largest face, with hair and shoulders, turned upright by its eyes;
+            otherwise its centre will be taken.
         name: what messages call the photo.
+        detector: of faces, see `hypernet.inputs.faces.choose_detector`.
 
     Raises:
-        ValueError: ``size_px`` is not positive, the photo is too small, or ``crop`` finds no face.
+        NoFaceError: ``crop`` finds no face.
+        ValueError: the photo is too small, or faces cannot be looked for.
     """
-    if size_px < 1:
-        raise ValueError(f"size_px is {size_px}; give the side of the square in pixels, 512 for Stable Diffusion 1.5")
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE_PX:
         raise ValueError(
             f"{name} is {width} x {height} pixels; use a photo of at least {SMALLEST_SIDE_PX} on either side"
         )
-    image = image.convert("RGB")
     if not crop:
-        square = ImageOps.fit(image, (size_px, size_px), Image.Resampling.LANCZOS)
-        return Photo(square, name, note=_note(name, 1, min(width, height), size_px))
-    faces = find_faces(image)
+        return OpenPhoto(name, image)
+    faces = find_faces(image, detector)
     if not faces:
-        raise ValueError(
+        raise NoFaceError(
             f"{name}: no face found; use a photo in which the face is upright, looks at the camera and is well lit, "
             "or crop it to the face yourself and pass --no-crop"
         )
-    box = _portrait_box(faces[0], width, height)
-    square = image.resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)
-    return Photo(square, name, faces[0], _note(name, len(faces), box[2] - box[0], size_px))
+    return OpenPhoto(name, image, tuple(faces))
+
+
+def load_photo(path: str | os.PathLike, size_px: int, crop: bool = True, detector: str = "auto") -> Photo:
+    """Read a photo of a person and prepare it: `open_photo` and `OpenPhoto.prepare`."""
+    return open_photo(path, crop, detector).prepare(size_px)
+
+
+def prepare_photo(
+    image: Image.Image, size_px: int, crop: bool = True, name: str = "the photo", detector: str = "auto"
+) -> Photo:
+    """Square a photo and scale it to ``size_px``: `look_at` and `OpenPhoto.prepare`."""
+    return look_at(image, crop, name, detector).prepare(size_px)
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as upright sRGB; a transparent one is laid on white, of an animation the first frame is taken.
 
-    Opens what Pillow opens, and HEIC where pillow-heif is installed.
+    Opens raster formats (`RASTER_FORMATS`), and HEIC where pillow-heif is installed. A large image comes back smaller.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: the path.
-        ValueError: empty, not an image, damaged, or of more than 179 million pixels.
+        ValueError: empty, not a raster image, damaged, or so large that decoding it would take too much memory.
     """
     path = Path(path)
     if path.is_dir():
@@ -159,8 +236,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
-    """Decode an open image file and turn it upright; anything the decoders raise becomes one sentence."""
-    too_large = f"{name} has more than {_LARGEST_PIXELS // 10**6} million pixels; scale the photo down first"
+    """Decode an open image file, a large one smaller, and turn it upright; what decoders raise becomes a sentence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but accepted, or odd EXIF: nothing the person can act on
@@ -168,20 +244,66 @@ def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
                 import pillow_heif
 
                 image = pillow_heif.open_heif(file)
-                if image.size[0] * image.size[1] <= _LARGEST_PIXELS:
-                    return _upright(image.to_pillow())
+                _check_memory(name, "HEIF", image.size, RASTER_FORMATS["HEIF"])
+                image = image.to_pillow()
             else:
-                image = Image.open(file)
+                image = Image.open(file, formats=_readable_formats())
+                _check_memory(name, image.format, image.size, _bytes_per_pixel(image))
                 image.draft(None, (_DECODED_SIDE_PX, _DECODED_SIDE_PX))
                 image.load()
-                return _upright(image)
+            return _upright(_reduced(image))
+    except _TooLargeError:
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(too_large) from error
+        raise ValueError(f"{name} has more than 179 million pixels; scale the photo down first") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that can be read; use a JPEG, PNG or WebP") from error
     except _DAMAGED as error:
         raise ValueError(f"{name} is damaged ({first_line(error)}); copy the photo again or save it anew") from error
-    raise ValueError(too_large)
+
+
+class _TooLargeError(ValueError):
+    pass
+
+
+def _readable_formats() -> list[str]:
+    """Those of `RASTER_FORMATS` that the installed Pillow reads."""
+    Image.init()
+    return [name for name in RASTER_FORMATS if name in Image.OPEN]
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """What decoding an image that is open takes; a JPEG is decoded smaller, but for coefficients that it keeps."""
+    if image.format in ("JPEG", "MPO"):
+        return 1 + _PROGRESSIVE_JPEG * ("progressive" in image.info)
+    return RASTER_FORMATS[image.format] or _MODE_BYTES.get(image.mode, 4)
+
+
+def _check_memory(name: str, kind: str, size: tuple[int, int], bytes_per_pixel: int) -> None:
+    pixels, most = math.prod(size), _MEMORY // bytes_per_pixel
+    if pixels > most:
+        raise _TooLargeError(
+            f"{name} has {size[0]} x {size[1]} = {pixels / 1e6:.0f} million pixels, and of a {kind} like it at most "
+            f"{most / 1e6:.0f} million are read; scale the photo down first"
+        )
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """Scale a large image down, in its own mode and so without a copy of its size."""
+    factor = math.ceil(math.sqrt(math.prod(image.size) / _KEPT_PIXELS))
+    if factor < 2:
+        return image
+    if image.mode in ("1", "P", "PA") or image.mode.startswith("I;16"):  # which Pillow cannot average
+        size = tuple(max(1, side // factor) for side in image.size)
+        return _described(image, image.resize(size, Image.Resampling.NEAREST))
+    return _described(image, image.reduce(factor))
+
+
+def _described(image: Image.Image, smaller: Image.Image) -> Image.Image:
+    """Give a reduced image what is known of the whole one: how it is turned, its colours, what is transparent."""
+    smaller.info = image.info
+    smaller.getexif().update(image.getexif())
+    return smaller
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -199,19 +321,22 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_grey(image)
     if image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = image.convert("RGBA") if image.mode != "RGBA" else image
+        on_white = Image.new("RGB", image.size, "white")
+        on_white.paste(image, mask=image.getchannel("A"))
+        image = on_white
     if profile and image.mode in {"RGB", "CMYK"} and features.check("littlecms2"):
         image = _apply_profile(image, profile)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits, 32 bits or floating point to 8 bits; Pillow's own conversion clips it at 255."""
-    grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    grey = np.nan_to_num(np.array(image, dtype=np.float32), copy=False, posinf=0, neginf=0)
     ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
     white = next((white for white in ranges if grey.max() <= white), grey.max())
-    return Image.fromarray((grey * (255 / white)).clip(0, 255).round().astype(np.uint8))
+    grey *= 255 / white
+    return Image.fromarray(np.rint(np.clip(grey, 0, 255, out=grey), out=grey).astype(np.uint8))
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
@@ -223,13 +348,51 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
-def _portrait_box(face: Face, width: int, height: int) -> tuple[int, int, int, int]:
-    """Square the face with hair and shoulders: ``(left, top, right, bottom)``, moved or shrunk to lie in the photo."""
-    side = min(round(_CROP_PER_FACE * face.side), width, height)
-    x, y = face.centre
-    left = min(max(round(x - side / 2), 0), width - side)
-    top = min(max(round(y + _CROP_DROP * face.side - side / 2), 0), height - side)
-    return left, top, left + side, top + side
+def _portrait(image: Image.Image, face: Face, size_px: int) -> tuple[Image.Image, int]:
+    """Cut out the face with hair and shoulders, upright, as ``size_px`` squared; and how many pixels its side had."""
+    roll_deg = face.roll_deg if abs(face.roll_deg) >= _LEAST_ROLL_DEG else 0.0
+    x, y, side = _portrait_square(face, roll_deg, *image.size)
+    if not _is_whole(face, x, y, side):  # turned, the square would be too far inside of the photo
+        quarter = 90 * round(roll_deg / 90)
+        roll_deg = quarter
+        x, y, side = _portrait_square(face, roll_deg, *image.size)
+    around = side * _reach(roll_deg)
+    box = (x - around / 2, y - around / 2, x + around / 2, y + around / 2)
+    box = tuple(min(max(place, 0), most) for place, most in zip(box, image.size * 2, strict=True))
+    around_px = round(size_px * _reach(roll_deg))
+    part = image.convert("RGB").resize((around_px, around_px), Image.Resampling.LANCZOS, box=box)
+    if roll_deg % 90:
+        part = part.rotate(roll_deg, Image.Resampling.BICUBIC)
+        start = (around_px - size_px) // 2
+        part = part.crop((start, start, start + size_px, start + size_px))
+    elif roll_deg:
+        part = part.transpose(_QUARTERS[roll_deg % 360])
+    return part, round(side)
+
+
+def _portrait_square(face: Face, roll_deg: float, width: int, height: int) -> tuple[float, float, float]:
+    """Return the centre and side of the square, turned by ``roll_deg``, moved or shrunk to lie in the photo."""
+    reach = _reach(roll_deg)
+    side = min(round(_CROP_PER_FACE * face.side), int(width / reach), int(height / reach))
+    roll, drop = math.radians(roll_deg), _CROP_DROP * face.side
+    x, y = face.centre[0] - drop * math.sin(roll), face.centre[1] + drop * math.cos(roll)
+    margin = side * reach / 2
+    left, top = round(x - side / 2), round(y - side / 2)  # whole pixels, so that an upright one is not resampled
+    x = min(max(left + side / 2, margin), width - margin)
+    y = min(max(top + side / 2, margin), height - margin)
+    return x, y, side
+
+
+def _reach(roll_deg: float) -> float:
+    """Return the side of the upright square around a turned one, in sides of that."""
+    roll = math.radians(roll_deg)
+    return abs(math.cos(roll)) + abs(math.sin(roll)) if roll_deg % 90 else 1.0
+
+
+def _is_whole(face: Face, x: float, y: float, side: float) -> bool:
+    """Whether a turned square of that centre and side holds the face, whatever the angle."""
+    distance = math.hypot(face.centre[0] - x, face.centre[1] - y)
+    return distance + face.side / 2 <= side / 2
 
 
 def _note(name: str, num_faces: int, cut_px: int, size_px: int) -> str:

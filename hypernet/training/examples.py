@@ -105,7 +105,7 @@ class Examples(Dataset):
             return self._blank()
         # Through People, which reads lazily: one row is decoded, not the data set.
         (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
-        prepared, skipped = prepare_person(person, self.size_px, self.config.crop)
+        prepared, skipped = prepare_person(person, self.size_px, self.config.crop, self.config.face_detector)
         if prepared is None:
             return self._blank(*skipped)
         if self.targets is not None and prepared.key not in self.targets:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -103,14 +103,13 @@ def train(
         OSError: a checkpoint cannot be written; the one before stays.
     """
     out = Path(out)
+    config = replace(config, face_detector=check_detector(config.crop, config.face_detector))
     check_folder(out, resume, [people.source, held_out and held_out.source, targets, base.name])
     space = space or network.space_on(base.adapted)
     store = targets_to_learn(targets, space, base, network, config)
     if held_out is not None and not config.needs_base:
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
                          "or hold out a fraction")  # fmt: skip
-    if config.crop:
-        check_detector()
     training, validating = choose_people(people, config, store, held_out)
     sources = {"people": people, "held-out people": held_out, "targets": store}
     data = {name: source.fingerprint for name, source in sources.items() if source is not None}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypernet.bases.base import BaseModel
 from hypernet.devices import WAIT
-from hypernet.fitting.targets import SKIPPED_FILE, TargetStore
+from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
@@ -53,7 +53,8 @@ def targets_to_learn(
     if network.bases is not None and config.compare == "factors":
         raise ValueError("compare is 'factors', which mean nothing on learned bases; choose 'updates'")
     store = TargetStore(folder, space)
-    store.check_fit({"prompt": network.config.trigger, "crop": config.crop, "size_px": base.size_px})
+    fit = {"prompt": network.config.trigger, "crop": config.crop, "size_px": base.size_px}
+    store.check_fit(fit | detector_fit(config.crop, config.face_detector))
     return store
 
 

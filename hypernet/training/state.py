@@ -19,6 +19,7 @@ FORMAT_VERSION = 2
 _EARLIER_FILE = "training.pt"  # of format 1, a pickle
 # They change how a run is watched or how fast it is, not what is learned.
 _FREE = {"log_every", "checkpoint_every", "workers", "gradient_checkpointing", "batch", "accumulation"}
+_EARLIER = {"face_detector": "cascade"}  # of which states did not say when there was no other
 
 
 @dataclass
@@ -138,10 +139,12 @@ def _load_part(path: Path, part: Any, theirs: Any) -> None:
 
 def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: TrainConfig, world: int) -> None:
     ours = json.loads(json.dumps(asdict(config)))
+    theirs = _EARLIER | theirs
     missing = [name for name in ("batch", "accumulation") if not isinstance(theirs.get(name), int)]
     if missing:
         raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train anew")
-    differing = [name for name in ours if name not in _FREE and theirs.get(name) != ours[name]]
+    free = _FREE if config.crop else _FREE | {"face_detector"}
+    differing = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
     if differing:
         found = ", ".join(f"{name} {theirs.get(name)!r} (here {ours[name]!r})" for name in differing)
         raise ValueError(f"{path} was trained with {found}; resume with its own settings")
