@@ -50,7 +50,7 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
     from lidb_peft.outputs import check_not_an_input
 
     jobs = plan_batch(sources, out, to)
-    models, v_prediction = None, False
+    models, v_prediction = None, None
     if base is not None:
         check_not_an_input(out, [base])
         from cli.bases import open_base
@@ -66,7 +66,8 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
             outcomes.append(outcome)
             report("convert", len(outcomes), len(jobs))
     for outcome in outcomes:
-        click.echo(as_text(outcome, to))
+        if len(jobs) > 1 or not outcome.error:
+            click.echo(as_text(outcome, to))
     errors = [outcome.error for outcome in outcomes if outcome.error]
     if errors:
         raise errors[0] if len(jobs) == 1 else ValueError(f"{len(errors)} of {len(jobs)} were not converted; see above")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from converters import FileDescription
 
 _HAS_WARNINGS = 3
-_MAX_CHARS = 300
+_MAX_CHARS = 600
 _MAX_NUMBERS = 8
 
 

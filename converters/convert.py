@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from converters.arithmetic.low_rank import to_low_rank
 from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
+from converters.formats.family import stated_base
+from converters.formats.foreign import name_foreign
 from converters.formats.kohya import kohya_layers, kohya_tensors, write_tensors
 from converters.formats.layout import SPELLINGS, read_layout
 from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
@@ -24,7 +26,7 @@ from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import find_sources, is_adapter_folder, read_lora
 from converters.key_maps import kohya_place
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
-from converters.metadata import KohyaMetadata, build_metadata, trigger_entries
+from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
 from converters.shapes import fit_shapes
 from converters.sidecar import Companions, check_companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
@@ -41,7 +43,11 @@ FORMATS = {
     "peft": "a folder for each model, with PEFT's config",
     **LIDB_FORMATS,
 }
+READ_ONLY = {"comfyui": "ComfyUI's own"}
+"""Formats that are read and not written."""
 _FOLDER_FORMATS = frozenset({"peft", "lidb"})
+# What of a file's metadata says which models it is for.
+_FAMILY_KEYS = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.implementation")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -55,23 +61,24 @@ class Conversion:
 
 
 def detect_format(path: str | os.PathLike) -> str:
-    """Return which of ``FORMATS`` an adapter is in.
+    """Return which of ``FORMATS`` an adapter is in, or of ``READ_ONLY``.
 
     Raises:
         FileNotFoundError: there is nothing.
         ValueError: it is a damaged file, or no adapter of a known format.
     """
     source = find_sources(Path(path))[0]
-    names = list(read_header(source.file).tensors)
+    header = read_header(source.file)
+    names = list(header.tensors)
     if names == ["theta"]:
         return "theta"
     layout = read_layout(names)
     if not layout.modules:
-        raise ValueError(f"{source.file} is no adapter that is known here; name a LoRA or theta file")
+        raise ValueError(f"{source.file} is {name_foreign(names, header.metadata)}; name a LoRA or theta file")
     if layout.style == "PEFT":
         return "lidb" if layout.algorithm == "LiDB" else "peft"
     old = SPELLINGS["diffusers-old"]["lora_A"]
-    return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style
+    return "diffusers-old" if any(name.endswith(old) for name in names) else layout.style.lower()
 
 
 def is_folder_format(name: str) -> bool:
@@ -86,7 +93,7 @@ def prepare_conversion(
     dtype: torch.dtype | None = None,
     family: str = "",
     trigger: str = "",
-    v_prediction: bool = False,
+    v_prediction: bool | None = None,
     models: Mapping[str, nn.Module] | None = None,
     rank: int | None = None,
     drop_nan: bool = False,
@@ -102,7 +109,7 @@ def prepare_conversion(
         dtype: of the tensors; None keeps theirs.
         family: name of one of ``lidb_peft.families``, where the adapter does not tell.
         trigger: activation text, e.g. ``a sks face``.
-        v_prediction: the base model predicts v, where the adapter does not tell.
+        v_prediction: whether the base model predicts v, where the adapter does not tell; None claims nothing.
         models: component -> model of the base, for LiDB weights that are of no known family.
         rank: of the LoRA that LoHa, LoKr and whole differences become.
         drop_nan, alpha: as `read_lora`.
@@ -179,6 +186,8 @@ def prepare_writing(
         ValueError, OSError: as `check_target`.
     """
     sources, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
+    if to in READ_ONLY:
+        to, lora = "kohya", replace(lora, notes=(*lora.notes, f"its names are {READ_ONLY[to]}; kohya's are written"))
     _check_choices(to)
     check_target(target, sources, to, overwrite)
     lora, companions = _with_companions(lora, sources)
@@ -241,9 +250,14 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
                      f" {examples(list(lora.embeddings))}")  # fmt: skip
     if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
         notes.append(
-            "it is DoRA: A1111, Forge and ComfyUI read its dora_scale, kohya's networks.lora and diffusers drop it;"
-            " diffusers reads DoRA from its own format"
+            "it is DoRA, which none of these programs applies from a kohya file as it was trained: ComfyUI and Forge"
+            " divide by the norm of the base weight, A1111 by that of the other axis, kohya's networks.lora and"
+            " diffusers leave dora_scale out; diffusers and PEFT apply it from their own formats, and hdb merge --into"
         )
+    if to != "peft" and stated_base(lora.metadata) not in ("", lora.family) and lora.family:
+        wrong = [key for key in _FAMILY_KEYS if key in lora.metadata]
+        lora = replace(lora, metadata={key: value for key, value in lora.metadata.items() if key not in wrong})
+        notes.append(f"its metadata were of another model than its layers: left out {', '.join(wrong)}")
     return lora if dtype is None else to_dtype(lora, dtype), tuple(notes)
 
 
@@ -280,14 +294,19 @@ def _stated_scale(lora: Lora) -> float | None:
 
 
 def _writer(
-    target: Path, lora: Lora, to: str, companions: Companions, v_prediction: bool = False, overwrite: bool = False
+    target: Path,
+    lora: Lora,
+    to: str,
+    companions: Companions,
+    v_prediction: bool | None = None,
+    overwrite: bool = False,
 ) -> Callable[[], list[Path]]:
     if to == "peft":
         folders = peft_folders(lora)
         return lambda: _write_folders(target, folders, lora.metadata)
     if to == "kohya":
         if not lora.family:
-            raise ValueError(f"its layers do not tell its model family; say which: {', '.join(FAMILIES)}")
+            raise ValueError(f"its layers do not tell its model family; say which: --family {', '.join(FAMILIES)}")
         tensors = kohya_tensors(lora, lora.family) | lora.embeddings
         trigger = lora.metadata.get("modelspec.trigger_phrase", "")
         if companions.entries or trigger:
@@ -298,12 +317,13 @@ def _writer(
 
 
 def _write_kohya(
-    target: Path, tensors: dict[str, Tensor], lora: Lora, companions: Companions, v_prediction: bool
+    target: Path, tensors: dict[str, Tensor], lora: Lora, companions: Companions, v_prediction: bool | None
 ) -> list[Path]:
     first = next(iter(lora.layers.values()))
+    stated = stated_v_prediction(lora.metadata)
     about = KohyaMetadata(
         family=lora.family,
-        v_prediction=v_prediction,
+        v_prediction=v_prediction if stated is None else stated,
         trigger=lora.metadata.get("modelspec.trigger_phrase", ""),
         base_model_name=lora.metadata.get("ss_sd_model_name", ""),
     )

@@ -4,7 +4,8 @@ A layer name is a component and a diffusers module path, ``unet.down_blocks.0...
 ``prefix_`` and the path with every dot an underscore, so reading one back needs the words that hold an underscore
 themselves; some components moreover go by their first authors' names (SDXL's UNet: ``input_blocks_4_1_...``).
 diffusers' and PEFT's names are paths like ours, except that diffusers before 0.20 named an attention's projections its
-own way. The tables are the families' (:mod:`lidb_peft.families`).
+own way; ComfyUI's and OneTrainer's are the first authors' paths. The tables are the families'
+(:mod:`lidb_peft.families`).
 """
 
 import re
@@ -15,8 +16,14 @@ from lidb_peft.families import FAMILIES, TITLES, Component, Family, get_family
 from lidb_peft.naming import clean_module_name, layer_name
 
 _PAIRS = tuple((family, component) for family in FAMILIES.values() for component in family.components)
-# What ComfyUI puts before the original paths of a denoiser.
-_COMFY_PREFIX = "diffusion_model."
+# What trainers put around a model: PEFT, DistributedDataParallel, torch.compile, FSDP, DeepSpeed.
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+# Whose names begin so, as dotted paths; kohya's prefixes too, because some tools write them so.
+_PATH_PREFIXES = tuple(
+    (prefix, component.name)
+    for _, component in _PAIRS
+    for prefix in (f"{component.name}.", *component.path_prefixes, *(f"{p[:-1]}." for p in component.kohya_prefixes))
+)
 
 # (ours, theirs) at the end of a path: the projections of diffusers' LoRA attention processors.
 OLD_ATTENTION = (
@@ -71,26 +78,21 @@ def to_kohya_name(layer: str, family: str) -> str:
     return kohya_place(layer, family).name
 
 
+@lru_cache(maxsize=10_000)
 def read_kohya_name(name: str) -> Place:
-    """Return which layers of ours a kohya name is, in any family's spelling (SDXL's sgm or diffusers names).
+    """Return which layers of ours a kohya name is, in any family's spelling (the first authors' names or diffusers').
 
     Raises:
         ValueError: the name is none of a known family's LoRA.
     """
-    plain: Place | None = None
-    for family, component in _PAIRS:
-        prefix = next((prefix for prefix in component.kohya_prefixes if name.startswith(prefix)), None)
-        path = None if prefix is None else _split_words(name.removeprefix(prefix), component.words)
-        if path is None:
-            continue
-        if component.kohya_uses_originals and _is_original(path, component):
-            place = _from_original(path, family, component)
+    candidates = [(len(prefix), component) for _, component in _PAIRS for prefix in component.kohya_prefixes
+                  if name.startswith(prefix)]  # fmt: skip
+    for length, component in sorted(candidates, key=lambda candidate: -candidate[0]):
+        path = _split_words(name[length:], component.words)
+        place = None if path is None else _read_path(path, component)
+        if place is not None:
             return Place(name, tuple(f"{component.name}.{path}" for path in place.layers), place.widths)
-        if plain is None and _has_blocks(path, component):
-            plain = Place(name, (f"{component.name}.{path}",))
-    if plain is None:
-        raise ValueError(f"{name} is no layer of a {TITLES} model")
-    return plain
+    raise ValueError(f"{name} is no layer of a {TITLES} model")
 
 
 def from_kohya_name(name: str) -> str:
@@ -116,7 +118,8 @@ def component_of_kohya_name(name: str) -> str | None:
 
 def component_of_path(path: str) -> str | None:
     """Return the component that a dotted path is of; None if it is of none."""
-    return next((component.name for _, component in _PAIRS if re.search(component.path, path)), None)
+    return next((component.name for _, component in _PAIRS
+                 if re.search(component.path, path) or _read_path(path, component)), None)  # fmt: skip
 
 
 def to_old_diffusers_name(layer: str) -> str:
@@ -131,29 +134,40 @@ def to_old_diffusers_name(layer: str) -> str:
     raise ValueError(f"layer {layer} is no attention projection, which is all that diffusers' old LoRA files hold")
 
 
-def read_path_name(name: str, component: str) -> Place:
-    """Return which layers of ours a dotted name is: diffusers', new or old, PEFT's, or ComfyUI's of original paths.
+@lru_cache(maxsize=10_000)
+def read_path_name(name: str, component: str = "") -> Place:
+    """Return which layers of ours a dotted name is: diffusers', new or old, PEFT's, ComfyUI's, in whatever wrapping.
 
     Args:
-        component: whose model the name is in.
+        component: whose model it is in, where the name does not say.
 
     Raises:
         ValueError: the path is none of a known family's model.
     """
-    path = clean_module_name(name).removeprefix(f"{component}.").removeprefix(_COMFY_PREFIX)
-    path = next((path.removesuffix(theirs) + ours for ours, theirs in OLD_ATTENTION if path.endswith(theirs)), path)
-    for family, found in _named(component):
-        if not path or not _are_words(path, found.words):
-            continue
-        if found.kohya_uses_originals and found.stacked and _is_original(path, found):
-            place = _from_original(path, family, found)
-            return Place(name, tuple(layer_name(found.name, path) for path in place.layers), place.widths)
-        if _has_blocks(path, found):
-            return Place(name, (layer_name(component, path),))
+    named, path = split_path_name(name)
+    # ComfyUI calls every denoiser by one name, so the path has to tell whose it is.
+    owners = {
+        owner for prefix, owner in _PATH_PREFIXES if named and _unwrapped(clean_module_name(name)).startswith(prefix)
+    }
+    for _, candidate in _PAIRS:
+        if candidate.name in (owners or {component or candidate.name}):
+            place = _read_path(path, candidate)
+            if place is not None:
+                return Place(name, tuple(f"{candidate.name}.{path}" for path in place.layers), place.widths)
     raise ValueError(f"{name} is no layer of a {TITLES} model")
 
 
-def from_path_name(name: str, component: str) -> str:
+def split_path_name(name: str) -> tuple[str, str]:
+    """Return the component that a dotted name begins with, "" if none, and the path without it and any wrapper."""
+    path = _unwrapped(clean_module_name(name))
+    fitting = [(len(prefix), component) for prefix, component in _PATH_PREFIXES if path.startswith(prefix)]
+    if not fitting:
+        return "", path
+    length, component = max(fitting, key=lambda found: found[0])
+    return component, _unwrapped(path[length:])
+
+
+def from_path_name(name: str, component: str = "") -> str:
     """Return our one layer of a dotted name; see `read_path_name`.
 
     Raises:
@@ -196,13 +210,49 @@ def is_original_name(name: str) -> bool:
     )
 
 
-def _named(component: str) -> tuple[tuple[Family, Component], ...]:
-    """Components of that name; all of them if there is none, because a model saved by itself does not say its name."""
-    return tuple(pair for pair in _PAIRS if pair[1].name == component) or _PAIRS
+def is_transposed(name: str) -> bool:
+    """Whether a single-file checkpoint has the tensor ``name`` transposed, as OpenCLIP has its projection."""
+    return any(name == prefix + original for _, component in _PAIRS for prefix in component.checkpoint_prefixes
+               for _, original in component.transposed)  # fmt: skip
+
+
+def _unwrapped(path: str) -> str:
+    while path.startswith(_WRAPPERS):
+        path = next(path.removeprefix(wrapper) for wrapper in _WRAPPERS if path.startswith(wrapper))
+    return path
+
+
+def _read_path(path: str, component: Component) -> Place | None:
+    """Return our paths of a component's module, whoever named it; None if it is no module of it."""
+    if component.level:
+        path = path.removeprefix(component.level)
+        path = path if path.startswith("text_projection") else component.level + path
+    path = next((path.removesuffix(theirs) + ours for ours, theirs in OLD_ATTENTION if path.endswith(theirs)), path)
+    if is_module(path, component):
+        return Place(path, (path,))
+    # Tables of families with one name of a component differ in names only that no model has both ways.
+    for _, other in _PAIRS:
+        if other.name == component.name:
+            ours = _replace_prefix(path, other.originals, source=1)
+            place = _unstacked(path, other) if ours is None else Place(path, (ours,))
+            if place is not None and is_module(place.layers[0], component):
+                return place
+    return None
+
+
+def is_module(path: str, component: Component) -> bool:
+    """Whether a path is one of ours in a component, and not its first authors'."""
+    if component.modules:
+        return re.fullmatch(component.modules, path) is not None
+    is_ours = not component.kohya_uses_originals or not _is_original(path, component)
+    return bool(path) and is_ours and _are_words(path, component.words) and _has_blocks(path, component)
 
 
 def _checkpoint_place(path: str, component: Component) -> Place | None:
     """Return our paths of the weight that a component's checkpoint has at ``path``."""
+    turned = next((ours for ours, original in component.transposed if path == original), None)
+    if turned is not None:
+        return Place(path, (turned,))
     found = _unstacked(path, component) or _unstacked(path.removesuffix(".weight"), component)
     if found is not None or component.stacked or not path.endswith(".weight"):
         return found
@@ -237,15 +287,6 @@ def _original_place(path: str, family: Family, component: Component) -> Place:
                 ours = tuple(other.format(*numbers) for other in found.ours)
                 return Place(found.original.format(*numbers), ours, found.widths or (1,) * len(ours))
     raise ValueError(f"{path} is no module of {family.a1111_version}'s {component.title}")
-
-
-def _from_original(path: str, family: Family, component: Component) -> Place:
-    """Return our paths of what the first authors' model has at ``path``."""
-    ours = _replace_prefix(path, component.originals, source=1)
-    place = _unstacked(path, component) if ours is None else Place(path, (ours,))
-    if place is None or not _has_blocks(place.layers[0], component):
-        raise ValueError(f"{path} is no module of {family.a1111_version}'s {component.title}")
-    return place
 
 
 def _unstacked(path: str, component: Component) -> Place | None:

@@ -27,7 +27,8 @@ class KohyaMetadata:
 
     Args:
         family: name of one of ``lidb_peft.families``; A1111 hides a LoRA whose family is not the loaded model's.
-        v_prediction: the base model predicts v (Stable Diffusion 2 at 768).
+        v_prediction: the base model predicts v (Stable Diffusion 2 at 768); None where that is not known, which then
+            leaves out what would tell it, and the resolution.
         output_name: the ``name`` of A1111's ``<lora:name:1>``; the file's own name when empty.
         trigger: activation text, e.g. ``a sks face``.
         base_model_name: the checkpoint it was trained on.
@@ -39,7 +40,7 @@ class KohyaMetadata:
     """
 
     family: str = next(iter(FAMILIES))
-    v_prediction: bool = False
+    v_prediction: bool | None = False
     output_name: str = ""
     trigger: str = ""
     base_model_name: str = ""
@@ -71,24 +72,27 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
     family = get_family(metadata.family)
     version = family.version("v_prediction" if metadata.v_prediction else "")
     name = metadata.output_name or "".join("_" if character in "<>:" else character for character in file_stem)
-    side = metadata.resolution_px or version.size_px
+    is_known = metadata.v_prediction is not None
+    # Where the family's models have one name, whatever they predict, the name is told all the same.
+    is_named = is_known or len({version.architecture for version in family.versions}) == 1
+    side = metadata.resolution_px or (version.size_px if is_known else 0)
     entries = {
         "ss_output_name": name,
         **family.metadata,
-        "ss_base_model_version": version.base_version,
+        "ss_base_model_version": version.base_version if is_named else "",
         "ss_network_module": family.network_module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": "{}",
-        "ss_resolution": f"({side}, {side})",
+        "ss_resolution": f"({side}, {side})" if side else "",
         "ss_sd_model_name": metadata.base_model_name,
         "ss_num_train_images": str(metadata.num_photos) if metadata.num_photos else "",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{version.architecture}/lora",
+        "modelspec.architecture": f"{version.architecture}/lora" if is_named else "",
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.title or name,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": _PREDICTION_TYPES.get(version.prediction_type, ""),
+        "modelspec.resolution": f"{side}x{side}" if side else "",
+        "modelspec.prediction_type": _PREDICTION_TYPES.get(version.prediction_type, "") if is_known else "",
         "modelspec.author": metadata.author,
         "modelspec.description": metadata.description,
         "modelspec.license": metadata.license,
@@ -97,6 +101,18 @@ def build_metadata(metadata: KohyaMetadata, file_stem: str, rank: int) -> dict[s
         **metadata.extra,
     }
     return {key: value for key, value in entries.items() if value}
+
+
+def stated_v_prediction(metadata: Mapping[str, str]) -> bool | None:
+    """Return whether a file's metadata say that its base model predicts v; None where they say nothing of it."""
+    stated, version = metadata.get("modelspec.prediction_type", ""), metadata.get("ss_base_model_version", "")
+    if stated in ("v", "v_prediction"):
+        return True
+    if stated == "epsilon":
+        return False
+    if version.endswith("_v"):
+        return True
+    return False if version == "sd_v2" else None
 
 
 def trigger_entries(trigger: str, num_photos: int = 0) -> dict[str, str]:

@@ -1,13 +1,41 @@
-"""Which layers of a family are linear and which are convolutions, and giving a LoRA's factors the shapes of those.
+"""Which layers a family has, what they are, and giving a LoRA's factors the shapes of those.
 
 A 1x1 convolution and a linear layer do the same, so trainers write one for the other; readers that fill a module's
 weights (diffusers, kohya) fail on the wrong number of dimensions.
 """
 
+import re
 from dataclasses import replace
+from functools import lru_cache
 
+from converters.key_maps import is_module, to_kohya_name
 from converters.lora import Lora, LoraLayer
 from lidb_peft.families import FAMILIES, Family
+
+# A path up to the number of an attention, or of one of the blocks that are stacked.
+_BLOCK = re.compile(r"(.*(?:attentions|transformer_blocks|encoder\.layers)\.\d+)\.")
+
+
+@lru_cache(maxsize=50_000)
+def has_layer(layer: str, family: str) -> bool:
+    """Whether the published models of a family have a layer, given by our name."""
+    name, _, path = layer.partition(".")
+    component = FAMILIES[family].component(name)
+    if component is None or not is_module(path, component):
+        return False
+    block = _BLOCK.match(path)
+    if block:
+        return block[1] in _blocks(family, name)
+    return not component.originals or any(
+        path == ours or path.startswith(f"{ours}.") for ours, _ in component.originals
+    )
+
+
+@lru_cache
+def _blocks(family: str, component: str) -> frozenset[str]:
+    """All starts of the paths of a component's attention projections."""
+    words = [path.split(".") for path in FAMILIES[family].component(component).shapes]
+    return frozenset(".".join(path[:end]) for path in words for end in range(len(path)))
 
 
 def kernel_side(layer: str, family: str = "", for_kohya: bool = False) -> int | None:
@@ -36,8 +64,12 @@ def fit_shapes(lora: Lora, for_kohya: bool = False) -> Lora:
     """Return a LoRA whose factors have as many dimensions as its family's layers; every number stays as it is.
 
     Raises:
-        ValueError: a layer has a kernel and is none of the family's convolutions.
+        ValueError: the family has no such layer, or one has a kernel and is none of the family's convolutions.
     """
+    for name in lora.layers if lora.family else ():
+        to_kohya_name(name, lora.family)
+        if not has_layer(name, lora.family):
+            raise ValueError(f"layer {name} is none of {FAMILIES[lora.family].title}'s; choose the right family")
     layers = {
         name: _fit_shape(name, layer, kernel_side(name, lora.family, for_kohya)) for name, layer in lora.layers.items()
     }

@@ -60,7 +60,9 @@ def layer_name(component: str, module_name: str) -> str:
     """Return the classic name of the module at ``module_name`` in the model of ``component``."""
     name = clean_module_name(module_name)
     level = _level(component, name)
-    return f"{component}.{name}" if name.startswith(level) else f"{component}.{level}{name}"
+    # CLIP's projection stands beside text_model, and not in it.
+    is_whole = name.startswith((level, "text_projection"))
+    return f"{component}.{name}" if is_whole else f"{component}.{level}{name}"
 
 
 def _level(component: str, path: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from converters.arithmetic.algebra import matrices, to_layer
 from converters.formats.family import find_base
 from converters.full_update import FullUpdate, SumOfUpdates
-from converters.key_maps import Place, read_checkpoint_name
+from converters.key_maps import Place, is_transposed, read_checkpoint_name
 from converters.lora import Lora, LoraLayer, is_finite
 from converters.stacking import row_slices
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
@@ -42,16 +42,19 @@ class Weight:
     Args:
         part: which of them.
         widths: their numbers of rows, relative to each other.
+        is_transposed: the tensor is ``(in, out)``, as OpenCLIP's projection is.
     """
 
     file: Path
     tensor: str
     part: int = 0
     widths: tuple[int, ...] = (1,)
+    is_transposed: bool = False
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """View the layer's own rows of the stored tensor."""
-        return tensor[row_slices(len(tensor), self.widths)[self.part]] if len(self.widths) > 1 else tensor
+        """View the layer's own rows of the stored tensor, ``(out, in)``."""
+        rows = tensor[row_slices(len(tensor), self.widths)[self.part]] if len(self.widths) > 1 else tensor
+        return rows.mT if self.is_transposed else rows
 
     def load(self) -> Tensor:
         with safe_open(self.file, "pt") as file:
@@ -88,7 +91,8 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
                 if layer in weights:
                     raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
                                      " remove one")  # fmt: skip
-                weights[layer] = Weight(file, tensor, part, place.widths)
+                is_turned = not model.is_dir() and is_transposed(tensor)
+                weights[layer] = Weight(file, tensor, part, place.widths, is_turned)
     if not any(layer.partition(".")[0] in DENOISERS for layer in weights):
         raise ValueError(
             f"{model} holds no UNet or transformer of {TITLES} in safetensors; name a checkpoint, or a folder in"
@@ -104,7 +108,7 @@ def find_family(weights: Mapping[str, Weight]) -> str:
     """
     widths = {file: read_header(file).tensors for file in {weight.file for weight in weights.values()}}
     shapes = ((name, widths[weight.file][weight.tensor].shape) for name, weight in weights.items())
-    layers = ((name, name.partition(".")[0], shape[1] if len(shape) > 1 else 0) for name, shape in shapes)
+    layers = ((name, name, shape[1] if len(shape) > 1 else 0) for name, shape in shapes)
     return find_base(layers, {}) or next(iter(FAMILIES))
 
 

@@ -3,45 +3,109 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from converters.shapes import has_layer
 from lidb_peft.families import FAMILIES, Family, Mark
 
+# Name in the file, our layer name or "" where that is not known, width of what the layer reads or 0.
+Layer = tuple[str, str, int]
 # What is uncertain tells a newer family from an older one, not the reverse: the older one's is written by default.
 _NEWEST_FIRST = tuple(reversed(FAMILIES.values()))
+_STATING = ("ss_base_model_version", "modelspec.architecture")
+_REFINER = "stable-diffusion-xl-v1-refiner"
+_SD3 = "stable-diffusion-3"
+OTHER_MODELS = frozenset({_REFINER, _SD3})
+"""Models that have modules of a family's names, with other widths, and are none of it."""
+# The refiner reads OpenCLIP's bigG alone, and its levels with attentions are 768 and 1536 wide; (layer, widths).
+_REFINER_LAYERS = ((re.compile(r"attn2\.to_[kv]$"), {1280}), (re.compile(r"attn1\.to_[qkv]$"), {768, 1536}))
+_FLUX_WIDTH = 3072
 
 
-def find_base(layers: Iterable[tuple[str, str, int]], metadata: Mapping[str, str]) -> str:
+def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
     """Return the family, another model's own name, or "" where nothing tells.
 
-    Args:
-        layers: ``(name, component, in_features)`` of each layer, named as in the file.
+    Names tell, by the depth of the attentions and the blocks that there are; then widths, of what reads the prompt for
+    one; then the metadata.
     """
     layers = list(layers)
+    fitting = _fitting(layers)
+    other = _REFINER if _has_refiner_widths(layers) else _SD3 if _has_only_sd3_layers(layers) else ""
+    if other:
+        return other
     certain = marked_bases(layers)
-    return next(iter(certain), "") or stated_base(metadata) or next(_marked(layers, _NEWEST_FIRST, False), "")
+    if certain:
+        return certain[0]
+    if _states_refiner(metadata):
+        return _REFINER
+    of_width = [family for family in fitting if _has_widths(layers, family)] or fitting
+    if len(of_width) == 1:
+        return of_width[0].name
+    stated = stated_base(metadata)
+    if stated:
+        return stated
+    families = of_width or FAMILIES.values()
+    return next(_marked(layers, [family for family in _NEWEST_FIRST if family in families], is_certain=False), "")
 
 
-def marked_bases(layers: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Return the families of which some layer has a mark that is certain; more than one is none that a model has."""
-    return list(_marked(list(layers), FAMILIES.values(), is_certain=True))
+def marked_bases(layers: Iterable[Layer]) -> list[str]:
+    """Return the families of which some layer has a mark that is certain; more than one is none that a model has.
+
+    A width counts more than a spelling, which another family's layers may have too.
+    """
+    layers = list(layers)
+    fitting = _fitting(layers)
+    by_width = list(_marked(layers, fitting, is_certain=True, has_width=True))
+    return by_width or list(_marked(layers, fitting, True)) or list(_marked(layers, FAMILIES.values(), True))
 
 
-def mixed_bases(layers: Iterable[tuple[str, str, int]]) -> str:
+def mixed_bases(layers: Iterable[Layer]) -> str:
     """Return what is wrong with layers of several families, in words; "" if they are not."""
     bases = [FAMILIES[name].title for name in marked_bases(layers)]
     return f"layers of {' and of '.join(bases)}, which no model has both" if len(bases) > 1 else ""
 
 
-def _marked(layers: Sequence[tuple[str, str, int]], families: Iterable[Family], is_certain: bool) -> Iterator[str]:
-    """Yield the families of which some layer has a mark."""
+def _fitting(layers: Sequence[Layer]) -> list[Family]:
+    """The families that have all of the layers that are known."""
+    return [
+        family for family in FAMILIES.values() if all(has_layer(ours, family.name) for _, ours, _ in layers if ours)
+    ]
+
+
+def _states_refiner(metadata: Mapping[str, str]) -> bool:
+    return any(metadata.get(key, "").startswith(("sdxl_refiner", _REFINER)) for key in _STATING)
+
+
+def _has_refiner_widths(layers: Iterable[Layer]) -> bool:
+    return any(
+        pattern.search(ours) and width in widths for _, ours, width in layers for pattern, widths in _REFINER_LAYERS
+    )
+
+
+def _has_only_sd3_layers(layers: Iterable[Layer]) -> bool:
+    """Whether it is diffusers' LoRA of Stable Diffusion 3, whose blocks have the names of FLUX's double ones."""
+    own = [(name, ours, width) for name, ours, width in layers if ours.startswith("transformer.")]
+    is_flux = any("single_" in ours or "double_blocks" in name or width == _FLUX_WIDTH for name, ours, width in own)
+    return any(".attn." in ours for _, ours, _ in own) and not is_flux
+
+
+def _has_widths(layers: Sequence[Layer], family: Family) -> bool:
+    """Whether the family's attention projections read as much as those among the layers."""
+    shapes = family.shapes
+    return all(shapes[ours][0] == width for _, ours, width in layers if ours in shapes)
+
+
+def _marked(
+    layers: Sequence[Layer], families: Iterable[Family], is_certain: bool, has_width: bool = False
+) -> Iterator[str]:
+    """Yield the families of which some layer has a mark; ``has_width`` takes only marks with one."""
     for family in families:
-        marks = [mark for mark in family.marks if mark.is_certain == is_certain]
+        marks = [mark for mark in family.marks if mark.is_certain == is_certain and (mark.in_features or not has_width)]
         if any(_has_mark(mark, *layer) for mark in marks for layer in layers):
             yield family.name
 
 
-def _has_mark(mark: Mark, name: str, component: str, in_features: int) -> bool:
+def _has_mark(mark: Mark, name: str, ours: str, in_features: int) -> bool:
     return (
-        mark.component in ("", component)
+        mark.component in ("", ours.partition(".")[0])
         and mark.in_features in (0, in_features)
         and re.search(mark.pattern, name) is not None
     )
@@ -49,10 +113,11 @@ def _has_mark(mark: Mark, name: str, component: str, in_features: int) -> bool:
 
 def stated_base(metadata: Mapping[str, str]) -> str:
     """Return the family that the metadata names, another model's own name, or ""."""
-    for family in _NEWEST_FIRST:
-        if any(metadata.get(key, "").startswith(start) for key, start in family.stated_by.items()):
-            return family.name
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
+    if not _states_refiner(metadata):
+        for family in _NEWEST_FIRST:
+            if any(metadata.get(key, "").startswith(start) for key, start in family.stated_by.items()):
+                return family.name
     return architecture.partition("/")[0] or version
 
 

@@ -6,8 +6,7 @@ Only names are looked at here; what the tensors hold is :mod:`converters.inspect
 import re
 from dataclasses import dataclass, field
 
-from converters.key_maps import component_of_kohya_name, component_of_path
-from lidb_peft.families import COMPONENTS
+from converters.key_maps import component_of_kohya_name, component_of_path, split_path_name
 
 # How each format ends the names of a layer's tensors; it is written so, and read so.
 SPELLINGS = {
@@ -48,10 +47,13 @@ _ALGORITHMS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "
                "b_norm": "full difference"}  # fmt: skip
 # The name of an adapter, which PEFT's models have in their tensors' names and its files do not.
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?$")
+STYLES = ("kohya", "PEFT", "ComfyUI", "diffusers")
 # Of LiDB's bases, or of what they are checked by; layers share them.
 BASIS_START = "lidb_basis."
 EMBEDDING_START = "bundle_emb."
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
+
+_COMFY_STARTS = ("diffusion_model.", "text_encoders.")
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Layout:
     """How a file lays its layers out.
 
     Args:
-        style: ``kohya``, ``diffusers``, ``PEFT`` or ``""`` where none is found.
+        style: one of ``STYLES``, or ``""`` where none is found.
         algorithm: ``LoRA`` or another one that some of its layers have.
         modules: module's name in the file -> its parts.
         embeddings: names of textual inversions' tensors.
@@ -106,7 +108,7 @@ def read_layout(names: list[str]) -> Layout:
         styles.add(style)
         entry = layout.modules.setdefault(module, AdapterModule(module, component))
         entry.parts.setdefault(ENDINGS[ending], []).append(name)
-    layout.style = next((style for style in ("kohya", "PEFT", "diffusers") if style in styles), "")
+    layout.style = next((style for style in STYLES if style in styles), "")
     layout.algorithm = _algorithm(layout.modules)
     return layout
 
@@ -120,13 +122,14 @@ def _without_adapter(name: str) -> tuple[str, str]:
 
 
 def _style_and_component(module: str) -> tuple[str, str]:
-    prefix = re.match(r"((?:lora|lycoris)_[a-z]+\d?)_", module)
+    prefix = re.match(r"(?:lora|lycoris)_([a-z]+\d?)_", module)
     if prefix and "." not in module:
-        return "kohya", component_of_kohya_name(module) or prefix[1].partition("_")[2]
-    first = module.partition(".")[0]
-    if first == "base_model":
-        return "PEFT", component_of_path(module) or "model"
-    return "diffusers", first if first in COMPONENTS else component_of_path(module) or "model"
+        return "kohya", component_of_kohya_name(module) or prefix[1]
+    component, path = split_path_name(module)
+    component = component or component_of_path(path) or "model"
+    if module.startswith("base_model."):
+        return "PEFT", component
+    return "ComfyUI" if module.startswith(_COMFY_STARTS) else "diffusers", component
 
 
 def _algorithm(modules: dict[str, AdapterModule]) -> str:

@@ -1,7 +1,7 @@
 """Reading a LoRA of any author: kohya's, diffusers' and PEFT's differ in names, and in where they keep alpha."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from converters.formats.diffusers import DIFFUSERS_WEIGHTS
-from converters.formats.family import find_base, mixed_bases
+from converters.formats.family import OTHER_MODELS, find_base, mixed_bases
+from converters.formats.foreign import name_foreign
 from converters.formats.layout import AdapterModule, Layout, read_layout
 from converters.formats.lora_config import METADATA_KEY, check_config, layer_alpha, metadata_configs
 from converters.formats.module import read_module
@@ -17,7 +18,7 @@ from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from converters.full_update import FullUpdate
 from converters.key_maps import Place, read_kohya_name, read_path_name
 from converters.lora import Lora, LoraLayer, NotFiniteError
-from converters.shapes import kernel_side
+from converters.shapes import has_layer, kernel_side
 from converters.stacking import unstack
 from lidb_peft.families import COMPONENTS, FAMILIES, TITLES
 from lidb_peft.safe_read import PICKLE_SUFFIXES, count, examples, printable, read_json_object, read_tensors
@@ -85,9 +86,21 @@ def read_lora(
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that holds anything that a `Lora` cannot; what it is, is named.
     """
+    loaded = [(source, *read_tensors(source.file)) for source in find_sources(Path(path))]
+    return assemble(path, loaded, full_updates, drop_nan, alpha)
+
+
+def assemble(
+    path: str | os.PathLike,
+    loaded: Iterable[tuple[Source, Mapping[str, Tensor], Mapping[str, str]]],
+    full_updates: bool = False,
+    drop_nan: bool = False,
+    alpha: float | None = None,
+) -> Lora:
+    """Make a LoRA of the tensors and metadata of each source of the adapter at ``path``; see `read_lora`."""
     found = _Found()
-    for source in find_sources(Path(path)):
-        _read_source(source, found, drop_nan, alpha)
+    for source, tensors, metadata in loaded:
+        _read_source(source, tensors, metadata, found, drop_nan, alpha)
     if found.full_updates and not full_updates:
         algorithms = " and ".join(sorted({update.algorithm for update in found.full_updates.values()}))
         raise ValueError(
@@ -100,6 +113,8 @@ def read_lora(
     if mixed:
         raise ValueError(f"{path} holds {mixed}; take the file of one of them")
     base = find_base(found.widths, found.metadata)
+    if base in OTHER_MODELS:
+        raise ValueError(f"{path} is a LoRA of {base}, which is none of {TITLES}")
     return Lora(
         found.layers,
         base if base in FAMILIES else "",
@@ -110,10 +125,14 @@ def read_lora(
     )
 
 
-def _read_source(source: Source, found: _Found, drop_nan: bool, alpha: float | None) -> None:
-    tensors, entries = read_tensors(source.file)
+def _read_source(
+    source: Source, tensors: Mapping[str, Tensor], entries: Mapping[str, str], found: _Found, drop_nan: bool,
+    alpha: float | None,
+) -> None:  # fmt: skip
     layout = read_layout(list(tensors))
-    modules = _read_modules(source, layout, alpha)
+    if not layout.modules and tensors:
+        raise ValueError(f"{source.file} is {name_foreign(tensors, entries)}; name a LoRA")
+    modules = _read_modules(source, layout, entries, alpha)
     configs = source.configs(entries)
     for component, config in configs.items():
         check_config(config, f"{source.file} {component}".rstrip())
@@ -163,7 +182,9 @@ def _peft_source(folder: Path) -> Source:
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
 
-def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[tuple[Place, AdapterModule]]:
+def _read_modules(
+    source: Source, layout: Layout, metadata: Mapping[str, str], alpha: float | None
+) -> list[tuple[Place, AdapterModule]]:
     """Return modules of what can be read, each with our layers; anything else is refused by name."""
     file = source.file
     if layout.style == "PEFT" and source.config is None and alpha is None:
@@ -178,7 +199,7 @@ def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[t
     known, unknown = [], list(layout.unknown)
     for module in layout.modules.values():
         is_whole = all(len(found) == 1 for found in module.parts.values()) and not _UNREAD & module.parts.keys()
-        place = _known_place(source, module) if is_whole else None
+        place = known_place(source, module) if is_whole else None
         if place is not None:
             known.append((place, module))
         else:
@@ -186,15 +207,19 @@ def _read_modules(source: Source, layout: Layout, alpha: float | None) -> list[t
     if unknown:
         shown = ", ".join(printable(name) for name in sorted(unknown)[:_MAX_KEYS_SHOWN])
         more = f" and {len(unknown) - _MAX_KEYS_SHOWN} more" if len(unknown) > _MAX_KEYS_SHOWN else ""
-        raise ValueError(f"{file} holds {len(unknown)} keys that are no LoRA of {TITLES}: {shown}{more}")
+        what = name_foreign(unknown, metadata)
+        holds = f"holds {len(unknown)} keys that are no LoRA of {TITLES}: {shown}{more}"
+        raise ValueError(f"{file} is {what}: it {holds}" if what.startswith("a LoRA of") else f"{file} {holds}")
     return known
 
 
-def _known_place(source: Source, module: AdapterModule) -> Place | None:
+def known_place(source: Source, module: AdapterModule) -> Place | None:
+    """Return which layers of ours a module of a file is; None if no family has them."""
     try:
-        return place_of(source, module)
+        place = place_of(source, module)
     except ValueError:
         return None
+    return place if any(has_layer(place.layers[0], family) for family in FAMILIES) else None
 
 
 def place_of(source: Source, module: AdapterModule) -> Place:
@@ -204,7 +229,7 @@ def place_of(source: Source, module: AdapterModule) -> Place:
         ValueError: it is none of a known family's model.
     """
     if "." in module.name:
-        return read_path_name(module.name, source.component or module.component)
+        return read_path_name(module.name, source.component)
     return read_kohya_name(module.name)
 
 
@@ -221,6 +246,8 @@ def _read_layer(
         alpha = layer_alpha(config, path, len(parts["lora_A"]), str(file))
     elif not module.name.startswith("base_model."):
         alpha = None
+        if "base_model." in module.name and "alpha" not in parts:
+            found.change("no alpha is with {}, named as PEFT names them; their scale is taken for 1: {}", name)
     try:
         read = read_module(parts, any(part.endswith(".dora_scale") for part in module.parts.get("dora", ())), alpha)
         layers = [read.layer] if len(place.layers) == 1 or read.layer is None else unstack(read.layer, place.widths)
@@ -238,12 +265,12 @@ def _read_layer(
         )
     found.full_updates |= {name + end: update for end, update in read.full_updates.items()}
     if "" in read.full_updates and len(read.full_updates[""].shape) > 1:
-        found.widths.append((module.name, component, read.full_updates[""].shape[1]))
+        found.widths.append((module.name, name, read.full_updates[""].shape[1]))
     if read.layer is not None:
         if read.layer.is_convolution and kernel_side(name) == 0:
             raise ValueError(f"{where} has a kernel of {tuple(read.layer.lora_A.shape[2:])}, but is a linear layer")
         found.layers |= {name: layer for name, layer in zip(place.layers, layers, strict=True) if layer is not None}
-        found.widths.append((module.name, component, read.layer.lora_A.shape[1]))
+        found.widths.append((module.name, name, read.layer.lora_A.shape[1]))
     elif not read.full_updates:
         found.change("{} of rank 0, which change nothing, left out: {}", name)
     if read.is_tucker:

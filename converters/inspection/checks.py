@@ -1,6 +1,7 @@
 """What is wrong with a LoRA file, in words: what makes a reader skip layers, scale them wrongly or hide the file."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from converters.formats.family import shown_base, stated_base
@@ -10,23 +11,29 @@ from converters.key_maps import is_original_name
 from lidb_peft.families import DENOISERS, FAMILIES, TEXT_ENCODERS
 from lidb_peft.safe_read import count, examples, printable
 
+# What A1111 tells apart.
+_A1111_VERSIONS = ("SD1", "SD2", "SDXL")
 _FUSED_QKVO = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def find_warnings(layout: Layout, modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> list[str]:
-    """Return one sentence for each thing that a reader of the file, made for ``base``, would stumble over."""
-    found = [*_value_warnings(modules), *_scale_warnings(layout, modules, base)]
+def find_warnings(
+    layout: Layout, modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str, sd_version: str = ""
+) -> list[str]:
+    """Return one sentence for each thing that a reader of the file, made for ``base``, would stumble over.
+
+    ``sd_version`` is what the sidecar says, which A1111 heeds before the metadata.
+    """
+    found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
     if layout.style == "kohya":
-        found += _kohya_warnings(modules, metadata, base)
+        found += [*_kohya_warnings(modules, base), *_diffusers_warnings(modules)]
+    if base in FAMILIES and layout.style != "PEFT":
+        found += _a1111_warnings(metadata, base, sd_version)
     name = metadata.get("ss_output_name", "")
     if set(name) & set("<>:/\\") or not name.isprintable():
         found.append(f"ss_output_name is {printable(repr(name))}, which is no name for <lora:name:1>, nor for a file")
     stated = stated_base(metadata)
     if stated and base != stated:
-        found.append(
-            f"its layers are {shown_base(base)}'s but its metadata says {shown_base(stated)}: A1111 hides it from the"
-            " right model"
-        )
+        found.append(f"its layers are {shown_base(base)}'s but its metadata says {shown_base(stated)}")
     if layout.unknown:
         found.append(f"{count(layout.unknown, 'tensor')} of unknown meaning: {examples(layout.unknown)}")
     return found
@@ -43,16 +50,8 @@ def _value_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
         yield f"{count(partial, 'layer')} with only one of lora_A and lora_B: {examples(partial)}"
 
 
-def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts], base: str) -> Iterator[str]:
+def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts]) -> Iterator[str]:
     """Alphas and ranks that readers take differently."""
-    ranks = {module.rank for module in modules if module.rank}
-    alphas = {module.alpha for module in modules if module.alpha is not None}
-    reads_mixed_ranks = base in FAMILIES and FAMILIES[base].reads_mixed_ranks
-    if not reads_mixed_ranks and (len(ranks) > 1 or len(alphas) > 1):
-        yield (
-            f"mixed ranks ({_numbers(ranks)}) or alphas ({_numbers(alphas)}), which diffusers applies wrongly:"
-            " rewrite it with one rank and one alpha"
-        )
     without = [module.name for module in modules if module.alpha is None and module.rank]
     if layout.style == "kohya" and without:
         yield f"{count(without, 'layer')} without alpha, which is read as scale 1: {examples(without)}"
@@ -67,7 +66,7 @@ def _scale_warnings(layout: Layout, modules: Sequence[ModuleFacts], base: str) -
         yield f"{count(shaped, 'layer')} whose alpha is not 0-d, on which kohya fails: {examples(shaped)}"
 
 
-def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str], base: str) -> Iterator[str]:
+def _kohya_warnings(modules: Sequence[ModuleFacts], base: str) -> Iterator[str]:
     """Names and metadata that kohya, A1111 or ComfyUI miss without a word."""
     family = FAMILIES.get(base)
     others = {part.name for part in family.text_encoders if not part.level} if family else set()
@@ -88,18 +87,43 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], metadata: Mapping[str, str],
     denoiser = [module.name for module in modules if module.component in DENOISERS]
     if len({is_original_name(name) for name in denoiser if "_blocks_" in name or "_block_" in name}) > 1:
         yield "UNet layers in both diffusers' and sgm's spelling: diffusers drops the latter"
-    version = metadata.get("ss_base_model_version", "")
-    if family and family.is_hidden_unless_stated and not version.startswith(family.stated_by["ss_base_model_version"]):
-        yield (
-            f"no ss_base_model_version of {shown_base(base)}: A1111 takes it for SD1 and hides it from"
-            f" {shown_base(base)} models"
-        )
     split = _split_attentions(clip, base)
     if split:
         yield (
             f"{count(split, 'attention')} without all of q, k, v and out, whose layers A1111 skips in OpenCLIP:"
             f" {examples(split)}"
         )
+
+
+def _a1111_warnings(metadata: Mapping[str, str], base: str, sd_version: str) -> Iterator[str]:
+    """Whether A1111 hides the file from the models that it is for; a file that says nothing at all is always shown."""
+    version = metadata.get("ss_base_model_version", "")
+    seen = "SDXL" if version.startswith("sdxl_") else "SD2" if metadata.get("ss_v2") == "True" else "SD1"
+    own = FAMILIES[base].a1111_version
+    seen = sd_version if sd_version in _A1111_VERSIONS else seen
+    if (metadata or sd_version in _A1111_VERSIONS) and own in _A1111_VERSIONS and own != seen:
+        yield f"A1111 takes it for {seen} and hides it from {own} models: its metadata lack what says {own}"
+
+
+def _diffusers_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
+    """What diffusers (0.42, run) applies wrongly: it heeds alphas of their own but for attentions and text encoders."""
+    for component in dict.fromkeys(module.component for module in modules):
+        own = [module for module in modules if module.component == component and module.layer]
+        alphas = Counter(module.alpha for module in own if module.alpha is not None)
+        if not alphas:
+            continue
+        ((common, _),) = alphas.most_common(1)
+        wrong = [
+            module.name
+            for module in own
+            if (module.alpha is None and module.rank != common)
+            or (module.alpha not in (None, common) and (component in TEXT_ENCODERS or ".attn" in module.layer))
+        ]
+        if wrong:
+            yield (
+                f"{count(wrong, 'layer')} of the {component} without the alpha that most have, {common:g}, with which"
+                f" diffusers applies them: convert it to diffusers' own format: {examples(wrong)}"
+            )
 
 
 def _split_attentions(clip: Sequence[str], base: str) -> list[str]:

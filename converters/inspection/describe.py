@@ -8,24 +8,20 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from converters.formats.family import find_base, mixed_bases, shown_base, stated_base
+from converters.formats.family import find_base, shown_base, stated_base
+from converters.formats.foreign import name_foreign
 from converters.formats.layout import read_layout
 from converters.formats.lora_config import METADATA_KEY
 from converters.formats.reading import find_sources
 from converters.inspection.checks import find_warnings
 from converters.inspection.facts import Configs, block_norms, gather_facts
+from converters.inspection.refusals import find_refusals
 from converters.lora import is_finite
 from converters.metadata import legacy_hash
 from converters.sidecar import read_sidecar
 from lidb_peft.record import from_metadata
-from lidb_peft.safe_read import Header, iter_tensors, printable, read_header
+from lidb_peft.safe_read import Header, iter_tensors, read_header
 
-_CHECKPOINT_STARTS = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "conv_in.weight",
-    "down_blocks.0.resnets.0.norm1.weight",
-)
 # Metadata that one program alone writes.
 _PROGRAMS = {"ss_sd_scripts_commit_hash": "kohya sd-scripts", "ot_revision": "OneTrainer", METADATA_KEY: "diffusers"}
 # What kohya's hashes are of.
@@ -102,15 +98,20 @@ def describe(path: str | os.PathLike) -> FileDescription:
         return _describe_theta(file, header)
     layout = read_layout(list(header.tensors))
     if not layout.modules:
-        raise ValueError(f"{file} is {_what_instead(header)}; name a LoRA or theta file")
+        raise ValueError(f"{file} is {name_foreign(header.tensors, metadata)}; name a LoRA or theta file")
     configs = source.configs(metadata)
-    modules = gather_facts(dict(iter_tensors(file)), layout, configs)
-    layers = [(module.name, module.component, module.in_features) for module in modules]
-    base, mixed = find_base(layers, metadata), mixed_bases(layers)
+    tensors = dict(iter_tensors(file))
+    modules = gather_facts(source, tensors, layout, configs)
+    base = find_base(((module.name, module.layer, module.in_features) for module in modules), metadata)
+    if not any(module.layer for module in modules):
+        base = stated_base(metadata) or name_foreign(header.tensors, metadata).removeprefix("a LoRA of ")
     hashes = _hashes(file, header)
-    warnings = find_warnings(layout, modules, metadata, base) + _hash_warnings(hashes, metadata)
-    warnings += [mixed] if mixed else []
     sidecar = read_sidecar(file) or {}
+    warnings = [
+        *find_warnings(layout, modules, metadata, base, str(sidecar.get("sd version") or "")),
+        *_hash_warnings(hashes, metadata),
+        *(find_refusals(source, tensors, metadata) if layout.algorithm != "LiDB" else ()),
+    ]
     peft_type = next((str(config["peft_type"]) for config in configs.values() if "peft_type" in config), "")
     algorithm = layout.algorithm or peft_type
     return FileDescription(
@@ -216,15 +217,6 @@ def _base_model_name(metadata: dict[str, str], configs: Configs) -> str:
 def _made_by(metadata: dict[str, str]) -> str:
     program = next((program for key, program in _PROGRAMS.items() if key in metadata), "")
     return "LyCORIS" if metadata.get("ss_network_module", "").startswith("lycoris") else program
-
-
-def _what_instead(header: Header) -> str:
-    names = list(header.tensors)
-    if any(name.startswith(_CHECKPOINT_STARTS) for name in names):
-        return "a whole model, not an adapter"
-    if {"emb_params"} & set(names) or {"clip_l", "clip_g"} & set(names):
-        return "a textual inversion embedding, not a LoRA"
-    return f"no adapter that is known here: it holds {', '.join(printable(name) for name in names[:3]) or 'no tensors'}"
 
 
 def _dtypes(header: Header) -> tuple[str, ...]:

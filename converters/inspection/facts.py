@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from converters.arithmetic.algebra import update_norm
+from converters.arithmetic.algebra import matrices, update_norm
 from converters.formats.layout import AdapterModule, Layout
 from converters.formats.lora_config import layer_alpha, stated_number
+from converters.formats.module import Module, read_module
+from converters.formats.reading import Source, known_place
 from converters.lora import is_finite
 from lidb_peft.families import FAMILIES
 
@@ -21,11 +23,12 @@ _BLOCKS = {part.name: part.blocks for family in FAMILIES.values() for part in fa
 class ModuleFacts:
     """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told.
 
-    ``norm`` is the Frobenius norm of a LoRA's update, None for other algorithms and broken layers. ``config_error``
-    says how PEFT's config is at odds with the tensors.
+    ``layer`` is our name, "" of a module of another model. ``norm`` is the Frobenius norm of the update, None of broken
+    layers and of what is not read. ``config_error`` says how PEFT's config is at odds with the tensors.
     """
 
     name: str
+    layer: str
     component: str
     rank: int
     in_features: int
@@ -49,34 +52,56 @@ def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
     return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
 
 
-def gather_facts(tensors: Mapping[str, Tensor], layout: Layout, configs: Configs) -> list[ModuleFacts]:
+def gather_facts(source: Source, tensors: Mapping[str, Tensor], layout: Layout, configs: Configs) -> list[ModuleFacts]:
     """Say what each layer's tensors, of all those of a file, hold."""
-    return [
-        _facts(module, tensors, configs.get(module.component, configs.get("", {})))
-        for module in layout.modules.values()
-    ]
+    return [_facts(source, module, tensors, configs) for module in layout.modules.values()]
 
 
-def _facts(module: AdapterModule, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> ModuleFacts:
-    parts = {role: [tensors[name] for name in names] for role, names in module.parts.items()}
-    lora_A, lora_B, stored_alpha = (next(iter(parts.get(role, ())), None) for role in ("lora_A", "lora_B", "alpha"))
+def _facts(source: Source, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Configs) -> ModuleFacts:
+    place = known_place(source, module)
+    layer = place.layers[0] if place else ""
+    component = layer.partition(".")[0] or module.component
+    config = configs.get(component, configs.get("", {}))
+    parts = {role: tensors[names[0]] for role, names in module.parts.items()}
+    lora_A, lora_B, stored_alpha = (parts.get(role) for role in ("lora_A", "lora_B", "alpha"))
     shape = () if lora_A is None else lora_A.shape
-    rank, alpha, config_error = _rank_and_alpha(module.name, shape, _number(stored_alpha), config)
-    is_sound = all(is_finite(tensor) for role, found in parts.items() if role != "alpha" for tensor in found)
-    factors = [tensor for role in ("lora_A", "lora_B", "lidb") for tensor in parts.get(role, ())]
+    path = layer.partition(".")[2] or module.name
+    rank, alpha, config_error = _rank_and_alpha(path, shape, _number(stored_alpha), config)
+    read = _read(parts, module, alpha)
+    full = next(iter(read.full_updates.values()), None) if read else None
+    is_sound = all(is_finite(tensor) for role, tensor in parts.items() if role != "alpha")
+    factors = [tensor for role in ("lora_A", "lora_B", "lidb") for tensor in _all(module, role, tensors)]
     return ModuleFacts(
         name=module.name,
-        component=module.component,
+        layer=layer,
+        component=component,
         rank=rank,
-        in_features=shape[1] if len(shape) > 1 else 0,
+        in_features=_width(shape if full is None else full.shape),
         alpha=alpha,
         alpha_is_scalar=stored_alpha is None or stored_alpha.dim() == 0,
         has_non_finite=not is_sound,
         is_zero=any(not tensor.any() for tensor in factors),
         is_complete=(lora_A is None) == (lora_B is None),
-        norm=_norm(lora_A, lora_B, alpha) if is_sound else None,
+        norm=_norm(read) if read else None,
         config_error=config_error,
     )
+
+
+def _all(module: AdapterModule, role: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in module.parts.get(role, ())]
+
+
+def _width(shape: Sequence[int]) -> int:
+    return shape[1] if len(shape) > 1 else 0
+
+
+def _read(parts: Mapping[str, Tensor], module: AdapterModule, alpha: float | None) -> Module | None:
+    """Return the update that our commands would read; None if they would not."""
+    is_kohyas = any(name.endswith(".dora_scale") for name in module.parts.get("dora", ()))
+    try:
+        return read_module(parts, is_kohyas, alpha)
+    except ValueError:
+        return None
 
 
 def _number(alpha: Tensor | None) -> float | None:
@@ -101,12 +126,10 @@ def _rank_and_alpha(
     return rank, alpha, ""
 
 
-def _norm(lora_A: Tensor | None, lora_B: Tensor | None, alpha: float | None) -> float | None:
-    """The norm of ``alpha / rank * lora_B @ lora_A``; None if these two are no product."""
-    if lora_A is None or lora_B is None or lora_A.is_complex() or lora_B.is_complex():
-        return None
-    if lora_A.dim() < 2 or lora_B.shape[1:] != (len(lora_A), *(1 for _ in lora_A.shape[2:])) or not len(lora_A):
-        return None
-    norm = update_norm(*(tensor.double().flatten(1) for tensor in (lora_A, lora_B)))
-    norm *= 1.0 if alpha is None else abs(alpha) / len(lora_A)
-    return norm if math.isfinite(norm) else None
+def _norm(read: Module) -> float | None:
+    """The norm of an update, as it is added to a weight; DoRA's as that of the LoRA in it."""
+    norms = [update.delta().norm().item() for update in read.full_updates.values()]
+    if read.layer is not None:
+        norms.append(update_norm(*matrices(read.layer)))
+    norm = math.hypot(*norms)
+    return norm if norms and math.isfinite(norm) else None

@@ -11,6 +11,9 @@ WORDS = frozenset(_WORDS.split())
 PATH = r"(^|\.)encoder\.layers\.\d+\.|(^|\.)text_model\."
 LEVEL = "text_model."
 TRAINED = ("encoder.layers.",)
+_LAYER = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]"
+MODULES = rf"text_model\.(encoder\.layers\.\d+\.({_LAYER})|final_layer_norm|embeddings\.(token|position)_embedding)"
+PROJECTION = "text_projection"
 # (ours, OpenCLIP's) inside a transformer layer; the first three are one weight.
 OPENCLIP = tuple(
     Stacked(tuple(f"encoder.layers.{{}}.{path}" for path in ours), f"transformer.resblocks.{{}}.{original}")
@@ -21,6 +24,11 @@ OPENCLIP = tuple(
         (("mlp.fc2",), "mlp.c_proj.weight"),
     )
 )
+
+
+def path_prefixes(name: str) -> tuple[str, ...]:
+    """Return how ComfyUI's files, and OneTrainer's, begin layers of the encoder that they call ``name``."""
+    return tuple(f"{start}{name}.{end}" for start in ("text_encoders.", "") for end in ("transformer.", ""))
 
 
 def attention_shapes(num_layers: int, width: int) -> Shapes:

@@ -44,11 +44,14 @@ class Component:
         num_blocks: name of a list of blocks -> how many the published models have; for those with paths that other
             families' models have too.
         level: how the paths of its layers begin in LoRA files, whatever the installed library calls them.
+        modules: regular expression of the paths of modules that an update may be on; "" takes any path of ``words``.
         kohya_prefixes: how kohya's names of its layers begin: the first is written, all are read.
+        path_prefixes: how dotted names of its layers begin in files, besides its own name.
         originals: pairs (ours, original) of path prefixes by which the model's first authors named its modules.
         kohya_uses_originals: kohya's names are made of the original paths, not of diffusers'.
         kohya_attribute: what the model has in sd-scripts, and no other family's of its role.
         stacked: whole paths, likewise: where layers are stacked, or their names follow no such prefixes.
+        transposed: pairs (ours, original) of weights that the original has transposed, without ``.weight``.
         checkpoint_prefixes: how its tensors begin in a single-file checkpoint.
         convolutions: last words of the names of its convolutions -> side of the kernel; all other layers are linear.
         kohya_convolutions: last words of the names of linear layers that are 1x1 convolutions in sd-scripts.
@@ -69,10 +72,13 @@ class Component:
     blocks: str = ""
     num_blocks: Mapping[str, int] = field(default_factory=dict)
     level: str = ""
+    modules: str = ""
+    path_prefixes: tuple[str, ...] = ()
     originals: tuple[tuple[str, str], ...] = ()
     kohya_uses_originals: bool = False
     kohya_attribute: str = ""
     stacked: tuple[Stacked, ...] = ()
+    transposed: tuple[tuple[str, str], ...] = ()
     checkpoint_prefixes: tuple[str, ...] = ()
     convolutions: Mapping[str, int] = field(default_factory=dict)
     kohya_convolutions: frozenset[str] = frozenset()

@@ -24,6 +24,7 @@ SD2 = replace(
         replace(
             _TEXT_ENCODER,
             shapes=clip.attention_shapes(23, 1024),
+            path_prefixes=clip.path_prefixes("clip_h"),
             stacked=clip.OPENCLIP,
             checkpoint_prefixes=("cond_stage_model.model.",),
         ),

@@ -10,6 +10,16 @@ _WORDS = """
     middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
 """
 WORDS = frozenset(_WORDS.split())
+_ATTENTION = (
+    r"norm|proj_in|proj_out|transformer_blocks\.\d+\.(norm[123]|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2))"
+)
+_RESNET = "norm[12]|conv[12]|time_emb_proj|conv_shortcut"
+_BLOCK = rf"attentions\.\d+\.({_ATTENTION})|resnets\.\d+\.({_RESNET})|(down|up)samplers\.0\.conv"
+MODULES = rf"((down|up)_blocks\.\d+|mid_block)\.({_BLOCK})|conv_(in|out|norm_out)|(time|add)_embedding\.linear_[12]"
+# LyCORIS's, where it is told of no prefix.
+OTHER_KOHYA_PREFIXES = ("lycoris_unet_", "lycoris_")
+# ComfyUI's, and a checkpoint's.
+PATH_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
 CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
 # What leads into an attention and out of it: linear layers in the newer UNets, 1x1 convolutions in the first.
 PROJECTIONS = frozenset({"proj_in", "proj_out"})

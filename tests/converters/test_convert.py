@@ -480,7 +480,7 @@ def test_half_precision_overflows_in_words(tmp_path):
         ({"to": "kohya", "dtype": torch.int8}, "choose one of torch.float16"),
         ({"to": "kohya", "family": "sd3"}, "choose one of sd1, sd2, sdxl"),
         ({"to": "kohya", "target": "out.ckpt"}, "does not end in .safetensors"),
-        ({"to": "kohya"}, "do not tell its model family; say which: sd1, sd2, sdxl"),
+        ({"to": "kohya"}, "do not tell its model family; say which: --family sd1, sd2"),
     ],
 )
 def test_a_wrong_choice_is_named(tmp_path, sources, arguments, message):

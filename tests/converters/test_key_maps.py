@@ -7,8 +7,9 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_kohya, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
 from converters.key_maps import from_kohya_name, from_path_name, to_kohya_name, to_old_diffusers_name
+from converters.shapes import has_layer
 from lidb_peft.families import FAMILIES
-from lidb_peft.naming import natural_key
+from lidb_peft.naming import layer_name, natural_key
 
 CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -123,6 +124,129 @@ def test_the_families_have_the_layers_of_the_real_models_in_natural_order(real_l
     assert FAMILIES[family].shapes == real_layers(family)
     for component in FAMILIES[family].components:
         assert list(component.shapes) == sorted(component.shapes, key=natural_key)
+
+
+UNET_K = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+SGM_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+CLIP_Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+CLIP_G_Q = CLIP_Q.replace("encoder", "encoder_2", 1)
+PROJECTION = "text_encoder_2.text_projection"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        # In whatever a trainer wraps the model.
+        (f"module.{UNET_K}", UNET_K),
+        (f"_orig_mod.{UNET_K}", UNET_K),
+        (f"unet._orig_mod.{UNET_K.removeprefix('unet.')}", UNET_K),
+        (f"unet.base_model.model.{UNET_K.removeprefix('unet.')}", UNET_K),
+        (f"module.unet.base_model.model.{UNET_K.removeprefix('unet.')}", UNET_K),
+        (f"base_model.model.{UNET_K}", UNET_K),
+        (f"text_encoder.base_model.model.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        (f"base_model.model.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        # The first authors' names, as dotted paths, of any family: OneTrainer, ComfyUI.
+        (f"unet.{SGM_K}", UNET_K),
+        (f"diffusion_model.{SGM_K}", UNET_K),
+        (f"model.diffusion_model.{SGM_K}", UNET_K),
+        ("unet.input_blocks.1.1.proj_in", "unet.down_blocks.0.attentions.0.proj_in"),
+        ("unet.output_blocks.2.1.conv", "unet.up_blocks.0.upsamplers.0.conv"),
+        ("unet.output_blocks.2.1.proj_out", "unet.up_blocks.0.attentions.2.proj_out"),
+        ("unet.output_blocks.2.2.conv", "unet.up_blocks.0.upsamplers.0.conv"),
+        ("unet.input_blocks.4.0.in_layers.2", "unet.down_blocks.1.resnets.0.conv1"),
+        ("diffusion_model.time_embed.0", "unet.time_embedding.linear_1"),
+        ("diffusion_model.label_emb.0.2", "unet.add_embedding.linear_2"),
+        ("diffusion_model.out.2", "unet.conv_out"),
+        # ComfyUI's and OneTrainer's names of text encoders.
+        (f"text_encoders.clip_l.transformer.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        (f"text_encoders.clip_l.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        (f"clip_l.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        (f"text_encoders.clip_h.transformer.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        (f"text_encoders.clip_g.transformer.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_G_Q),
+        (f"text_encoder_1.{CLIP_Q.removeprefix('text_encoder.')}", CLIP_Q),
+        # transformers 5
+        ("text_encoder_2.encoder.layers.0.self_attn.q_proj", CLIP_G_Q),
+        # The projection stands beside text_model, whatever a tool has made of that.
+        (PROJECTION, PROJECTION),
+        ("text_encoder_2.text_model.text_projection", PROJECTION),
+        ("text_encoders.clip_g.transformer.text_projection", PROJECTION),
+        ("text_encoder_2.base_model.model.text_projection", PROJECTION),
+    ],
+)
+def test_dotted_names_of_every_dialect_are_our_layers(name, layer):
+    assert from_path_name(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("lora_te2_text_projection", PROJECTION),
+        ("lora_te2_text_model_text_projection", PROJECTION),
+        ("lora_te2_encoder_layers_0_self_attn_q_proj", CLIP_G_Q),
+        ("lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", UNET_K),
+        ("lycoris_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", UNET_K),
+        # Stable Diffusion 1 by its first authors' names.
+        ("lora_unet_input_blocks_1_1_proj_in", "unet.down_blocks.0.attentions.0.proj_in"),
+        ("lora_unet_output_blocks_11_1_proj_in", "unet.up_blocks.3.attentions.2.proj_in"),
+        ("lora_unet_output_blocks_2_1_conv", "unet.up_blocks.0.upsamplers.0.conv"),
+        ("lora_unet_time_embed_0", "unet.time_embedding.linear_1"),
+    ],
+)
+def test_flat_names_of_every_dialect_are_our_layers(name, layer):
+    assert from_kohya_name(name) == layer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet.attn1.down_blocks.0",
+        "unet.down_blocks.0.attentions.0.to_q",
+        "unet.down_blocks.0.attentions.0.proj_in.x",
+        "unet.unet.conv_in",
+        "unet.mid_block",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+        "text_encoder.text_projection",
+        "x",
+    ],
+)
+def test_known_words_that_are_no_module_are_refused(name):
+    with pytest.raises(ValueError, match="no layer of a Stable Diffusion 1, 2 or XL"):
+        from_path_name(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_and_convolution_of_a_real_model_is_known_and_goes_both_ways(real_models, family):
+    if family not in ("sd1", "sd2", "sdxl"):
+        pytest.skip("the fixture has no model of it")
+    layers = [
+        layer_name(component, path)
+        for component, model in real_models(family).items()
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    assert len(layers) > 250
+    for layer in layers:
+        assert has_layer(layer, family), layer
+        assert from_kohya_name(to_kohya_name(layer, family)) == from_path_name(layer) == layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "families"),
+    [
+        ("unet.down_blocks.0.attentions.0.proj_in", ["sd1", "sd2"]),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", ["sd1", "sd2", "sdxl"]),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q", ["sdxl"]),
+        ("unet.mid_block.attentions.0.transformer_blocks.9.norm1", ["sdxl"]),
+        ("unet.mid_block.attentions.0.transformer_blocks.10.attn1.to_q", []),
+        ("unet.up_blocks.0.attentions.0.proj_in", ["sdxl"]),
+        ("unet.up_blocks.3.resnets.0.conv1", ["sd1", "sd2"]),
+        ("text_encoder.text_model.encoder.layers.12.mlp.fc1", ["sd2"]),
+        ("text_encoder_2.text_model.encoder.layers.31.mlp.fc1", ["sdxl"]),
+        ("text_encoder_2.text_projection", ["sdxl"]),
+    ],
+)
+def test_depth_and_blocks_tell_which_families_have_a_layer(layer, families):
+    assert [family for family in ("sd1", "sd2", "sdxl") if has_layer(layer, family)] == families
 
 
 def test_feed_forward_and_mlp_names_read_back():

@@ -214,11 +214,31 @@ def test_openclip_names_are_those_of_diffusers_own_converter(tmp_path):
         for name, tensor in converted.items()
         if name.endswith(".weight") and "encoder.layers" in name
     }
+    theirs["text_encoder_2.text_projection"] = converted["text_projection.weight"]
     save_file(stored | random_tensors(**{f"{BLOCK}.{Q}.weight": (2, 2)}), tmp_path / "a.safetensors")
     ours = {name: weight for name, weight in find_weights(tmp_path / "a.safetensors").items() if "text" in name}
     assert ours.keys() == theirs.keys()
-    assert len(ours) == 12
+    assert len(ours) == 13
     assert all(torch.equal(ours[name].load(), theirs[name]) for name in ours)
+
+
+def test_the_projection_of_sdxls_second_encoder_is_merged_as_each_layout_keeps_it(tmp_path):
+    projection, block = torch.randn(8, 8), f"{BLOCK}.{Q}.weight"
+    layer = LoraLayer(torch.randn(2, 8), torch.randn(8, 2), 1.0)
+    lora = Lora({"text_encoder_2.text_projection": layer}, "sdxl")
+    # OpenCLIP multiplies by the matrix from the right, transformers keeps a linear layer's weight.
+    stored = {"conditioner.embedders.1.model.text_projection": projection.T.contiguous()}
+    save_file(stored | random_tensors(**{block: (2, 2)}), tmp_path / "a.safetensors")
+    merge_into(tmp_path / "a.safetensors", lora, tmp_path / "b.safetensors")
+    found = load_file(tmp_path / "b.safetensors")["conditioner.embedders.1.model.text_projection"]
+    assert torch.allclose(found.T, projection + update(layer), atol=1e-5)
+    for component in ("unet", "text_encoder_2"):
+        (tmp_path / "model" / component).mkdir(parents=True)
+    save_file(random_tensors(**{"conv_in.weight": (2, 2, 3, 3)}), tmp_path / "model/unet/a.safetensors")
+    save_file({"text_projection.weight": projection}, tmp_path / "model/text_encoder_2/a.safetensors")
+    merge_into(tmp_path / "model", lora, tmp_path / "out")
+    found = load_file(tmp_path / "out/text_encoder_2/a.safetensors")["text_projection.weight"]
+    assert torch.allclose(found, projection + update(layer), atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(checkpoint, tensors, tmp_path):

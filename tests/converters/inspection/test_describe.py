@@ -101,13 +101,16 @@ def test_old_diffusers_names_are_known(tmp_path, prefix):
 
 
 def test_a_peft_folder_is_described_with_its_configs_alpha(tmp_path):
-    model = torch.nn.ModuleDict({"mid_block": torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)})})
+    model = torch.nn.Linear(8, 8)
+    for name in reversed(["mid_block", "attentions", "0", "transformer_blocks", "0", "attn1", "to_q"]):
+        model = torch.nn.ModuleDict({name: model})
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"]))
     peft_model.save_pretrained(tmp_path)
     found = describe(tmp_path)
     assert (found.kind, found.ranks, found.alphas, found.layers) == ("PEFT LoRA", (4,), (6.0,), {"unet": 1})
-    assert len(found.warnings) == 1
-    assert "every layer changes nothing" in found.warnings[0]
+    nothing, no_family = found.warnings
+    assert "every layer changes nothing" in nothing
+    assert no_family.endswith("hdb convert to kohya's format asks for --family sd1 or sd2 or sdxl")
     assert describe(tmp_path / "adapter_model.safetensors") == found
 
 
@@ -132,12 +135,13 @@ def test_a_folder_of_several_models_asks_for_one_of_them(tmp_path):
     ],
 )
 def test_pefts_config_scales_an_update_or_is_at_odds_with_it(tmp_path, config, alphas, norm, message):
-    state = lora("base_model.model.mid_block.to_q", alpha=None, down="lora_A.weight", up="lora_B.weight")
+    name = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    state = lora(name, alpha=None, down="lora_A.weight", up="lora_B.weight")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = described(tmp_path, state, name="adapter_model.safetensors")
     assert found.alphas == pytest.approx(alphas)
     assert found.norms == pytest.approx({"unet mid_block": norm})
-    assert len(found.warnings) == bool(message)
+    assert len(found.warnings) == 2 * bool(message)  # the second says that our commands refuse it for that
     assert re.search(message, " ".join(found.warnings))
 
 
@@ -185,8 +189,12 @@ def test_a_lidb_adapter_that_peft_saved_is_described(tmp_path):
         ),
         (lora(UNET) | lora(CLIP.replace("lora_te_", "lora_te1_")), {}, "lora_te1_ in a LoRA of SD1, which kohya drops"),
         (lora(UNET, 2048) | lora(CLIP), {"ss_base_model_version": "sdxl_base_v1-0"}, "must be lora_te1_"),
-        (lora(UNET) | lora(CLIP, alpha=1.0), {}, r"mixed ranks \(2\) or alphas \(1, 2\)"),
-        (lora(UNET) | lora(CLIP, rank=4), {}, r"mixed ranks \(2, 4\)"),
+        (
+            lora(UNET) | lora(UNET.replace("to_k", "to_v")) | lora(UNET.replace("to_k", "to_q"), alpha=1.0),
+            {},
+            f"1 layer of the unet without the alpha that most have, 2, .*diffusers.*{UNET.replace('to_k', 'to_q')}",
+        ),
+        (lora(UNET) | lora(UNET.replace("to_k", "to_v"), rank=4, alpha=None), {}, "the alpha that most have, 2, with"),
         (lora(UNET, alpha=None), {}, "without alpha, which is read as scale 1"),
         (lora(UNET, alpha=0.0), {}, "alpha 0 or not finite"),
         (lora(UNET, alpha=1 + 1j), {}, "alpha 0 or not finite"),
@@ -260,6 +268,71 @@ def test_alpha_scales_a_norm_and_a_kernel_counts(tmp_path):
 )
 def test_the_program_that_made_it_is_named_where_it_left_a_mark(tmp_path, metadata, program):
     assert described(tmp_path, lora(UNET), metadata).made_by == program
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lora(UNET) | lora(CLIP, alpha=1.0),
+        lora(UNET) | lora(UNET.replace("to_k", "to_v"), rank=4),
+        lora(UNET) | lora(UNET.replace("attn2_to_k", "ff_net_2"), rank=4, alpha=4.0),
+        lora(UNET, alpha=None) | lora(UNET.replace("to_k", "to_v"), rank=4, alpha=None),
+    ],
+)
+def test_ranks_and_alphas_that_diffusers_applies_rightly_are_no_warning(tmp_path, state):
+    assert "diffusers" not in " ".join(described(tmp_path, state).warnings)
+
+
+@pytest.mark.parametrize(
+    ("width", "metadata", "sidecar", "hidden"),
+    [
+        (2048, None, None, ""),  # A1111 shows what says nothing at all
+        (2048, {"format": "pt"}, None, "takes it for SD1 and hides it from SDXL"),
+        (2048, {"ss_base_model_version": "sdxl_base_v1-0"}, None, ""),
+        (1024, {"ss_network_dim": "2"}, None, "takes it for SD1 and hides it from SD2"),
+        (1024, {"ss_v2": "True"}, None, ""),
+        (768, {"ss_v2": "True"}, None, "takes it for SD2 and hides it from SD1"),
+        (2048, {"format": "pt"}, "SDXL", ""),  # the user's choice counts more
+        (768, None, "SDXL", "takes it for SDXL and hides it from SD1"),
+    ],
+)
+def test_what_a1111_hides_is_what_its_metadata_and_its_user_say(tmp_path, width, metadata, sidecar, hidden):
+    if sidecar:
+        (tmp_path / "a.json").write_text(json.dumps({"sd version": sidecar}))
+    name = UNET.replace("down_blocks_0", "down_blocks_1")
+    warnings = " ".join(described(tmp_path, lora(name, width), metadata).warnings)
+    assert ("A1111" in warnings) == bool(hidden)
+    assert hidden in warnings
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lora(UNET) | {f"{UNET}.lora_down.weight": torch.ones(2, 768).char()}, "convert, resize, merge and project"),
+        (lora("lora_unet_joint_blocks_0_x_block_attn_qkv"), "project refuse it: is a LoRA of Stable Diffusion 3"),
+        (lora("transformer.transformer_blocks.0.attn.add_k_proj", 1536), "a LoRA of stable-diffusion-3, which"),
+        (lora(UNET.replace("attn2", "attn1"), 320), "do not tell its model family.* --family sd1 or sd2$"),
+        ({f"{UNET}.lokr_w{i}": torch.ones(2, 2**i) for i in (1, 2)}, "hdb convert --rank makes one of it"),
+        (lora(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}, "it is DoRA, .* hdb merge --into applies it"),
+        ({name: tensor.double() for name, tensor in lora(UNET).items()}, "float64: hdb convert, resize and merge ask"),
+        (lora(UNET, 2048), "hdb convert refuses it: down_blocks.0.attentions.0.* is no module of SDXL's UNet"),
+        (lora(UNET, 1280), "is a LoRA of stable-diffusion-xl-v1-refiner"),
+    ],
+)  # fmt: skip
+def test_what_a_command_refuses_is_not_called_sound(tmp_path, state, message):
+    assert re.search(message, " ".join(described(tmp_path, state).warnings))
+
+
+def test_the_norm_is_that_of_the_update_whatever_the_algorithm(tmp_path):
+    conv, generator = "lora_unet_down_blocks_0_resnets_0_conv1", torch.Generator().manual_seed(0)
+    down, core, up = (torch.randn(shape, generator=generator) for shape in ((4, 8, 1, 1), (4, 4, 3, 3), (6, 4, 1, 1)))
+    state = {f"{conv}.lora_down.weight": down, f"{conv}.lora_mid.weight": core, f"{conv}.lora_up.weight": up,
+             f"{conv}.alpha": torch.tensor(2.0)}  # fmt: skip
+    update = 2 / 4 * torch.einsum("om,mnhw,ni->oihw", up[:, :, 0, 0], core, down[:, :, 0, 0])
+    assert described(tmp_path, state).norms == pytest.approx({"unet down_blocks_0": update.norm().item()}, rel=1e-5)
+    w1, w2 = torch.randn(2, 4, generator=generator), torch.randn(3, 2, generator=generator)
+    norms = described(tmp_path, {f"{UNET}.lokr_w1": w1, f"{UNET}.lokr_w2": w2}).norms
+    assert norms == pytest.approx({"unet down_blocks_0": torch.kron(w1, w2).norm().item()}, rel=1e-5)
 
 
 def test_other_algorithms_and_other_models_are_named(tmp_path):

@@ -1,0 +1,53 @@
+"""Which of our commands refuse an adapter, and why: the same functions judge that read it for them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from converters.formats.reading import Source, assemble
+from converters.lora import Lora
+from converters.shapes import fit_shapes
+from lidb_peft.families import FAMILIES
+
+
+def find_refusals(source: Source, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each command that would not take a LoRA file as it is."""
+    try:
+        lora = assemble(source.file, [(source, tensors, metadata)], full_updates=True)
+    except ValueError as error:
+        return [f"hdb convert, resize, merge and project refuse it: {_without_path(error, source)}"]
+    found = []
+    if lora.full_updates:
+        found.append("hdb resize, merge and project refuse it, because it is no LoRA; hdb convert --rank makes one of"
+                     " it, hdb merge --into adds it to a model")  # fmt: skip
+    if not lora.family:
+        found.append("its layers do not tell its model family: hdb convert to kohya's format asks for --family"
+                     f" {' or '.join(_families(lora))}")  # fmt: skip
+    else:
+        try:
+            fit_shapes(lora)
+        except ValueError as error:
+            found.append(f"hdb convert refuses it: {error}")
+    if any(layer.magnitude is not None for layer in lora.layers.values()):
+        found.append("it is DoRA, whose update needs the base model: hdb merge with other LoRAs and hdb project refuse"
+                     " it; hdb merge --into applies it")  # fmt: skip
+    if any(tensor.dtype == torch.float64 for layer in lora.layers.values() for tensor in layer.tensors()):
+        found.append("its numbers are float64: hdb convert, resize and merge ask for --dtype")
+    return found
+
+
+def _families(lora: Lora) -> list[str]:
+    """The families that have all layers of a LoRA."""
+    found = []
+    for family in FAMILIES:
+        try:
+            fit_shapes(Lora(lora.layers, family))
+        except ValueError:
+            continue
+        found.append(family)
+    return found or list(FAMILIES)
+
+
+def _without_path(error: ValueError, source: Source) -> str:
+    return str(error).removeprefix(str(source.file)).lstrip(": ")
