@@ -60,6 +60,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     accelerate launch --num_processes 8 -m lidb_peft preoptimize faces/ --out targets
     """
     from cli.progress import progress_bars
+    from hypernet.devices import wait_for_others
     from hypernet.fitting.preoptimize import check_store, open_targets, preoptimize
     from hypernet.fitting.targets import SKIPPED_FILE
     from hypernet.inputs.people import open_people
@@ -90,7 +91,11 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     click.echo(f"{who}fitted {result.fitted} people in {result.seconds:.1f} s, {result.per_hour:,.0f} an hour{found}")
     if result.fitted:
         click.echo(f"{who}mean final loss {result.loss:.4f}")
+    wait_for_others(state)
     if skipped := len(store.skipped()):
         click.echo(f"{who}skipped {skipped} photos or people so far, listed in {store.folder / SKIPPED_FILE}")
     click.echo(f"{who}{out} now holds the targets of {len(store)} people")
     state.destroy_process_group()
+    if count is not None and (missing := -(-count // store.batch) - len(store.shards())):
+        raise ValueError(f"{missing} shards of {store.batch} people are missing; start hdb preoptimize again, which "
+                         f"makes them")  # fmt: skip

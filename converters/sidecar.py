@@ -202,6 +202,12 @@ def write_our_picture(picture: "Image", path: Path) -> None:
         picture.save(temporary, format="PNG", pnginfo=mark)
 
 
+def has_preview(lora_path: Path) -> bool:
+    """Tell whether a LoRA has a preview of ours, or both of its names are taken by other pictures."""
+    paths = _preview_paths(lora_path)
+    return any(map(is_our_picture, paths)) or all(path.exists() for path in paths)
+
+
 def copy_preview(source: Path, target: Path) -> Path | None:
     """Copy the preview of one LoRA beside another, whose own stays; return the copy, or None if there is none."""
     if any(path.exists() for path in _preview_paths(target)):

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from converters import KohyaMetadata, write_lora
-from converters.sidecar import write_our_picture
 from hypernet.bases.base import BaseModel
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
@@ -25,9 +24,10 @@ from hypernet.inputs.photos import Photo
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
+from hypernet.pictures import Pictures
 from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
-from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person, sheet_path
-from hypernet.sampling import contact_sheet, generate
+from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
+from hypernet.sampling import generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
 from lidb_peft.record import fingerprint_components
@@ -189,12 +189,16 @@ def make_person(request: PersonRequest, base: BaseModel, progress: StageProgress
     starts = opened.starts([person], progress)
     opened.network = None  # it may be larger than the base
     (result,) = opened.fit([person], starts, progress)
+    if isinstance(result, ValueError):
+        raise result
     result.left_out = request.left_out
-    if request.out is not None:
-        base_pictures = draw_base(result, request.previews, progress)
-        write_result(result, request.out, request.previews, base_pictures, progress)
     if request.save_theta is not None:
         result.save_theta(request.save_theta)
+    if request.out is not None:
+        with timed(seconds, "export"):
+            result.save(request.out)
+        pictures = Pictures(base, opened.space, request.config, request.previews)
+        result.files += pictures.draw(request.out, seconds, progress)
     return result
 
 
@@ -276,28 +280,32 @@ class OpenedRequest:
 
     def fit(
         self, people: Sequence[PreparedPerson], starts: Starts, progress: StageProgress | None = None
-    ) -> list[Personalization]:
-        """Fit people at once, each with weights of their own."""
+    ) -> list[Personalization | ValueError]:
+        """Fit people at once, each with weights of their own; whose fit diverges gets the error that says why."""
         base, space, config = self.base, self.space, self.request.config
         (theta, bases), losses = starts, {}
+        failed: dict[int, str] = {}
         with timed(self.seconds, "prepare photos"):
             subjects = make_subjects(base, people, config.trigger, config.class_prompt)
         if config.theta_steps:
             with timed(self.seconds, "fit theta"):
                 theta, losses["fit theta"] = fit_theta(
-                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, "fit theta"), bases
+                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, "fit theta"), bases, failed
                 )
         theta = theta.expand(len(people), *space.theta_0.shape)
+        if failed:  # what is not finite is not gone on from
+            theta = theta.clone()
+            theta[list(failed)] = space.theta_0
         finetuned: Sequence[LoraFactors | None] = [None] * len(people)
         if config.steps or self.start is not None:  # what a prediction lacks, a start has in part before any step
             is_identity = torch.equal(theta, space.theta_0.expand_as(theta))  # which would only add to the rank
             with timed(self.seconds, "finetune LoRA"):
                 finetuned, losses["finetune LoRA"] = fit_lora(
                     base, space, subjects, config.lora_fit, config.rank, None if is_identity else theta,
-                    _of_stage(progress, "finetune LoRA"), bases, self.start,
+                    _of_stage(progress, "finetune LoRA"), bases, self.start, failed,
                 )  # fmt: skip
         return [
-            Personalization(
+            ValueError(failed[i]) if i in failed else Personalization(
                 base, space, config, theta[i], person.photos, bases, finetuned[i], self.seconds,
                 {name: values[:, i : i + 1] for name, values in losses.items()},
                 start_source=self.start_source,
@@ -323,37 +331,6 @@ def _theta_space(base: BaseModel, file: ThetaFile, source: str) -> LiDBSpace:
 
 def _of_stage(progress: StageProgress | None, stage: str) -> Progress | None:
     return None if progress is None else partial(progress, stage)
-
-
-def draw_base(
-    result: Personalization, previews: Sequence[str] | None, progress: StageProgress | None = None
-) -> list[Image.Image]:
-    """Draw what a sheet of ``previews`` shows below anybody's own pictures; nothing if there is to be no sheet."""
-    if not previews:
-        return []
-    with timed(result.seconds, "draw"):
-        return result.draw([result.config.trigger, *previews], None, progress=_of_stage(progress, "draw base"))
-
-
-def write_result(
-    result: Personalization,
-    out: Path,
-    previews: Sequence[str] | None,
-    base_pictures: Sequence[Image.Image],
-    progress: StageProgress | None = None,
-) -> None:
-    """Draw a person and write the pictures and, last, the LoRA; see `personalize_to_files`."""
-    preview, prompts = None, [result.config.trigger, *(previews or ())]
-    if previews is not None:
-        with timed(result.seconds, "draw"):
-            pictures = result.draw(prompts, result.factors, progress=_of_stage(progress, "draw preview"))
-            preview = pictures[0]
-    with timed(result.seconds, "export"):
-        if base_pictures:
-            file = sheet_path(out)
-            write_our_picture(contact_sheet([("LoRA", pictures), ("base", base_pictures)], prompts), file)
-            result.files.append(file)
-        result.save(out, preview)
 
 
 def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMetadata:

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -39,6 +40,9 @@ def generate(
         factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``, applied through ``space``;
             None draws with the base as it is.
         seed: starting noise, drawn on the CPU, so that every device draws the same.
+
+    Raises:
+        ValueError: a picture holds NaN or infinity.
     """
     pipeline = base.pipeline()
     steps_done = 0
@@ -51,14 +55,23 @@ def generate(
         return tensors
 
     with space.apply(factors) if factors is not None else nullcontext():
-        return pipeline(
+        pictures = pipeline(
             **base.pipeline_inputs(prompts, guidance),
             num_inference_steps=num_steps,
             height=base.size_px,
             width=base.size_px,
             generator=[torch.Generator().manual_seed(seed) for _ in prompts],
             callback_on_step_end=count,
+            output_type="np",
         ).images
+    if not np.isfinite(pictures).all():  # which a picture has as black
+        reason = (
+            "half precision cannot hold its numbers: pass --precision fp32"
+            if base.dtype == torch.float16
+            else ("the base is damaged, or the LoRA is too strong: draw without it to see which")
+        )
+        raise ValueError(f"what {base.name} draws is not finite; {reason}")
+    return pipeline.image_processor.numpy_to_pil(pictures)
 
 
 def generate_to_file(

@@ -7,6 +7,7 @@ an error and never a silent garbage adapter. With ``save_projection`` the bases 
 
 import dataclasses
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -134,7 +135,7 @@ class LiDBModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names``, one per sample, from the model's forward to every layer of it."""
+        """Hand ``adapter_names``, one per sample, from the model's forward to every layer of it, in this thread."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -146,7 +147,7 @@ class LiDBModel(BaseTuner):
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        hook = partial(_pass_adapter_names, adapter_names=adapter_names)
+        hook = partial(_pass_adapter_names, adapter_names=adapter_names, thread=threading.get_ident())
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
             yield
@@ -236,7 +237,12 @@ def _config_of_sum(
     )
 
 
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+def _pass_adapter_names(
+    module: nn.Module, args: tuple, kwargs: dict | None = None, *, adapter_names: list[str], thread: int
+) -> tuple[tuple, dict] | None:
+    """Forward pre-hook; hooks are the module's, and so those of other threads' calls are run here too."""
+    if threading.get_ident() != thread or kwargs is None:  # torch leaves kwargs out while another thread takes its away
+        return None
     return args, kwargs | {"adapter_names": adapter_names}
 
 

@@ -37,7 +37,7 @@ def load_base(
         compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
 
     Raises:
-        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, or is a pickled checkpoint; or xformers is
+        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, a pickled checkpoint or damaged; or xformers is
             asked for and not to be had.
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
@@ -47,11 +47,21 @@ def load_base(
     base = StableDiffusion.from_pipeline(source, load_pipeline(source, choose_dtype(precision, torch_device)))
     for component in (*base.adapted.values(), base.vae):
         component.requires_grad_(False).eval().to(torch_device)
+    _check_finite(source, base)
     if attention == "xformers":
         _use_xformers(base.denoiser)
     if compile:
         base.denoiser.compile()
     return base
+
+
+def _check_finite(source: str, base: BaseModel) -> None:
+    """Find a damaged base before a fit on it does, which would blame the learning rate."""
+    for component, model in {**base.adapted, "vae": base.vae}.items():
+        bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        if bad:
+            raise ValueError(f"{source} holds NaN or infinity in {len(bad)} weights of its {component}, {bad[0]} for "
+                             f"one: the base model is damaged; get it again")  # fmt: skip
 
 
 def _use_xformers(denoiser: nn.Module) -> None:

@@ -52,12 +52,14 @@ def fit_theta(
     start: Tensor | None = None,
     progress: Progress | None = None,
     bases: Mapping[str, Tensor] | None = None,
+    failed: dict[int, str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit one theta per subject, all from the same starting vector.
 
     Args:
         start: ``(N, L, row)`` or ``(L, row)``; default ``space.theta_0``.
         bases: learned ones, by label, that theta is fitted in; None takes the frozen ones.
+        failed: takes the subjects whose fit diverged, row -> reason; their results are not finite. None raises instead.
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
@@ -70,7 +72,7 @@ def fit_theta(
     _check_thetas(space, start, len(subjects))
     start = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32)
     bases = _frozen(bases, base.device)
-    return _fit(base, space, subjects, config, start, lambda values: [space.expand(values, bases)], progress)
+    return _fit(base, space, subjects, config, start, lambda values: [space.expand(values, bases)], progress, failed)
 
 
 def fit_lora(
@@ -83,6 +85,7 @@ def fit_lora(
     progress: Progress | None = None,
     bases: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
+    failed: dict[int, str] | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject beside its frozen theta.
 
@@ -91,6 +94,7 @@ def fit_lora(
         bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
         start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
             draws each subject a fresh one, which changes nothing yet.
+        failed: as for `fit_theta`.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -99,7 +103,7 @@ def fit_lora(
     Raises:
         ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
-    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start)
+    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start, failed)
     results = []
     for i in range(len(subjects)):
         factors = space.lora_factors(lora[i], rank)
@@ -120,6 +124,7 @@ def fit_flat_lora(
     progress: Progress | None = None,
     bases: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
+    failed: dict[int, str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit as `fit_lora` does; returns the LoRAs alone, flat ``(N, lora_size(rank))``, and the losses, on the CPU.
 
@@ -147,10 +152,12 @@ def fit_flat_lora(
     def parts(values: Tensor) -> list[Stacks]:
         return [*frozen, space.split_lora(values, rank)]
 
-    return _fit(base, space, subjects, config, first.to(base.device), parts, progress)
+    return _fit(base, space, subjects, config, first.to(base.device), parts, progress, failed)
 
 
-def _fit(base, space, subjects, config: FitConfig, start: Tensor, parts, progress) -> tuple[Tensor, Tensor]:
+def _fit(
+    base, space, subjects, config: FitConfig, start: Tensor, parts, progress, failed: dict[int, str] | None = None
+) -> tuple[Tensor, Tensor]:
     """Optimise one flat buffer of parameters ``(N, ...)``; ``parts`` maps it to the factors to apply.
 
     Returns:
@@ -159,10 +166,13 @@ def _fit(base, space, subjects, config: FitConfig, start: Tensor, parts, progres
     is_auto = config.gradient_checkpointing == "auto"
     for recomputes in (False, True) if is_auto else (config.gradient_checkpointing == "on",):
         try:
-            return _optimize(base, space, subjects, config, start.clone(), parts, recomputes, progress)
+            fitted, losses = _optimize(base, space, subjects, config, start.clone(), parts, recomputes, progress)
         except torch.cuda.OutOfMemoryError:
             if recomputes or not is_auto:
                 raise
+        else:
+            _note_failures(base, subjects, config, fitted, losses, failed)
+            return fitted, losses
         torch.cuda.empty_cache()  # only here has the failed attempt let go of its tensors
         warnings.warn(
             f"a step of {len(subjects)} identities does not fit into the memory of {base.device}; gradient "
@@ -183,10 +193,33 @@ def _optimize(
             if progress is not None:
                 progress(number + 1, config.steps)
     fitted = parameters.detach().cpu()
-    history = torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
-    if not torch.isfinite(fitted).all():
-        raise ValueError(f"the fit diverged (losses {history[-1:].tolist()}); lower the learning rate {config.lr}")
-    return fitted, history
+    return fitted, torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
+
+
+def _note_failures(
+    base: BaseModel, subjects, config: FitConfig, fitted: Tensor, losses: Tensor, failed: dict[int, str] | None
+) -> None:
+    """Say whose fit has diverged and why; nobody's numbers reach another's, so that the others' are right."""
+    is_good = torch.isfinite(fitted).flatten(1).all(dim=1) & torch.isfinite(losses).all(dim=0)
+    for row in (~is_good).nonzero().flatten().tolist():
+        reason = _why_not_finite(base, subjects[row], config, losses[:, row])
+        if failed is None:
+            raise ValueError(reason)
+        failed[row] = reason
+
+
+def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses: Tensor) -> str:
+    bad = (~torch.isfinite(losses)).nonzero()
+    step = int(bad[0]) + 1 if len(bad) else len(losses)
+    remedy = f"lower the learning rate {config.lr}"
+    if base.dtype == torch.float16:
+        remedy = f"half precision cannot hold its numbers: pass --precision fp32 (or bf16), or {remedy}"
+    if not torch.isfinite(subject.moments).all():
+        remedy = "the base's VAE makes no finite numbers of the photo: try another photo"
+        remedy += ", or --precision fp32" if base.dtype == torch.float16 else ", or get the base again"
+    elif step == 1 and len(bad) and base.dtype != torch.float16:
+        remedy = "the base's answer to the photo is not finite before anything was learned: get the base again"
+    return f"the fit diverged at step {step} of {config.steps}; {remedy}"
 
 
 class _Step:

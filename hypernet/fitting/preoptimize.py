@@ -242,16 +242,21 @@ def _make_shard(
     """A shard, its thetas ``(n, L, row)`` and their final losses ``(n,)``; ``report`` gets the rows done."""
     people = prepared.people
     thetas, losses = [space.theta_0.new_empty(0, *space.theta_0.shape)], [torch.empty(0)]
+    fitted, diverged = [], []
     report(len(prepared.rows) - len(people))
     for first in range(0, len(people), batch):
-        theta, loss = _fit_people(base, space, people[first : first + batch], config, start, report)
-        thetas.append(theta)
-        losses.append(loss)
+        own, failed = people[first : first + batch], {}
+        theta, loss = _fit_people(base, space, own, config, start, report, failed)
+        good = [row for row in range(len(own)) if row not in failed]
+        thetas.append(theta[good])
+        losses.append(loss[good])
+        fitted += [own[row] for row in good]
+        diverged += [Skipped(own[row].name, reason) for row, reason in failed.items()]
     shard = Shard(
         rows=_names(prepared.rows),
-        keys=tuple(person.key for person in people),
-        names=tuple(person.name for person in people),
-        skipped=tuple(prepared.skipped),
+        keys=tuple(person.key for person in fitted),
+        names=tuple(person.name for person in fitted),
+        skipped=(*prepared.skipped, *diverged),
         photos=_photos(prepared.rows),
     )
     return shard, torch.cat(thetas), torch.cat(losses)
@@ -283,8 +288,9 @@ def _fit_people(
     config: PreoptimizeConfig,
     start: Start | None,
     report: Callable[[float], None],
+    failed: dict[int, str],
 ) -> tuple[Tensor, Tensor]:
-    """Thetas ``(n, L, row)`` and final losses ``(n,)``: the mean of the last tenth of the steps."""
+    """Thetas ``(n, L, row)`` and final losses ``(n,)``: the mean of the last tenth of the steps; see `fit_theta`."""
     subjects = make_subjects(base, people, config.recipe.trigger, config.recipe.class_prompt)
     first = None
     if start is not None:
@@ -292,7 +298,13 @@ def _fit_people(
         first = torch.stack([own.mean(0) for own in thetas.split([len(person.photos) for person in people])])
     try:
         theta, losses = fit_theta(
-            base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps)
+            base,
+            space,
+            subjects,
+            config.recipe.theta_fit,
+            first,
+            lambda _, steps: report(len(people) / steps),
+            failed=failed,
         )
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(

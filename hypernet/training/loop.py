@@ -8,6 +8,7 @@ from.
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -182,12 +183,22 @@ class _Run:
         if resume:
             self.state.load(self.out, self.config, self.world)
             self.result.skipped = _read_skipped(self.out / SKIPPED_FILE)
+        elif self.validating is not None:  # looked at here, so that no step is lost for them
+            self._check_held_out(self.validating)
+        logged = [None]
         if self.accelerator.is_main_process:
             (self.out / SAMPLES).mkdir(parents=True, exist_ok=True)
             _trim_log(self.out / LOG_FILE, self.state.step)
+            logged = [_logged_validation(self.out / LOG_FILE, self.state.step)]
             if not resume:
                 self._save()
         self.accelerator.wait_for_everyone()
+        if self.validating is not None and self.state.step:
+            validated = gather_object(logged)[0] if self.world > 1 else logged[0]
+            if validated is None:  # it was stopped after the checkpoint
+                self._validate(self.validating)
+            else:
+                self.state.best = min(self.state.best, validated)
 
     def go(self, progress: StageProgress | None) -> None:
         """Train to the last step."""
@@ -233,28 +244,50 @@ class _Run:
             self._log({**means, "lr": self.schedule.get_last_lr()[0]})
 
     def _checkpoint(self) -> None:
-        """Validate, draw and save."""
+        """Save; then validate and draw."""
         if not self.used:
             raise ValueError(self._nobody(self.training))
-        self.used, is_best = 0, False
-        if self.validating is not None:
-            sums = validation_sums(self.objective, self.validating, self.accelerator.process_index, self.world)
-            means = self._means(sums, self.validating)
-            if not means:
-                raise ValueError(self._nobody(self.validating))
-            self._log({f"validation_{name}": value for name, value in means.items()})
-            is_best = means["loss"] < self.state.best
-            self.state.best = min(means["loss"], self.state.best)
+        self.used = 0
         skipped = [self.result.skipped]
         for entries in gather_object(skipped) if self.world > 1 else skipped:
             self.result.skipped.update(entries)
         if self.accelerator.is_main_process:
-            if self.validating is not None:
-                draw_sheet(self.objective, self.validating, self.out / SAMPLES / f"step-{self.state.step:07d}.png")
-            if is_best:
-                self.network.save_pretrained(self.out / BEST)
             self._save()
+        if self.validating is not None:
+            self._validate(self.validating)
         self.accelerator.wait_for_everyone()
+
+    def _validate(self, examples: Examples) -> None:
+        """Measure and draw held-out people after a checkpoint, which is worth more: what fails costs a warning.
+
+        The line of the log comes last: where it is, all is.
+        """
+        step, sums = self.state.step, torch.zeros_like(self.running)
+        with _costs_a_warning(f"step {step} is saved, but not validated"):
+            sums = validation_sums(self.objective, examples, self.accelerator.process_index, self.world)
+        means = {}
+        with _costs_a_warning(f"step {step} is saved, but not validated"):
+            means = self._means(sums, examples)
+        if means and self.accelerator.is_main_process:
+            if means["loss"] < self.state.best:
+                self.network.save_pretrained(self.out / BEST)
+            with _costs_a_warning(f"step {step} is saved, but its samples are not drawn"):
+                draw_sheet(self.objective, examples, self.out / SAMPLES / f"step-{step:07d}.png")
+        self.objective.train()
+        if means:
+            self.state.best = min(means["loss"], self.state.best)
+            self._log({f"validation_{name}": value for name, value in means.items()})
+
+    def _check_held_out(self, examples: Examples) -> None:
+        """Raise ValueError if nobody of the held-out people can be used."""
+        reasons: dict[str, str] = {}
+        for row in range(len(examples)):
+            example = examples[0, row]
+            if example.name:
+                return
+            reasons.update(example.skipped)
+        self.result.skipped.update(reasons)
+        raise ValueError(self._nobody(examples))
 
     def _save(self) -> None:
         self.network.save_pretrained(self.out / LAST)
@@ -303,6 +336,23 @@ def _told_of_the_dead(world: int) -> Iterator[None]:
             f"another process of this training has died or hangs ({first_sentence(error)}); see what it "
             f"said, and resume from the last checkpoint"
         ) from error
+
+
+@contextmanager
+def _costs_a_warning(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:  # a card's memory is a RuntimeError
+        if isinstance(error, torch.distributed.DistError):
+            raise
+        warnings.warn(f"{what}: {first_sentence(error)}", stacklevel=3)
+
+
+def _logged_validation(path: Path, step: int) -> float | None:
+    """The validation loss that is logged of a step; None if there is none."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [line["validation_loss"] for line in lines if line["step"] == step and "validation_loss" in line]
+    return found[-1] if found else None
 
 
 def _read_skipped(path: Path) -> dict[str, str]:

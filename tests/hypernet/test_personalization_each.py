@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from hypernet.inputs.people import Person, RawPhoto, open_people, prepare_person
 from hypernet.network.prediction import predict_people
-from hypernet.personalization import OpenedRequest, Personalization, Starts, personalize
+from hypernet.personalization import OpenedRequest, Starts, personalize
 from hypernet.personalization_each import lora_name, personalize_each
 from hypernet.request import Request, request_people
+from hypernet.sampling import generate
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config
 
@@ -106,16 +107,24 @@ def test_a_hypernetwork_is_loaded_once_and_starts_everybody(run, base, people_fo
         assert torch.allclose(tensor, expected[name], rtol=2e-3, atol=1e-6)
 
 
-def test_everybody_is_drawn_and_the_base_once(run, tmp_path, monkeypatch):
-    drawn, draw = [], Personalization.draw
+def record_drawings(monkeypatch, *failures):
+    """Draw in one step; returns the factors of each drawing. One is tried for each of ``failures``, which is raised."""
+    drawn, draw, failures = [], generate, list(failures)
 
-    def record(self, prompts, factors, **options):
+    def record(base, prompts, space, factors, **options):
         drawn.append(factors)
-        return draw(self, prompts, factors, num_steps=1, **options)
+        if failures and (error := failures.pop(0)):
+            raise error
+        return draw(base, prompts, space, factors, num_steps=1, **options)
 
-    monkeypatch.setattr(Personalization, "draw", record)
+    monkeypatch.setattr("hypernet.pictures.generate", record)
+    return drawn
+
+
+def test_everybody_is_drawn_and_the_base_once(run, tmp_path, monkeypatch):
+    drawn = record_drawings(monkeypatch)
     run(config=replace(QUICK, steps=1), previews=["a sks face at night"], batch=2)
-    assert [factors is None for factors in drawn] == [True, False, False, False, False]
+    assert [factors is None for factors in drawn] == [False, True, False, False, False]
     for name in ("0", "Ann"):
         assert Image.open(tmp_path / "loras" / f"{name}.png").size == (32, 32)
         assert Image.open(tmp_path / "loras" / f"{name}-preview.png").width > 2 * 192
@@ -153,6 +162,54 @@ def test_a_run_that_was_killed_goes_on_with_those_who_are_missing(run, tmp_path)
         expected = load_file(tmp_path / "unbroken" / name)
         found = load_file(tmp_path / "loras" / name)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_run_that_was_killed_within_a_batch_makes_of_the_others_what_the_unbroken_one_makes(run, tmp_path):
+    run(tmp_path / "unbroken", batch=3)
+    run(batch=3)
+    (tmp_path / "loras" / "1.safetensors").unlink()
+    result = run(batch=3)
+    assert (names(result.kept), names(result.made)) == ([*LORAS[:1], *LORAS[2:]], ["1.safetensors"])
+    assert sorted(names((tmp_path / "loras").iterdir())) == sorted(names((tmp_path / "unbroken").iterdir()))
+    for file in (tmp_path / "unbroken").iterdir():
+        assert (tmp_path / "loras" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_lora_is_there_before_it_is_drawn_and_a_picture_that_fails_is_drawn_by_the_next_run(
+    run, tmp_path, monkeypatch
+):
+    out, previews = tmp_path / "loras", ["a sks face at night"]
+    record_drawings(monkeypatch)
+    run(tmp_path / "unbroken", previews=previews)
+    drawn = record_drawings(monkeypatch, torch.cuda.OutOfMemoryError("no memory"), ValueError("NaN"))
+    with pytest.warns(UserWarning, match=r"(0|1)\.safetensors is written, but its pictures are not: (no memory|NaN)"):
+        result = run(previews=previews)
+    assert (names(result.made), len(drawn)) == (LORAS, 5)
+    assert not (out / "0.png").exists()
+    assert not (out / "1-preview.png").exists()
+    again = run(previews=previews)
+    assert (names(again.kept), again.made, len(drawn)) == (LORAS, [], 8)
+    for file in (tmp_path / "unbroken").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file
+
+
+def test_one_whose_fit_diverges_costs_one(run, base, tmp_path, monkeypatch):
+    run(tmp_path / "unbroken", batch=4)
+    encode = base.encode_photos
+
+    def encode_badly(pixels):
+        moments = encode(pixels)
+        moments[1] = torch.nan
+        return moments
+
+    monkeypatch.setattr(base, "encode_photos", encode_badly)
+    for _ in range(2):  # the next run does not die of him either
+        result = run(batch=4)
+        (skipped,) = result.skipped
+        assert skipped.name == "1.png"
+        assert "the base's VAE makes no finite numbers of the photo" in skipped.reason
+    for name in ("0.safetensors", "2.safetensors", "Ann.safetensors"):
+        assert (tmp_path / "loras" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 # ---- left out ----

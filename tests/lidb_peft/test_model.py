@@ -1,6 +1,7 @@
 """Several layers and adapters: patterns, selections, weighted sums, bases from outside, compiling, DDP."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -239,3 +240,22 @@ def test_gradients_pass_through_ddp(blocks, x, tmp_path):
         assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters() if p.requires_grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_adapter_names_of_one_thread_reach_no_other(blocks, x):
+    """PEFT hands them over by hooks of the modules, which other threads' calls run too."""
+    model = get_peft_model(blocks, config(init_weights=False), adapter_name="one")
+    model.add_adapter("two", config(init_weights=False))
+    model.eval()
+    names = [["one"] * len(x), ["two"] * len(x), ["__base__"] * len(x), None]
+
+    @torch.no_grad()
+    def call(number):
+        own = names[number % len(names)]
+        return model(x) if own is None else model(x, adapter_names=own)
+
+    alone = [call(number) for number in range(len(names))]
+    assert not torch.allclose(alone[0], alone[1])
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, range(80)))
+    assert all(torch.equal(result, alone[number % len(names)]) for number, result in enumerate(results))

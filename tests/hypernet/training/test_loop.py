@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
+import hypernet.training.loop as loop
 import hypernet.training.validation as validation
 import lidb_peft.sealed
 from hypernet.fitting.targets import Shard, TargetStore, create_targets
@@ -154,6 +156,55 @@ def test_a_folder_of_held_out_people_needs_no_targets(run, face_folder):
     assert set(entry) == {"step", "validation_loss", "validation_denoising", "validation_people"}
     with pytest.raises(ValueError, match="nothing could be measured on the held-out people"):
         run("more", CONFIG, held_out=open_people(others))
+
+
+def test_held_out_people_are_looked_at_before_the_first_step(run, face_folder, tmp_path):
+    others = face_folder.parent / "others"
+    others.mkdir()
+    (others / "new.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"none of the people of .*others .*could be used \(new\.png: .*not an image"):
+        run("out", replace(CONFIG, steps=1, denoising=1.0), held_out=open_people(others))
+    assert not (tmp_path / "out" / "last").exists()
+
+
+def test_validation_comes_after_the_checkpoint_and_never_ends_a_training(run, monkeypatch, tmp_path):
+    config = replace(CONFIG, steps=2, denoising=1.0, validation=0.4)
+    unbroken, _, _ = run("unbroken", config)
+
+    def fail(*_):
+        assert (tmp_path / "out" / "last").exists()
+        raise RuntimeError("no memory for this. Try more")
+
+    for name in ("draw_sheet", "validation_sums"):
+        monkeypatch.setattr(loop, name, fail)
+        with pytest.warns(
+            UserWarning, match=r"step 2 is saved, but (not validated|its samples are not drawn): no memory for this"
+        ):
+            folder, _, result = run("out", config)
+        assert result.steps == 2
+        assert largest_difference(weights(folder), weights(unbroken)) == 0
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("place", ["validation_sums", "draw_sheet"])
+def test_a_run_that_is_killed_after_its_checkpoint_validates_it_when_it_is_resumed(run, monkeypatch, place):
+    config = replace(CONFIG, steps=4, denoising=1.0, validation=0.4)
+    unbroken, _, expected = run("unbroken", config)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, place, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("out", config)
+    folder = unbroken.parent / "out"
+    folder, _, result = run("out", config, HyperNetwork.from_pretrained(folder / "last"), resume=True)
+    assert (log(folder), result.best) == (log(unbroken), expected.best)
+    for name in ("best", "last"):
+        assert largest_difference(weights(folder, name), weights(unbroken, name)) == 0
+    for sheet in (unbroken / "samples").iterdir():
+        assert (folder / "samples" / sheet.name).read_bytes() == sheet.read_bytes()
 
 
 # ---- stopped, resumed, accumulated, shared ----
