@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hypernet.recipe import ATTENTIONS, AUTO, DEFAULT_BASE, FACE_DETECTORS, OPTIMIZERS, PersonalizeConfig
+from hypernet.recipe import (
+    ATTENTIONS,
+    AUTO,
+    DEFAULT_BASE,
+    FACE_DETECTORS,
+    OPTIMIZERS,
+    QUANTIZATIONS,
+    PersonalizeConfig,
+)
 from testbed import MINIATURE_RECIPE
 
 if TYPE_CHECKING:
@@ -48,15 +56,31 @@ device_option = click.option("--device", default="auto", show_default=True, help
 precision_option = click.option(
     "--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16: the base model's dtype."
 )
+components_option = click.option(
+    "--components", type=click.Path(file_okay=False), metavar="DIR",
+    help="Where --base is a file of FLUX.1's transformer alone: a diffusers folder with the other components.",
+)  # fmt: skip
+quantize_option = click.option(
+    "--quantize", type=click.Choice(QUANTIZATIONS), help="Hold FLUX.1's transformer in 4 or 8 bits, by bitsandbytes."
+)
 _LOADING = {
     "device": device_option,
     "precision": precision_option,
     "attention": click.option(
         "--attention", default="auto", show_default=True, type=click.Choice(ATTENTIONS),
-        help="The UNet's: torch's own (sdpa) or xformers'; auto is sdpa.",
+        help="The denoiser's: torch's own (sdpa) or xformers'; auto is sdpa.",
     ),
     "compile": click.option(
-        "--compile", is_flag=True, help="Compile the UNet at first use, which takes minutes; for thousands of people."
+        "--compile", is_flag=True, help="Compile the denoiser at first use: minutes, for thousands of people."
+    ),
+    "components": components_option,
+    "quantize": quantize_option,
+    "train_text_encoder": click.option(
+        "--train-text-encoder", is_flag=True, help="Adapt FLUX.1's CLIP too; Stable Diffusion's always is."
+    ),
+    "guidance_scale": click.option(
+        "--guidance-scale", type=click.FloatRange(0), show_default="1",
+        help="What FLUX.1 dev, which is distilled from guidance, is told while it is fitted.",
     ),
     "max_vram": click.option(
         "--max-vram", type=MemorySize(), metavar="SIZE",
@@ -181,7 +205,7 @@ def open_base(name: str, device: str, precision: str, max_vram: int | None = Non
 
     Args:
         max_vram: bytes that may be taken of the CUDA device.
-        options: ``attention`` and ``compile`` of `load_base`.
+        options: the others of `load_base`.
     """
     from hypernet.bases.loading import load_base
     from hypernet.devices import choose_device, describe_choice, limit_memory

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_option, base_recipe, device_option, open_base, precision_option, seed_option
+from cli.bases import (
+    base_option,
+    base_recipe,
+    components_option,
+    device_option,
+    open_base,
+    precision_option,
+    quantize_option,
+    seed_option,
+)
 from cli.results import overwrite_option
-from hypernet.recipe import PersonalizeConfig
 
 
 @click.command(name="generate")
@@ -17,13 +25,29 @@ from hypernet.recipe import PersonalizeConfig
 @click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
               help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
 @click.option("--num-steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
-@click.option("--guidance", type=float, show_default=f"{PersonalizeConfig.guidance}; testbed has its own",
-              help="Classifier-free guidance.")  # fmt: skip
+@click.option("--guidance", type=float, show_default="the base's own: 7.5, 3.5 for FLUX.1, testbed 3",
+              help="Guidance scale.")  # fmt: skip
 @seed_option
 @device_option
 @precision_option
+@components_option
+@quantize_option
 @overwrite_option
-def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device, precision, overwrite) -> None:
+def command(
+    prompts,
+    base,
+    lora,
+    weight,
+    out,
+    num_steps,
+    guidance,
+    seed,
+    device,
+    precision,
+    components,
+    quantize,
+    overwrite,
+) -> None:
     """Draw PROMPTS, with or without a LoRA.
 
     \b
@@ -36,7 +60,7 @@ def command(prompts, base, lora, weight, out, num_steps, guidance, seed, device,
     if guidance is None:
         guidance = base_recipe(base).guidance
     check_pictures(out, base, lora, overwrite)
-    model = open_base(base, device, precision)
+    model = open_base(base, device, precision, components=components, quantize=quantize)
     with progress_bars() as report:
         generate_to_file(
             model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,

@@ -231,6 +231,7 @@ class OpenedRequest:
             ValueError: its hypernetwork or theta file is of another base.
         """
         self.request, self.base = request, base
+        base.prepare_prompts(request.prompts)
         self.seconds = {} if seconds is None else seconds
         self.network: HyperNetwork | None = None
         if isinstance(request.network, HyperNetworkConfig):

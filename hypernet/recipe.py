@@ -30,6 +30,7 @@ AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 FACE_DETECTORS = ("auto", "yunet", "cascade")
 CROP_CHOICES = {"face_detector": FACE_DETECTORS}
+QUANTIZATIONS = ("nf4", "int8")
 FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
 PERSONALIZE_CHOICES = {"adapt": ("denoiser", "all")}
 TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
@@ -114,7 +115,7 @@ class PersonalizeConfig:
         seed: keys all noise.
         crop: find the face and crop to it; False takes the middle square of the photo.
         face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
-        guidance: classifier-free guidance of the preview pictures.
+        guidance: guidance scale of the preview pictures; None is the base's own, such as 7.5 for Stable Diffusion.
     """
 
     token: str = "sks"
@@ -134,7 +135,7 @@ class PersonalizeConfig:
     seed: int = 0
     crop: bool = True
     face_detector: str = "auto"
-    guidance: float = 7.5
+    guidance: float | None = None
 
     def __post_init__(self):
         _check_choices(self, PERSONALIZE_CHOICES | CROP_CHOICES)

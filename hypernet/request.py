@@ -16,7 +16,7 @@ from hypernet.inputs.photos import OpenPhoto, open_photos
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import Hypernet, check_recipe
-from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
+from hypernet.recipe import PRESERVED, TARGET_STEPS, PersonalizeConfig
 from lidb_peft import LiDBConfig, ThetaFile, load_theta
 from lidb_peft.outputs import check_distinct, check_output, check_output_folder
 
@@ -52,8 +52,13 @@ class Request:
     overwrite: bool = False
 
     @property
-    def network_config(self) -> HyperNetworkConfig | None:
-        return _config_of(self.network)
+    def prompts(self) -> list[str]:
+        """Everything that the base will be asked to read, for bases that read all prompts before anything else."""
+        config, told = self.config, [self.config.trigger, *(self.previews or ())]
+        if config.preservation:
+            told.append(config.class_prompt)
+            told += [each.format(text) for each in PRESERVED for text in (config.trigger, config.class_prompt)]
+        return told
 
     def check_file(self, out: Path, inputs: Sequence[str | Path | None] = ()) -> None:
         """Raise ValueError or OSError now if the LoRA ``out``, or what goes with it, cannot or must not be written."""

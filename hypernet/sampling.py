@@ -15,12 +15,13 @@ from converters.lora import is_finite
 from hypernet.bases.base import BaseModel
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
+from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
 from lidb_peft.outputs import check_output
 from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def generate(
     factors: LoraFactors | None = None,
     seed: int = 0,
     num_steps: int = 30,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per prompt, all from the same starting noise.
@@ -39,6 +40,7 @@ def generate(
     Args:
         factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``, applied through ``space``;
             None draws with the base as it is.
+        guidance: the guidance scale; None is the base's own.
         seed: starting noise, drawn on the CPU, so that every device draws the same.
 
     Raises:
@@ -56,7 +58,7 @@ def generate(
 
     with space.apply(factors) if factors is not None else nullcontext():
         pictures = pipeline(
-            **base.pipeline_inputs(prompts, guidance),
+            **base.pipeline_inputs(prompts, base.guidance if guidance is None else guidance),
             num_inference_steps=num_steps,
             height=base.size_px,
             width=base.size_px,
@@ -131,15 +133,16 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
         ValueError: the file is damaged, no LoRA, holds NaN, or is made for another base.
     """
     description = _check_lora(lora)
-    if description.base in ("SD1", "SD2", "SDXL") and description.base.lower() != base.family:
-        raise ValueError(f"{lora} is made for {description.base} and {base.name} is {base.family.upper()}")
+    ours = get_family(base.family).a1111_version
+    if description.base != ours and description.base in {family.a1111_version for family in FAMILIES.values()}:
+        raise ValueError(f"{lora} is made for {description.base} and {base.name} is {ours}")
     pipeline = base.pipeline()
     try:
         _load_quietly(pipeline, Path(description.path))
         if not any("lora" in names for names in pipeline.get_list_adapters().values()):
             raise ValueError("none of its layers is there")
         pipeline.set_adapters(["lora"], [weight])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last, of FLUX.1's fused layers
         pipeline.unload_lora_weights()
         raise ValueError(
             f"{lora} does not fit {base.name}: its layers have other names or widths; draw with the base it is made for"
@@ -150,7 +153,7 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
         pipeline.unload_lora_weights()
 
 
-def _load_quietly(pipeline: "StableDiffusionPipeline", path: Path) -> None:
+def _load_quietly(pipeline: "DiffusionPipeline", path: Path) -> None:
     """Load the adapter ``lora``; diffusers would log a line for each of hundreds of layers that do not fit."""
     from diffusers.utils import logging
 

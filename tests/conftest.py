@@ -108,6 +108,61 @@ def yunet():
 
 
 @pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """A narrow FLUX.1 of random weights in diffusers' layout: two blocks of each kind, 32 x 32 pixels."""
+    import diffusers
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from testbed import miniature_path
+
+    clip = transformers.CLIPTokenizer.from_pretrained(miniature_path() / "tokenizer")
+    letters = [(letter, -float(rank + 3)) for rank, letter in enumerate("\u2581etaoinshrdlcumwfgypbvk,jxqz[].")]
+    unigram = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5 = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    plain = "{}Block2D".format
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = diffusers.FluxPipeline(
+            transformer=diffusers.FluxTransformer2DModel(
+                in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=4,
+                joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 2, 2),
+            ),
+            text_encoder=transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(
+                    vocab_size=len(clip), bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+                    max_position_embeddings=clip.model_max_length, hidden_size=16, intermediate_size=32,
+                    num_hidden_layers=2, num_attention_heads=2,
+                )
+            ),
+            text_encoder_2=transformers.T5EncoderModel(
+                transformers.T5Config(
+                    vocab_size=len(unigram.get_vocab()), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=2,
+                    feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+                )
+            ),
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(8, 16), down_block_types=(plain("DownEncoder"),) * 2,
+                up_block_types=(plain("UpDecoder"),) * 2, norm_num_groups=8, mid_block_add_attention=False,
+                latent_channels=4, sample_size=32, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            tokenizer=clip, tokenizer_2=t5,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+                shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+                max_image_seq_len=4096,
+            ),
+        )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bases") / "narrow-flux"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def portrait(tmp_path_factory):
     """A drawn portrait in a file, to be used with ``crop=False``: a drawing is no face to the detector."""
     from testbed.demo import draw_photos

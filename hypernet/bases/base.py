@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,12 @@ class Prompts(_Batch):
     """n prompts, as far as they can be read before any adapted weights come in.
 
     Attributes:
-        token_ids: for the E text encoders that are adapted, ``(n, E, tokens)``.
+        token_ids: for the E text encoders that `BaseModel.encode_prompts` runs, ``(n, E, tokens)``.
+        prompt_embeds: the states of one that is never adapted, ``(n, tokens, width)``; None if there is none.
     """
 
     token_ids: Tensor
+    prompt_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,29 @@ class BaseModel(ABC):
     vae: "AutoencoderKL"
     scheduler: "SchedulerMixin"
 
-    @property
+    title: ClassVar[str]
+    """What messages call such a model."""
+    families: ClassVar[tuple[str, ...]]
+    """Names of the families in `lidb_peft.families` that are loaded as this class."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Options of `load_base` that only some families have, of those that this class takes."""
+    guidance: ClassVar[float]
+    """The guidance scale that pictures are drawn with unless somebody asks for another."""
+
+    @classmethod
     @abstractmethod
+    def from_pipeline(cls, name: str, pipeline: "DiffusionPipeline", device: torch.device, **options: Any) -> "Self":
+        """Take over the components of diffusers' pipeline, frozen, for use on ``device``; raises as `load_base`."""
+
+    @classmethod
+    def load_denoiser(cls, path: Path, config_folder: Path, dtype: torch.dtype) -> nn.Module:
+        """Load a file of a denoiser alone, whose config is in ``config_folder``, where a family has such files."""
+        raise NotImplementedError
+
+    @property
     def family(self) -> str:
-        """As `converters` names the architectures."""
+        """The name of its family in `lidb_peft.families`."""
+        return self.families[0]
 
     @property
     @abstractmethod
@@ -132,6 +154,11 @@ class BaseModel(ABC):
     @abstractmethod
     def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
         """What `pipeline` is called with to draw prompts under the weights that are applied."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that it was loaded with and that what is fitted depends on, for a target store to compare."""
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +224,15 @@ class BaseModel(ABC):
                 else:
                     model.gradient_checkpointing_disable()
                 model.eval()
+
+
+def check_all_loaded(source: str, *components: nn.Module) -> None:
+    """Raise ValueError if a weight was not in the files: the libraries leave it on the meta device."""
+    for component in components:
+        missing = [name for name, parameter in component.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of its {type(component).__name__}, {missing[0]} "
+                             f"for one; download the base model again")  # fmt: skip
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:

@@ -5,39 +5,39 @@ encoder without some of its weights loads without a word, and a truncated file i
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lidb_peft.families import FAMILIES, TITLES, Family, families_of_pipeline
 from lidb_peft.safe_read import PICKLE_SUFFIXES, check_indices, iter_tensors, read_header, read_json_object
 
-TEXT_ENCODERS = {
-    "StableDiffusionPipeline": ("text_encoder",),
-    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
-}
-"""The pipelines that bases are loaded as, and their text encoders."""
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 _CLIP_LEVEL = "text_model."
 
 
-def check_folder(folder: Path) -> tuple[str, str | None]:
+def check_folder(folder: Path, without: Sequence[str] = ()) -> tuple[Family, str | None]:
     """Check a folder in diffusers' layout.
 
+    Args:
+        without: components whose weights are not needed.
+
     Returns:
-        The class of pipeline to load it as, and the variant that its weights are stored as: None or ``fp16``.
+        A family that is loaded as the folder's pipeline, and the variant of its weights: None or ``fp16``.
 
     Raises:
-        ValueError: it is no Stable Diffusion 1.x, 2.x or XL, is not complete, or a file in it is damaged.
+        ValueError: it is of no known family, is not complete, or a file in it is damaged.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} is not a Stable Diffusion in diffusers' layout: it has no model_index.json; "
-            f"pass the folder that holds unet/, vae/ and text_encoder/"
+            f"{folder} is not a Stable Diffusion in diffusers' layout, nor another base model: it has no "
+            f"model_index.json; pass the folder that holds unet/ or transformer/, vae/ and text_encoder/"
         )
-    kind = pipeline_class(str(folder), _read_json(folder / "model_index.json"))
-    weighted = ("unet", "vae", *TEXT_ENCODERS[kind])
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in TEXT_ENCODERS[kind]]
+    family = pipeline_family(str(folder), _read_json(folder / "model_index.json"))
+    weighted = [component.name for component in family.components] + ["vae"]
+    tokenizers = [component.name.replace("text_encoder", "tokenizer") for component in family.text_encoders]
     for part in (*weighted, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
@@ -45,6 +45,7 @@ def check_folder(folder: Path) -> tuple[str, str | None]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not complete: it has no {name}; download the base model again")
         _read_json(folder / name)
+    weighted = [part for part in weighted if part not in without]
     for name in weighted:
         check_indices(folder / name, "download the base model again")
     for name in tokenizers:
@@ -55,26 +56,27 @@ def check_folder(folder: Path) -> tuple[str, str | None]:
             for files in found:
                 for file in files:
                     read_header(file)
-            return kind, variant
+            return family, variant
     missing = next(part for part in weighted if not weight_files(folder / part))
     pickled = [file.name for file in sorted((folder / missing).iterdir()) if file.suffix in PICKLE_SUFFIXES]
     hint = f" ({pickled[0]} is a pickle, which can run code and is never read)" if pickled else ""
     raise ValueError(f"{folder / missing} has no weights in safetensors{hint}; download the base model again")
 
 
-def pipeline_class(source: str, index: dict[str, Any]) -> str:
-    """The class of pipeline to load, by what ``model_index.json`` says.
+def pipeline_family(source: str, index: dict[str, Any]) -> Family:
+    """A family that is loaded as the pipeline that ``model_index.json`` names.
 
     Raises:
-        ValueError: it is no plain Stable Diffusion 1.x, 2.x or XL.
+        ValueError: it is of no known family, or no plain text-to-image model.
     """
     name = str(index.get("_class_name"))
     if index.get("requires_aesthetics_score"):
         raise ValueError(f"{source} is an SDXL refiner, which has one text encoder only; pass an SDXL base")
-    kind = name.replace("Img2Img", "")
-    if kind not in TEXT_ENCODERS:
-        raise ValueError(f"{source} holds a {name}; expected a {' or '.join(TEXT_ENCODERS)}")
-    return kind
+    found = families_of_pipeline(name)
+    if not found:
+        known = dict.fromkeys(family.pipelines[0] for family in FAMILIES.values())
+        raise ValueError(f"{source} holds a {name}; expected a {' or '.join(known)}: bases of {TITLES} work")
+    return found[0]
 
 
 def weight_files(part: Path, variant: str | None = None) -> list[Path]:

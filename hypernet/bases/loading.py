@@ -1,6 +1,6 @@
 """From a Hugging Face id, a diffusers folder or a single-file checkpoint to a base model: whole, or one sentence."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,17 +10,22 @@ import torch
 from torch import nn
 
 from hypernet.bases.base import BaseModel
-from hypernet.bases.checkpoints import check_checkpoint
-from hypernet.bases.folders import TEXT_ENCODERS, check_folder, mend_text_encoder, pipeline_class
-from hypernet.bases.stable_diffusion import PIPELINE_OPTIONS, StableDiffusion
+from hypernet.bases.checkpoints import check_channels, check_checkpoint, marker
+from hypernet.bases.flux import Flux
+from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_family
+from hypernet.bases.stable_diffusion import StableDiffusion
 from hypernet.devices import choose_device, choose_dtype
 from hypernet.errors import first_sentence
 from hypernet.quiet import quiet_loading
 from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
-from lidb_peft.safe_read import PICKLE_SUFFIXES
+from lidb_peft.families import FAMILIES, Family
+from lidb_peft.safe_read import PICKLE_SUFFIXES, read_header
 
 if TYPE_CHECKING:
-    from hypernet.bases.stable_diffusion import Pipeline
+    from diffusers import DiffusionPipeline
+
+CLASSES: tuple[type[BaseModel], ...] = (StableDiffusion, Flux)
+"""Of base models; a new one is listed here."""
 
 
 def load_base(
@@ -29,24 +34,33 @@ def load_base(
     precision: str = "auto",
     attention: str = "auto",
     compile: bool = False,
+    components: str | Path | None = None,
+    train_text_encoder: bool = False,
+    quantize: str | None = None,
+    guidance_scale: float | None = None,
 ) -> BaseModel:
     """Load a frozen base model; weights are read from safetensors only and never unpickled.
 
     Args:
         attention: of the denoiser, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
         compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
+        components: a diffusers folder with the other components, where ``source`` is a file of a transformer alone.
+        train_text_encoder: adapt CLIP too, where a family does not anyway: FLUX.1.
+        quantize: hold the transformer's blocks in ``nf4`` or ``int8``: FLUX.1.
+        guidance_scale: what a distilled model is told while it is fitted, 1 if not given: FLUX.1 dev.
 
     Raises:
-        ValueError: the source is not a Stable Diffusion 1.x, 2.x or XL, a pickled checkpoint or damaged; or xformers is
-            asked for and not to be had.
+        ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that family's; or
+            xformers or bitsandbytes is asked for and not to be had.
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
     torch_device = choose_device(device)
-    base = StableDiffusion.from_pipeline(source, load_pipeline(source, choose_dtype(precision, torch_device)))
-    for component in (*base.adapted.values(), base.vae):
-        component.requires_grad_(False).eval().to(torch_device)
+    given = {"train_text_encoder": train_text_encoder, "quantize": quantize, "guidance_scale": guidance_scale}
+    options = {name: value for name, value in given.items() if value not in (None, False)}
+    family, pipeline = load_pipeline(source, choose_dtype(precision, torch_device), options, components)
+    base = class_of(family).from_pipeline(source, pipeline, torch_device, **options)
     _check_finite(source, base)
     if attention == "xformers":
         _use_xformers(base.denoiser)
@@ -64,6 +78,22 @@ def _check_finite(source: str, base: BaseModel) -> None:
                              f"one: the base model is damaged; get it again")  # fmt: skip
 
 
+def class_of(family: Family) -> type[BaseModel]:
+    """The class that bases of a family are loaded as."""
+    return next(kind for kind in CLASSES if family.name in kind.families)
+
+
+def check_options(source: str, family: Family, options: Collection[str]) -> None:
+    """Raise ValueError if an option is none of this family's, before gigabytes are loaded."""
+    for name in options:
+        if name not in class_of(family).options:
+            owners = [FAMILIES[owner].title for kind in CLASSES if name in kind.options for owner in kind.families]
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for {' and '.join(owners)}, and {source} is {family.title}; leave it "
+                f"out"
+            )
+
+
 def _use_xformers(denoiser: nn.Module) -> None:
     try:
         if find_spec("xformers") is None:
@@ -76,8 +106,16 @@ def _use_xformers(denoiser: nn.Module) -> None:
         ) from error
 
 
-def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
-    """Load a Stable Diffusion 1.x, 2.x or XL on the CPU; weights are read from safetensors only and never unpickled.
+def load_pipeline(
+    source: str, dtype: torch.dtype, options: Collection[str] = (), components: str | Path | None = None
+) -> "tuple[Family, DiffusionPipeline]":
+    """Load a base's pipeline on the CPU; weights are read from safetensors only and never unpickled.
+
+    Args:
+        options: names of those that are given, see `check_options`.
+
+    Returns:
+        A family that is loaded alike, and the pipeline.
 
     Raises:
         ValueError: the source is something else, or damaged, or a pickled checkpoint.
@@ -86,35 +124,45 @@ def load_pipeline(source: str, dtype: torch.dtype) -> "Pipeline":
     path = Path(source)
     with quiet_loading():
         if path.is_file():
-            return _load_single_file(path, dtype)
+            return _load_single_file(path, dtype, options, components)
+        if components is not None:
+            raise ValueError(f"{source} is no file of a transformer alone, which --components goes with; leave it out")
         if path.is_dir():
-            return _load_folder(path, dtype)
-        return _load_from_hub(source, dtype)
+            return _load_folder(path, dtype, options)
+        return _load_from_hub(source, dtype, options)
 
 
 @contextmanager
-def _loading(source: str | Path, *failures: type[Exception]) -> Iterator[None]:
+def _loading(source: str | Path, family: Family, *failures: type[Exception]) -> Iterator[None]:
     """Say in a sentence what a library finds wrong with a base, ``failures`` included."""
+    title = class_of(family).title
     try:
         yield
     except (ValueError, RuntimeError, *failures) as error:
-        raise ValueError(f"{source} cannot be loaded as a Stable Diffusion: {first_sentence(error)}") from error
+        raise ValueError(f"{source} cannot be loaded as a {title}: {first_sentence(error)}") from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> "Pipeline":
-    kind, variant = check_folder(folder)
-    with _loading(folder, OSError):  # configs that do not fit the weights, or each other
-        pipeline = _load_pretrained(str(folder), kind, dtype, variant=variant)
-    for name in TEXT_ENCODERS[kind]:
-        mend_text_encoder(folder / name, variant, getattr(pipeline, name))
+def _load_folder(folder: Path, dtype: torch.dtype, options: Collection[str]) -> "tuple[Family, DiffusionPipeline]":
+    family, variant = check_folder(folder)
+    check_options(str(folder), family, options)
+    return family, _open_folder(folder, family, variant, dtype)
+
+
+def _open_folder(
+    folder: Path, family: Family, variant: str | None, dtype: torch.dtype, **given: nn.Module
+) -> "DiffusionPipeline":
+    with _loading(folder, family, OSError):  # configs that do not fit the weights, or each other
+        pipeline = _load_pretrained(str(folder), family, dtype, variant=variant, **given)
+    for component in family.text_encoders:
+        mend_text_encoder(folder / component.name, variant, getattr(pipeline, component.name))
     return pipeline
 
 
-def _load_pretrained(source: str, kind: str, dtype: torch.dtype, **options) -> "Pipeline":
+def _load_pretrained(source: str, family: Family, dtype: torch.dtype, **options) -> "DiffusionPipeline":
     import diffusers
 
-    return getattr(diffusers, kind).from_pretrained(
-        source, use_safetensors=True, **PIPELINE_OPTIONS[kind], **_dtype_argument(dtype), **options
+    return getattr(diffusers, family.pipelines[0]).from_pretrained(
+        source, use_safetensors=True, **family.pipeline_options, **_dtype_argument(dtype), **options
     )
 
 
@@ -126,7 +174,7 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
 
 
-def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
+def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]):
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -134,8 +182,10 @@ def _load_from_hub(source: str, dtype: torch.dtype) -> "Pipeline":
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
     try:
         validate_repo_id(source)
-        with _loading(source):
-            return _load_pretrained(source, pipeline_class(source, _load_index(source)), dtype)
+        family = pipeline_family(source, _load_index(source))
+        check_options(source, family, options)
+        with _loading(source, family):
+            return family, _load_pretrained(source, family, dtype)
     except (HFValidationError, OSError) as error:
         is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
         reason = f" ({first_sentence(error)})" if is_telling else ""
@@ -153,15 +203,44 @@ def _load_index(source: str) -> dict[str, Any]:
     return DiffusionPipeline.load_config(source)
 
 
-def _load_single_file(path: Path, dtype: torch.dtype) -> "Pipeline":
+def _load_single_file(path: Path, dtype: torch.dtype, options: Collection[str], components: str | Path | None):
+    """A whole model, or a denoiser beside the folder of its other components."""
+    family = check_checkpoint(path)
+    check_options(str(path), family, options)
+    if family.checkpoint_parts:
+        if components is not None:
+            raise ValueError(f"{path} is a whole model; leave --components out")
+        return family, _load_whole_file(path, family, dtype)
+    name = family.denoiser.name
+    if components is None:
+        others = ", ".join(f"{component.name}/" for component in family.text_encoders)
+        raise ValueError(
+            f"{path} holds the {name} of {family.title} alone; pass --components with a diffusers folder that has the "
+            f"others: vae/, {others}, tokenizers, scheduler/ and {name}/config.json"
+        )
+    folder = Path(components)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; name a diffusers folder of {family.title}")
+    found, variant = check_folder(folder, without=(name,))
+    if found is not family:
+        raise ValueError(
+            f"{folder} holds a {found.title}, and {path} a {name} of {family.title}; name a folder of that"
+        )
+    with _loading(path, family):
+        denoiser = class_of(family).load_denoiser(path, folder / name, dtype)
+    return family, _open_folder(folder, family, variant, dtype, **{name: denoiser})
+
+
+def _load_whole_file(path: Path, family: Family, dtype: torch.dtype) -> "DiffusionPipeline":
     """A checkpoint has neither tokenizers nor configuration: diffusers takes them from the hub, or from its cache."""
     import diffusers
 
-    kind = check_checkpoint(path)
+    tensors = read_header(path).tensors
+    check_channels(str(path), tensors[marker(family, tensors)].shape[1], family.latent_channels)
     try:
-        with _loading(path):
-            return getattr(diffusers, kind).from_single_file(
-                str(path), **PIPELINE_OPTIONS[kind], **_dtype_argument(dtype)
+        with _loading(path, family):
+            return getattr(diffusers, family.pipelines[0]).from_single_file(
+                str(path), **family.pipeline_options, **_dtype_argument(dtype)
             )
     except OSError as error:
         raise FileNotFoundError(

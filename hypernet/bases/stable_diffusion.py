@@ -3,27 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts
+from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded
 from hypernet.bases.checkpoints import check_channels
-from hypernet.bases.folders import TEXT_ENCODERS
+from lidb_peft.families import family_of_pipeline, get_family
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-
-PIPELINE_OPTIONS = {
-    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-"""What each class of pipeline is made with beside its components: nothing that would censor or mark a picture."""
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -56,15 +49,19 @@ class StableDiffusion(BaseModel):
     tokenizer_2: "CLIPTokenizer | None" = None
     zeros_for_no_prompt: bool = True
 
+    title: ClassVar[str] = "Stable Diffusion"
+    families: ClassVar[tuple[str, ...]] = ("sd1", "sd2", "sdxl")
+    guidance: ClassVar[float] = 7.5
+
     @classmethod
-    def from_pipeline(cls, name: str, pipeline: "Pipeline") -> "StableDiffusion":
+    def from_pipeline(cls, name: str, pipeline: "Pipeline", device: torch.device) -> "StableDiffusion":
         """Take over the components of diffusers' pipeline.
 
         Raises:
             ValueError: they do not go together, lack weights, or are not those of a plain Stable Diffusion.
         """
         _check_components(name, pipeline)
-        return cls(
+        base = cls(
             name=name,
             vae=pipeline.vae,
             scheduler=pipeline.scheduler,
@@ -75,13 +72,17 @@ class StableDiffusion(BaseModel):
             tokenizer_2=getattr(pipeline, "tokenizer_2", None),
             zeros_for_no_prompt=pipeline.config.get("force_zeros_for_empty_prompt", True),
         )
+        for model in (*base.adapted.values(), base.vae):
+            model.requires_grad_(False).eval().to(device)
+        return base
+
+    @property
+    def _pipeline_class(self) -> str:
+        return "StableDiffusionPipeline" if self.text_encoder_2 is None else "StableDiffusionXLPipeline"
 
     @property
     def family(self) -> str:
-        if self.text_encoder_2 is not None:
-            return "sdxl"
-        # SD2.x took OpenCLIP's text encoder of width 1024; everything else of this shape is SD1.x to its readers.
-        return "sd2" if self.unet.config.cross_attention_dim == 1024 else "sd1"
+        return family_of_pipeline(self._pipeline_class, self.unet.config).name
 
     @property
     def denoiser(self) -> nn.Module:
@@ -163,11 +164,11 @@ class StableDiffusion(BaseModel):
     def pipeline(self) -> "Pipeline":
         import diffusers
 
-        kind = "StableDiffusionPipeline" if self.text_encoder_2 is None else "StableDiffusionXLPipeline"
         parts = {"tokenizer": self.tokenizer, "scheduler": self.scheduler, "vae": self.vae.to(self.device)}
         if self.tokenizer_2 is not None:
             parts |= {"tokenizer_2": self.tokenizer_2, "force_zeros_for_empty_prompt": self.zeros_for_no_prompt}
-        pipeline = getattr(diffusers, kind)(**self.adapted, **parts, **PIPELINE_OPTIONS[kind])
+        options = get_family(self.family).pipeline_options
+        pipeline = getattr(diffusers, self._pipeline_class)(**self.adapted, **parts, **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -176,7 +177,8 @@ class StableDiffusion(BaseModel):
 
 
 def _check_components(source: str, pipeline: "Pipeline") -> None:
-    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS[type(pipeline).__name__]]
+    names = ("text_encoder", "text_encoder_2")
+    text_encoders = [getattr(pipeline, name) for name in names if hasattr(pipeline, name)]
     read, given = pipeline.unet.config.cross_attention_dim, [encoder.config.hidden_size for encoder in text_encoders]
     if read != sum(given):
         raise ValueError(
@@ -184,11 +186,7 @@ def _check_components(source: str, pipeline: "Pipeline") -> None:
             f"{' + '.join(map(str, given))}; pass a plain SD 1.x, 2.x or SDXL base"
         )
     check_channels(source, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
-    for part in (pipeline.unet, *text_encoders, pipeline.vae):
-        missing = [name for name, parameter in part.named_parameters() if parameter.is_meta]
-        if missing:
-            raise ValueError(f"{source} lacks {len(missing)} weights of its {type(part).__name__}, {missing[0]} for "
-                             f"one; download the base model again")  # fmt: skip
+    check_all_loaded(source, pipeline.unet, *text_encoders, pipeline.vae)
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")

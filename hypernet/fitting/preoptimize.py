@@ -83,7 +83,7 @@ def open_targets(
     del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives
     fit["optimizer"] = chosen_optimizer(fit["optimizer"])
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
-    fit |= {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
+    fit |= base.settings | {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
     fit |= detector_fit(recipe.crop, recipe.face_detector)
     if not has_targets(folder):
         batch = config.batch or choose_batch(base, space, recipe.theta_fit)

@@ -69,10 +69,10 @@ class PromptPreservation:
         self.styled_rows = torch.tensor([places[text] for text in styled], device=base.device).view(len(prompts), -1)
         texts = [t.format(prompt) for prompt in dict.fromkeys(class_prompts) for t in ("{}", *templates)]
         self.plain = torch.tensor([texts.index(prompt) for prompt in class_prompts], device=base.device)
+        plain = base.prepare_prompts(texts)
         with torch.no_grad():  # one by one, for together they may be more than a step's
-            self.prompt_embeds = PromptEmbeds.concatenate(
-                [base.encode_prompts(base.prepare_prompts([text])) for text in texts]
-            )
+            rows = torch.arange(len(texts), device=base.device).split(1)
+            self.prompt_embeds = PromptEmbeds.concatenate([base.encode_prompts(plain.rows(row)) for row in rows])
 
     def choose(self, copies: int, generators: Sequence[torch.Generator]) -> Choice:
         """Choose, for each subject, half of its ``copies`` noisy latents (rounded up) and prompts; on the CPU.

@@ -133,7 +133,9 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLInstructPix2PixPipeline",
@@ -142,7 +144,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
 )
 def test_another_kind_of_pipeline_is_refused(folder, name):
     edit_json(folder / "model_index.json", _class_name=name)
-    refused(folder, f"holds a {name}; expected a StableDiffusionPipeline or StableDiffusionXLPipeline")
+    refused(folder, f"holds a {name}; expected a StableDiffusionPipeline or StableDiffusionXLPipeline or Flux")
 
 
 def test_an_sdxl_refiner_is_refused(folder):
@@ -287,9 +289,9 @@ def test_a_full_disk_during_the_download_is_said(monkeypatch):
 
 
 def test_another_kind_of_pipeline_is_not_downloaded(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source: {"_class_name": "FluxPipeline"})
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source: {"_class_name": "StableDiffusion3Pipeline"})
     monkeypatch.setattr(base_loading, "_load_pretrained", None)
-    refused("some/flux", "holds a FluxPipeline")
+    refused("some/sd3", "holds a StableDiffusion3Pipeline")
 
 
 def test_an_sdxl_model_from_the_hub_loads_as_one(sdxl_folder, monkeypatch):
