@@ -1,9 +1,11 @@
-"""Does it fit onto the card? ``python benchmarks/memory_count.py --family sdxl``
+"""Does it fit onto the card? ``python benchmarks/memory_count.py --family sdxl`` or ``--family flux1 --quantize nf4``
 
 Counts, without a GPU and without weights, what personalising a full-size base allocates: the models and every step run
 on tensors that have shapes and no numbers (torch's fake tensors), and the peak of what is alive at once is written
 down. bf16 base, float32 LoRA of rank 4. Attention counts as flash attention, which keeps no scores; what CUDA, cuDNN
 and the allocator take beside that is not in it.
+
+Quantised weights are counted as bitsandbytes stores them, and a step's largest layer once more as it is unpacked.
 """
 
 import argparse
@@ -12,14 +14,16 @@ from collections.abc import Callable
 
 import torch
 from costs import CLIP_L, SD15_UNET, VAE, table
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from hypernet.bases.base import Prompts
+from hypernet.bases.base import BaseModel, Prompts
+from hypernet.bases.flux import TOKENS as T5_TOKENS
+from hypernet.bases.flux import Flux
 from hypernet.bases.stable_diffusion import StableDiffusion
 from lidb_peft import LiDBConfig, LiDBSpace
 
@@ -27,6 +31,11 @@ RANK = 4
 TOKENS = 77
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
           "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
+T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "feed_forward_proj": "gated-gelu"}  # fmt: skip
+FLUX_VAE = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+# Bytes of a number: 4 bits and a float32 for every 64 numbers; 8 bits and, of a row of thousands, a float32.
+QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 UNETS = {
     "sd1": SD15_UNET,
     "sdxl": {
@@ -73,12 +82,26 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.bfloat16) ->
         torch.set_default_dtype(torch.float32)
 
 
-def build_vae(size_px: int, dtype: torch.dtype = torch.bfloat16) -> AutoencoderKL:
-    return build(lambda: AutoencoderKL(**VAE, sample_size=size_px), dtype)
+def build_vae(size_px: int, dtype: torch.dtype = torch.bfloat16, **config) -> AutoencoderKL:
+    return build(lambda: AutoencoderKL(**VAE | config, sample_size=size_px), dtype)
 
 
-def build_base(family: str) -> StableDiffusion:
-    """A base of a family at full size, without tokenizers and scheduler."""
+def build_base(family: str) -> BaseModel:
+    """A base of a family at full size, without tokenizers and scheduler, and of FLUX.1 without T5."""
+    return build_flux() if family == "flux1" else build_stable_diffusion(family)
+
+
+def build_flux() -> Flux:
+    """FLUX.1-dev, whose widths are the class's own."""
+    return Flux(
+        name="flux1", vae=build_vae(1024, **FLUX_VAE), scheduler=None,
+        transformer=build(lambda: FluxTransformer2DModel(guidance_embeds=True)),
+        text_encoder=build(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))), tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def build_stable_diffusion(family: str) -> StableDiffusion:
     unet = build(lambda: UNet2DConditionModel(**UNETS[family]))
     first = build(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
     second = build(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))) if family == "sdxl" else None
@@ -90,35 +113,63 @@ def build_base(family: str) -> StableDiffusion:
     return base
 
 
-def count_encoding(base: StableDiffusion) -> int:
-    """Bytes that encoding a photo takes beside UNet and text encoders, the float32 VAE included."""
-    vae = build_vae(base.size_px, torch.float32)
+def count_reading() -> int:
+    """Bytes that T5 takes to read a prompt, itself included; FLUX.1's transformer is elsewhere then."""
+    t5 = build(lambda: T5EncoderModel(T5Config(**T5_XXL)))
+    with Peak(t5) as peak, torch.no_grad():
+        t5(torch.ones(1, T5_TOKENS[True], dtype=torch.long))
+    return peak.bytes + model_bytes(t5)
+
+
+def count_encoding(base: BaseModel) -> int:
+    """Bytes that encoding a photo takes beside denoiser and text encoders, the float32 VAE included."""
+    vae = build(lambda: AutoencoderKL.from_config(base.vae.config), torch.float32)
     with Peak(vae) as peak, torch.no_grad():
         vae.encode(torch.zeros(1, 3, base.size_px, base.size_px))
     return peak.bytes + model_bytes(vae)
 
 
-def count_drawing(base: StableDiffusion) -> int:
-    """Bytes that decoding a picture takes beside UNet and text encoders, the VAE included."""
-    side = base.unet.config.sample_size
+def count_drawing(base: BaseModel) -> int:
+    """Bytes that decoding a picture takes beside denoiser and text encoders, the VAE included."""
     with Peak(base.vae) as peak, torch.no_grad():
-        base.vae.decode(torch.zeros(1, 4, side, side, dtype=base.dtype))
+        base.vae.decode(torch.zeros(1, *base.latent_shape, dtype=base.dtype))
     return peak.bytes + model_bytes(base.vae)
 
 
-def count_step(base: StableDiffusion, latents: int, checkpointing: bool) -> int:
-    """Bytes that a step of finetuning takes beside UNet and text encoders, with a prompt for each noisy latent."""
-    space, side = LiDBSpace(base.adapted, LiDBConfig()), base.unet.config.sample_size
+def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
+    """Bytes that a step of finetuning takes beside denoiser and text encoders, with a prompt for each noisy latent."""
+    space = LiDBSpace(base.adapted, LiDBConfig())
     values = torch.zeros_like(space.init_lora(RANK, torch.Generator()))[None].requires_grad_()
-    prompts = Prompts(torch.ones(latents, len(base.text_encoders), TOKENS, dtype=torch.long))
-    with Peak(*base.adapted.values()) as peak, base.checkpointed(checkpointing):
+    prompts = fake_prompts(base, latents)
+    with Peak(*weighed(base)) as peak, base.checkpointed(checkpointing):
         optimizer = torch.optim.AdamW([values])
         with space.apply(space.split_lora(values, RANK)):
-            noisy, timesteps = torch.zeros(latents, 4, side, side), torch.zeros(latents, dtype=torch.long)
+            noisy, timesteps = torch.zeros(latents, *base.latent_shape), torch.zeros(latents, dtype=torch.long)
             loss = base.denoise(noisy, timesteps, base.encode_prompts(prompts)).square().mean()
         loss.backward()
         optimizer.step()
     return peak.bytes + values.untyped_storage().nbytes()
+
+
+def fake_prompts(base: BaseModel, count: int) -> Prompts:
+    if isinstance(base, Flux):
+        embeds = torch.zeros(count, T5_TOKENS[True], T5_XXL["d_model"], dtype=base.dtype)
+        return Prompts(torch.ones(count, 1, TOKENS, dtype=torch.long), embeds)
+    return Prompts(torch.ones(count, len(base.text_encoders), TOKENS, dtype=torch.long))
+
+
+def weighed(base: BaseModel) -> list[nn.Module]:
+    """What is on the card while fitting."""
+    return [base.denoiser, *(getattr(base, name) for name in ("text_encoder", "text_encoder_2")
+                             if getattr(base, name) is not None)]  # fmt: skip
+
+
+def quantized_bytes(denoiser: nn.Module, kind: str) -> int:
+    """Bytes of a transformer whose blocks' linear layers are quantised, and of its largest layer in bf16."""
+    blocks = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+    weights = [m.weight for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    rest = model_bytes(denoiser) - sum(weight.nbytes for weight in weights)
+    return round(rest + QUANTIZED[kind] * sum(w.numel() for w in weights) + max(w.nbytes for w in weights))
 
 
 def model_bytes(*models: nn.Module) -> int:
@@ -127,18 +178,23 @@ def model_bytes(*models: nn.Module) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--family", choices=list(UNETS), default="sdxl")
+    parser.add_argument("--family", choices=[*UNETS, "flux1"], default="sdxl")
+    parser.add_argument("--quantize", choices=list(QUANTIZED), help="the transformer's blocks")
     parser.add_argument("--latents", type=int, nargs="+", default=[1, 2], help="noisy latents in a step")
     options = parser.parse_args()
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = build_base(options.family)
-        weights = model_bytes(*base.adapted.values())
+        denoiser, *text_encoders = weighed(base)
+        in_bits = model_bytes(denoiser) if options.quantize is None else quantized_bytes(denoiser, options.quantize)
+        weights = in_bits + model_bytes(*text_encoders)
+        reading = count_reading() if isinstance(base, Flux) else 0
         rows = {"encode a photo": count_encoding(base), "decode a picture": count_drawing(base)}
         for latents in options.latents:
             for checkpointing in (False, True):
                 name = f"a step of {latents} noisy latents{', gradient checkpointing' * checkpointing}"
                 rows[name] = count_step(base, latents, checkpointing)
-    print(f"{options.family} at {base.size_px} px, GB; UNet and text encoders {weights / 1e9:.2f}\n")
+    print(f"{options.family} at {base.size_px} px, GB; denoiser and text encoders {weights / 1e9:.2f}")
+    print(f"T5, which reads prompts alone, {reading / 1e9:.2f}\n" if reading else "")
     print(
         table(
             [{"": name, "beside them": size / 1e9, "together": (weights + size) / 1e9} for name, size in rows.items()]

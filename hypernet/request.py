@@ -52,6 +52,10 @@ class Request:
     overwrite: bool = False
 
     @property
+    def network_config(self) -> HyperNetworkConfig | None:
+        return _config_of(self.network)
+
+    @property
     def prompts(self) -> list[str]:
         """Everything that the base will be asked to read, for bases that read all prompts before anything else."""
         config, told = self.config, [self.config.trigger, *(self.previews or ())]

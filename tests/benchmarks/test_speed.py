@@ -137,3 +137,14 @@ def test_what_models_take_is_counted_without_numbers():
         base = memory_count.build_base("sd1")
         assert memory_count.model_bytes(*base.adapted.values()) == 2 * (859_520_964 + 123_060_480)
         assert memory_count.count_step(base, 1, True) < memory_count.count_step(base, 1, False)
+
+
+def test_what_flux_takes_is_counted_by_its_known_size():
+    """FLUX.1-dev's transformer has 11,901,408,320 numbers."""
+    import memory_count
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = memory_count.build_base("flux1")
+        assert memory_count.model_bytes(base.transformer) == 2 * 11_901_408_320
+        assert memory_count.quantized_bytes(base.transformer, "nf4") < 7.5e9
+        assert memory_count.quantized_bytes(base.transformer, "int8") < 12.8e9
