@@ -50,8 +50,8 @@ def load_base(
         guidance_scale: what a distilled model is told while it is fitted, 1 if not given: FLUX.1 dev.
 
     Raises:
-        ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that family's; or
-            xformers or bitsandbytes is asked for and not to be had.
+        ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that
+            family's; or xformers or bitsandbytes is asked for and not to be had.
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
     if attention not in ATTENTIONS:
