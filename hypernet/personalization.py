@@ -91,7 +91,7 @@ class Personalization:
         self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
 
     def save_theta(self, path: str | Path) -> None:
-        """Write theta alone, 53 KB for SD1.5.
+        """Write theta alone, 53 KB for Stable Diffusion 1.5.
 
         Raises:
             ValueError: its bases are learned.

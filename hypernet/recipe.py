@@ -102,7 +102,7 @@ class PersonalizeConfig:
     Attributes:
         token: the rare word that will mean this person.
         prompt: what the photos show; ``[V]`` stands for the token.
-        adapt: which layers, where no hypernetwork and no theta file says so: those of the ``denoiser``, the UNet, or
+        adapt: which layers, where no hypernetwork and no theta file says so: those of the ``denoiser``, or
             ``all``, those of the text encoders too, which forget prompts sooner than they learn a person.
         theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity, or at its prediction. What it adds,
             as many steps of finetuning add sooner.

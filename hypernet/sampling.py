@@ -142,7 +142,7 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
         if not any("lora" in names for names in pipeline.get_list_adapters().values()):
             raise ValueError("none of its layers is there")
         pipeline.set_adapters(["lora"], [weight])
-    except (ValueError, RuntimeError, AssertionError) as error:  # the last, of FLUX.1's fused layers
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last, of fused layers
         pipeline.unload_lora_weights()
         raise ValueError(
             f"{lora} does not fit {base.name}: its layers have other names or widths; draw with the base it is made for"

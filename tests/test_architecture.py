@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.
 ENTRIES = {Path("lidb_peft/kohya.py"): "converters", Path("lidb_peft/__main__.py"): "cli"}
 OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow", "triton", "wandb", "matplotlib",
             "skimage", "datasets", "pillow_heif"}  # fmt: skip
+OF_ONE_KIND = {"unet", "time_ids", "alphas_cumprod", "added_cond_kwargs", "img_ids", "sd1", "sd2", "sdxl", "flux",
+               "flux1", "text_encoder_2"}  # fmt: skip
 UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 
 
@@ -77,6 +80,16 @@ def test_what_stands_beside_the_parts_of_a_package_is_their_ground_and_imports_n
     parts = tuple(f"{package}.{part}." for part in PARTS[package])
     for name in ground:
         assert not [imported for imported in imported_modules(modules[name]) if imported.startswith(parts)], name
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "hypernet").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT))
+)
+def test_what_one_kind_of_base_model_has_is_named_by_its_own_file(file):
+    """Fitting, training and sampling ask `BaseModel`; beside them, only the folder of base models knows which it is."""
+    if file.parent.name != "bases":
+        words = set(re.findall(r"\w+", file.read_text(encoding="utf-8").lower()))
+        assert not words & OF_ONE_KIND
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -155,6 +155,9 @@ class BaseModel(ABC):
     def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
         """What `pipeline` is called with to draw prompts under the weights that are applied."""
 
+    def settle(self) -> None:  # noqa: B027 - most bases are there from the start
+        """Bring onto the device what a step needs, if that is not there yet."""
+
     @property
     def settings(self) -> dict[str, Any]:
         """Options that it was loaded with and that what is fitted depends on, for a target store to compare."""

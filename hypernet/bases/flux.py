@@ -223,6 +223,10 @@ class Flux(BaseModel):
             if self.home.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def settle(self) -> None:
+        if not self._is_at_home:
+            self.transformer.to(self.home)
+
     @property
     def _is_at_home(self) -> bool:
         return next(self.transformer.parameters()).device.type == self.home.type
@@ -248,8 +252,7 @@ class Flux(BaseModel):
         return noise - latents
 
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
-        if not self._is_at_home:
-            self.transformer.to(self.home)
+        self.settle()
         count, _, height, width = noisy_latents.shape
         guidance = None
         if self.transformer.config.guidance_embeds:
@@ -271,8 +274,7 @@ class Flux(BaseModel):
         """Without T5: `pipeline_inputs` are embeddings."""
         from diffusers import FluxPipeline
 
-        if not self._is_at_home:
-            self.transformer.to(self.home)
+        self.settle()
         pipeline = FluxPipeline(
             scheduler=self.scheduler, vae=self.vae.to(self.home), text_encoder=self.text_encoder,
             tokenizer=self.tokenizer, text_encoder_2=None, tokenizer_2=self.tokenizer_2, transformer=self.transformer,

@@ -12,6 +12,7 @@ from lidb_peft import LiDBSpace
 
 LARGEST_BATCH = 64  # more would gain little, and a killed run loses the batch it is at
 _CPU_PIXELS = 16 * 32 * 32  # on a processor a batch gains only where pictures are small: 16 of 32 x 32, 1 of 512 x 512
+_PROMPT = "a face"
 _MEMORY_SHARE = 0.85  # of what is free; the rest is for fragments and for what others take meanwhile
 
 
@@ -25,6 +26,9 @@ def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> int:
     """
     if base.device.type != "cuda":
         return max(1, _CPU_PIXELS // base.size_px**2)
+    templates = fit.preserved if fit.preservation else ()
+    base.prepare_prompts([_PROMPT, *(template.format(_PROMPT) for template in templates)])
+    base.settle()  # else its own arrival would be counted
     free = free_bytes(base.device)
     for checkpointing in ("off", "on") if fit.gradient_checkpointing == "auto" else (fit.gradient_checkpointing,):
         peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing))
@@ -38,7 +42,7 @@ def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> list[int]:
     """The most memory that a step of one and of two people takes on top of the base, as far as they fit."""
     channels, *size = base.latent_shape
     moments = torch.zeros(1, 2 * channels, *size)
-    subjects = [Subject(str(i), moments, "a face", "a face") for i in range(2)]
+    subjects = [Subject(str(i), moments, _PROMPT, _PROMPT) for i in range(2)]
     peaks: list[int] = []
     for count in (1, 2):
         before = torch.cuda.memory_allocated(base.device)

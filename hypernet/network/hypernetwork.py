@@ -108,7 +108,7 @@ class HyperNetwork(PreTrainedModel):
         """Make a hypernetwork around a pretrained encoder.
 
         Args:
-            source: id or folder of any vision transformer; `hypernet.recipe.DEFAULT_ENCODER` for SD1.5.
+            source: id or folder of any vision transformer; `hypernet.recipe.DEFAULT_ENCODER`.
             space: whose thetas are to be predicted.
             base_model_name: for people to read.
             options: of `HyperNetworkConfig`.
