@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import baselines
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from scoring import DETAILS, Method, Results, World, equal_steps
 
 from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.starts import find_start, load_start
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import FitConfig
 from lidb_peft import LoraFactors
@@ -40,26 +42,37 @@ PLAIN, PREDICTED = "no hypernetwork", "hypernetwork"
 
 @contextmanager
 def relaxed(
-    world: World, people: Sequence[int], seed: int, steps: int, network: Path | None = None, **changes: int
+    world: World,
+    people: Sequence[int],
+    seed: int,
+    steps: int,
+    network: Path | None = None,
+    start: bool = True,
+    **changes: Any,
 ) -> Iterator[list[LoraFactors] | None]:
-    """Our LoRA, beside the theta that a hypernetwork predicts or with none; no steps leaves the prediction alone.
+    """Our LoRA, beside the theta that a hypernetwork predicts or with none.
 
     Args:
+        start: begin at the start beside the hypernetwork, or else beside the base, if there is one.
         changes: of the recipe that goes with it.
     """
+    recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed, **changes)
+    space = world.space if recipe.adapt == "all" else world.denoiser_space
     theta = bases = None
     if network is not None:
         hypernetwork = _load_network(network)
-        hypernetwork.check_space(world.space)
+        space = world.space_of_layers(name for name, *_ in hypernetwork.config.layers)
+        hypernetwork.check_space(space)
         theta, bases = hypernetwork(shown_photos(people)), hypernetwork.bases
-    if steps:
-        recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed, **changes)
+    file = find_start("" if network is None else str(network), world.base.name) if start else None
+    first = None if file is None else load_start(file).flat(space)
+    if steps or first is not None:
         factors, _ = fit_lora(
-            world.base, world.space, world.subjects(people), recipe.lora_fit, recipe.rank, theta, bases=bases
+            world.base, space, world.subjects(people), recipe.lora_fit, recipe.rank, theta, bases=bases, start=first
         )
         yield factors
     else:
-        yield None if theta is None else [world.space.factors(each, bases) for each in theta]
+        yield None if theta is None else [space.factors(each, bases) for each in theta]
 
 
 @contextmanager
@@ -133,7 +146,15 @@ def _relaxed_name(start: str, steps: int) -> str:
 
 COMPARED_CLOSELY = {"people": 40, "seeds": 3}
 ROWS: dict[str, Row] = {
-    _relaxed_name(PLAIN, 40): Row(partial(relaxed, steps=40), **COMPARED_CLOSELY),
+    _relaxed_name(PLAIN, 20): Row(partial(relaxed, steps=20), **COMPARED_CLOSELY),
+    **{
+        f"{PLAIN} or start, {steps} steps": Row(partial(relaxed, steps=steps, start=False), **COMPARED_CLOSELY)
+        for steps in (20, 80)
+    },
+    # As the recipe was before 2026-11-29: the text encoder too, and noisier timesteps.
+    f"{PLAIN} or start, 80 steps on all layers": Row(
+        partial(relaxed, steps=80, start=False, adapt="all", max_timestep=700), **COMPARED_CLOSELY
+    ),
     "DreamBooth 1200": _dreambooth_row(1200, 1e-4),
     "DreamBooth 400": _dreambooth_row(400, 3e-4),
     "DreamBooth 40": _dreambooth_row(40, 1e-3),
@@ -192,7 +213,8 @@ def _choose_rows(arguments: argparse.Namespace) -> dict[str, Row]:
 
 def network_rows(name: str, folder: Path, **sizes: int) -> dict[str, Row]:
     return {
-        _relaxed_name(name, steps): Row(partial(relaxed, steps=steps, network=folder), **sizes) for steps in (40, 0)
+        _relaxed_name(name, steps): Row(partial(relaxed, steps=steps, network=folder), **sizes)
+        for steps in (40, 10, 3, 0)
     }
 
 

@@ -59,10 +59,13 @@ class World:
         self.judge = Judge(load_measuring_network(), split)
         self._same, self._stranger = self._calibrate_features()
 
+    def space_of_layers(self, names: Iterable[str]) -> LiDBSpace:
+        """Return the space of these layers."""
+        return self.denoiser_space if set(names) == set(self.denoiser_space.layer_names) else self.space
+
     def space_of(self, factors: Sequence[LoraFactors] | None) -> LiDBSpace:
-        """Return the space whose layers these are."""
-        is_denoiser = factors is not None and set(factors[0]) == set(self.denoiser_space.layer_names)
-        return self.denoiser_space if is_denoiser else self.space
+        """Return the space of these factors."""
+        return self.space if factors is None else self.space_of_layers(factors[0])
 
     def subjects(self, people: Sequence[int]) -> list[Subject]:
         return shown_subjects(self.base, people)

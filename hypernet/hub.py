@@ -3,9 +3,10 @@
 from pathlib import Path
 
 HYPERNETWORK_FILES = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "*.index.json"
+    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "*.index.json",
+    "start.safetensors",
 )  # fmt: skip
-"""What a hypernetwork and an encoder are loaded from."""
+"""What a hypernetwork, the start beside it, and an encoder are loaded from."""
 
 
 def split_revision(source: str) -> tuple[str, str | None]:

@@ -30,7 +30,7 @@ from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_pers
 from hypernet.sampling import generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
-from lidb_peft.record import fingerprint_components
+from lidb_peft.record import recorded_models
 
 
 @dataclass
@@ -323,9 +323,7 @@ def recipe_space(base: BaseModel, config: PersonalizeConfig, lidb_config: LiDBCo
 
 def _theta_space(base: BaseModel, file: ThetaFile, source: str) -> LiDBSpace:
     """The space of the models that a theta file is of."""
-    names = fingerprint_components(file.base_fingerprint, source)
-    models = {name: model for name, model in base.adapted.items() if name in names} or base.adapted
-    space = LiDBSpace(models, file.config)
+    space = LiDBSpace(recorded_models(base.adapted, file.base_fingerprint, source), file.config)
     check_record(file.record, space, source)
     return space
 

@@ -183,6 +183,16 @@ def fingerprint_components(fingerprint: str, source: str) -> tuple[str, ...]:
         raise ValueError(f"{source} has a base fingerprint that names no components; it is damaged") from error
 
 
+def recorded_models(models: Mapping[str, nn.Module], fingerprint: str, source: str) -> dict[str, nn.Module]:
+    """Return those of ``models`` that a result of ``base_fingerprint`` is of.
+
+    All of them if it does not say, or names one that is not there: then a comparison of layers tells.
+    """
+    names = fingerprint_components(fingerprint, source)
+    is_told = bool(names) and set(names) <= set(models)
+    return {name: model for name, model in models.items() if not is_told or name in names}
+
+
 def _fingerprint(space: LiDBSpace) -> str:
     return base_fingerprint(space.models)
 

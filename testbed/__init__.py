@@ -6,7 +6,7 @@ from hypernet.recipe import PersonalizeConfig
 
 MINIATURE_SIZE_PX = 32
 MINIATURE_RECIPE = PersonalizeConfig(
-    theta_lr=5e-2, lr=8e-3, rank=8, timesteps_per_step=4, max_timestep=700, guidance=3.0
+    adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=4, max_timestep=500, guidance=3.0
 )  # fmt: skip
 # About the fractions of each width that the paper's 100 and 50 keep in SD1.5: 31 % and 16 % of the narrowest.
 MINIATURE_DIMS = {"down_dim": 20, "up_dim": 10}

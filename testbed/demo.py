@@ -20,10 +20,11 @@ from lidb_peft.outputs import check_output, check_output_folder
 from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_path
 from testbed.measuring import load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
-from testbed.prompts import PROMPTS
+from testbed.prompts import PLAIN, PROMPTS, SEEN
 from testbed.protocol import SHOWN, Judge, photo, true_picture
 
-COLUMNS = ("plain", "pencil", "watercolour", "neon", "cartoon", "night", "crown")
+COLUMNS = ("plain", "pencil", "night", "crown", "snow", "cartoon crown", "neon")
+UNHEARD_OF = "(words that nothing of a person was ever trained with)"
 NUM_STEPS = 25
 
 
@@ -86,7 +87,8 @@ def run_demo(
         drawn(f"and {recipe.steps} steps of\nfinetuning\n(the LoRA)", "LoRA", result.factors),
         row("right answers\n(never shown)", truth),
     ]
-    sheet = contact_sheet(rows, [PROMPTS[column][0] for column in COLUMNS])
+    heads = [f"{PROMPTS[column][0]} {'' if column in PLAIN | SEEN else UNHEARD_OF}" for column in COLUMNS]
+    sheet = contact_sheet(rows, heads)
     preview = rows[3][1][0].resize((512, 512), Image.Resampling.NEAREST)
     result.save(files.lora, preview=preview)
     save_picture(sheet, files.sheet)

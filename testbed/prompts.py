@@ -21,7 +21,7 @@ from testbed.portraits import (
 STYLES_SEEN = ("photo", "pencil", "watercolour", "cartoon")
 PLACES_SEEN = ("plain", "night", "beach", "forest", "city")
 ATTIRES_SEEN = ("shirt", "hat")
-UNSEEN_WORDS = {"validation": ("pixel", "headphones"), "test": ("neon", "snow", "crown")}
+UNSEEN_WORDS = {"validation": ("pixel", "crown"), "test": ("neon", "snow", "headphones")}
 """Held out of everything that is learned; the scarf, too, which the base itself never learned to draw."""
 
 NOUN = "a [V] face"
@@ -56,19 +56,19 @@ SEEN = _prompts(
 """Which fits preserve, as they are or in other words, and trainings draw."""
 UNSEEN = {
     "validation": _prompts(
-        Scene(style="pixel"), Scene(attire="headphones"),
-        Scene(style="pixel", place="night"), Scene(style="pixel", place="beach"), Scene(style="pixel", attire="hat"),
-        Scene(style="pixel", place="city"), Scene(style="pencil", attire="headphones"),
-        Scene(style="watercolour", attire="headphones"), Scene(place="forest", attire="headphones"),
-        Scene(place="night", attire="headphones"),
+        Scene(style="pixel"), Scene(attire="crown"),
+        Scene(style="pixel", place="night"), Scene(style="pixel", place="beach"), Scene(style="pixel", place="city"),
+        Scene(style="pixel", attire="hat"), Scene(style="pencil", attire="crown"),
+        Scene(style="cartoon", attire="crown"), Scene(place="beach", attire="crown"),
+        Scene(place="night", attire="crown"),
     ),
     "test": _prompts(
-        Scene(style="neon"), Scene(place="snow"), Scene(attire="crown"),
-        Scene(style="neon", place="forest"), Scene(style="neon", place="city"), Scene(style="neon", attire="hat"),
-        Scene(style="pencil", attire="crown"), Scene(style="cartoon", attire="crown"),
-        Scene(place="beach", attire="crown"), Scene(place="snow", attire="crown"),
-        Scene(style="cartoon", place="snow"), Scene(style="watercolour", place="snow"),
-        Scene(place="snow", attire="hat"),
+        Scene(style="neon"), Scene(place="snow"), Scene(attire="headphones"),
+        Scene(style="neon", place="forest"), Scene(style="neon", attire="hat"), Scene(style="cartoon", place="snow"),
+        Scene(place="snow", attire="hat"), Scene(place="snow", attire="headphones"),
+        Scene(style="pencil", attire="headphones"), Scene(style="watercolour", attire="headphones"),
+        Scene(place="forest", attire="headphones"), Scene(place="night", attire="headphones"),
+        Scene(place="city", attire="headphones"),
     ),
 }  # fmt: skip
 PROMPTS = PLAIN | SEEN | UNSEEN["validation"] | UNSEEN["test"]

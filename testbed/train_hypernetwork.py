@@ -188,10 +188,26 @@ def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwor
 @click.option("--encoder-steps", default=2_500, show_default=True, help="Encoder steps of 128 photos.")
 @click.option("--fraction", default=1.0, show_default=True, help="Of the steps of the hypernetwork's own training.")
 @click.option("--threads", default=1, show_default=True, help="Processor threads.")
-def main(out: Path, people: int, encoder_steps: int, fraction: float, threads: int) -> None:
+@click.option("--init-from", type=click.Path(path_type=Path), help="Train this one on in prompts; nothing before that.")
+def main(
+    out: Path, people: int, encoder_steps: int, fraction: float, threads: int, init_from: Path | None
+) -> None:  # fmt: skip
     """Make the miniature's hypernetwork from nothing, or go on where a run was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
+    if init_from is None:
+        init_from = train_from_nothing(out, people, encoder_steps, fraction)
+    run = Run(out, fraction)
+    folder = train_in_prompts(run, init_from)
+    network = HyperNetwork.from_pretrained(folder).requires_grad_(False)
+    beside = learn_a_start(run, "start-predicted", START_PREDICTED, network)
+    shutil.copy(beside, folder / START_FILE)
+    alone = learn_a_start(run, "start-alone", START_ALONE, None)
+    click.echo(f"wrote {folder}, with {START_FILE}, and {alone}, which goes into the miniature's folder")
+
+
+def train_from_nothing(out: Path, people: int, encoder_steps: int, fraction: float) -> Path:
+    """The stages before those in prompts; returns the folder of the hypernetwork, of all layers."""
     drawn = draw_people(out, people)
     encoder = train_encoder(Run(out), drawn, encoder_steps)
     began = time.monotonic()
@@ -200,13 +216,7 @@ def main(out: Path, people: int, encoder_steps: int, fraction: float, threads: i
         if done % LEARN_PEOPLE.log_every == 0:
             click.echo(f"{stage} {done} of {total}, {(time.monotonic() - began) / 60:.0f} min", err=True)
 
-    run = Run(out, fraction)
-    folder = train_in_prompts(run, train_hypernetwork(out, encoder, drawn.images, fraction, report))
-    network = HyperNetwork.from_pretrained(folder).requires_grad_(False)
-    beside = learn_a_start(run, "start-predicted", START_PREDICTED, network)
-    shutil.copy(beside, folder / START_FILE)
-    alone = learn_a_start(run, "start-alone", START_ALONE, None)
-    click.echo(f"wrote {folder}, with {START_FILE}, and {alone}, which goes into the miniature's folder")
+    return train_hypernetwork(out, encoder, drawn.images, fraction, report)
 
 
 if __name__ == "__main__":

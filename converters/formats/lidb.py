@@ -24,7 +24,7 @@ from lidb_peft.layer import LiDBLayer
 from lidb_peft.layout import layers_hash
 from lidb_peft.naming import find_layers
 from lidb_peft.patterns import check_patterns
-from lidb_peft.record import check_record
+from lidb_peft.record import check_record, recorded_models
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import printable, read_header
 from lidb_peft.space import LiDBSpace
@@ -110,6 +110,7 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
         ValueError: no theta file, or of unknown layers.
     """
     file = load_theta(path)
+    models = models and recorded_models(models, file.base_fingerprint, str(path))
     family, shapes = ("", _shapes_of(models, file.config)) if models else _shapes_by_hash(path, file)
     check_record(file.record, LiDBSpace(models or skeleton_models(shapes, "meta"), file.config), str(path))
     adapters = {}

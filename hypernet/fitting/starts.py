@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import cached_file
 
 from converters import read_lora
+from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path
 
 AUTO_START = "auto"
 START_FILE = "start.safetensors"
 """Its name beside a hypernetwork or a base model that it was learned with."""
-
-_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ def find_start(network_source: str, base_name: str) -> Path | None:
 
     Beside is in the same folder here, or, of a hypernetwork, in the same repository on the hub.
     """
-    source = network_source or base_name
-    if Path(source).exists():
-        file = Path(source) / START_FILE
-        return file if file.is_file() else None
-    found = cached_file(source, START_FILE, **_QUIET) if network_source else None
-    return None if found is None else Path(found)
+    folder = Path(network_source or base_name)
+    if network_source and not folder.exists():
+        folder = hub_folder(network_source, HYPERNETWORK_FILES)  # in the cache, where the hypernetwork was read
+    file = folder / START_FILE
+    return file if file.is_file() else None

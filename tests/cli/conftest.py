@@ -76,7 +76,10 @@ def trainable(hdb, monkeypatch):
     return "vit"
 
 
-QUICK = ("--base", "testbed", "--hypernet", "none", "--no-crop", "--no-preview", "--theta-steps", 1, "--steps", 1)
+QUICK = (
+    "--base", "testbed", "--adapt", "all", "--hypernet", "none", "--start", "none", "--no-crop", "--no-preview",
+    "--theta-steps", 1, "--steps", 1,
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_personalize_writes_a_lora_and_says_what_and_how_to_use_it(hdb, portrait
     assert "base testbed on cpu, fp32" in output
     assert "fit theta" in output
     description = describe("portrait.safetensors")
-    assert (description.kind, description.base, sum(description.layers.values())) == ("kohya LoRA", "SD1", 176)
+    assert (description.kind, description.base, dict(description.layers)) == ("kohya LoRA", "SD1", {"unet": 128})
 
 
 def test_personalize_without_a_preview_draws_nothing(hdb, portrait, personalize):

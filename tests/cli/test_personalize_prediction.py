@@ -15,13 +15,15 @@ from testbed import miniature_lidb_config, miniature_path
 
 @pytest.fixture(scope="module")
 def saved(make_hypernetwork, tmp_path_factory):
-    """A folder of hypernetworks: the miniature's ``net``, ``learned``, and one of its UNet alone, ``unet``."""
+    """A folder of hypernetworks: the miniature's ``net``, ``learned``, and one of other layers, ``other``."""
     folder = tmp_path_factory.mktemp("hypernetworks")
     base = load_base(str(miniature_path()), device="cpu")
     space = LiDBSpace(base.adapted, miniature_lidb_config())
     make_hypernetwork(space, token="ohwx").save_pretrained(folder / "net")
     make_hypernetwork(space, learned_bases=True).save_pretrained(folder / "learned")
-    make_hypernetwork(LiDBSpace({"unet": base.unet}, miniature_lidb_config())).save_pretrained(folder / "unet")
+    make_hypernetwork(LiDBSpace({"unet": base.unet.mid_block}, miniature_lidb_config())).save_pretrained(
+        folder / "other"
+    )
     return folder
 
 
@@ -92,7 +94,7 @@ def test_a_hypernetwork_that_does_not_ship_says_the_way_on(hdb, run, monkeypatch
 @pytest.mark.parametrize(
     ("network", "arguments", "text"),
     [
-        ("unet", (), "another list of 128 layers"),
+        ("other", (), "another list of 8 layers"),
         (
             "net",
             ("--token", "sks"),

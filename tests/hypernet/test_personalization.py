@@ -21,7 +21,7 @@ from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 
-QUICK = replace(MINIATURE_RECIPE, theta_steps=3, theta_lr=0.1, steps=3, lr=0.05, rank=2, crop=False)
+QUICK = replace(MINIATURE_RECIPE, adapt="all", theta_steps=3, theta_lr=0.1, steps=3, lr=0.05, rank=2, crop=False)
 SUBNORMAL = 1e-9  # a layer that hardly changes has factors among float16's subnormal numbers
 
 
@@ -145,6 +145,16 @@ def test_a_theta_of_another_layer_list_is_refused(base, photo, tmp_path):
     with pytest.raises(ValueError, match=f"{file} belongs to another list of 48 layers"):
         personalize([photo], base, QUICK, from_theta=file)
     assert tree(tmp_path) == ["theta.safetensors"]
+
+
+def test_a_theta_of_the_denoiser_goes_out_and_comes_back(base, photo, tmp_path):
+    made = personalize([photo], base, replace(QUICK, adapt="denoiser"), miniature_lidb_config())
+    made.save_theta(tmp_path / "theta.safetensors")
+    started = personalize(
+        [photo], base, replace(QUICK, theta_steps=0, steps=1), from_theta=tmp_path / "theta.safetensors"
+    )
+    assert torch.allclose(started.theta, made.theta, atol=1e-3)  # float16 on disk
+    assert {name.partition(".")[0] for name in started.factors} == {"unet"}
 
 
 def test_a_theta_of_another_checkpoint_is_a_warning(result, photo, tmp_path):

@@ -18,7 +18,9 @@ from testbed import MINIATURE_RECIPE, miniature_lidb_config
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-QUICK = replace(MINIATURE_RECIPE, steps=2, lr=0.02, rank=2, timesteps_per_step=1, preservation=0.0, crop=False)
+QUICK = replace(
+    MINIATURE_RECIPE, adapt="all", steps=2, lr=0.02, rank=2, timesteps_per_step=1, preservation=0.0, crop=False
+)
 LORAS = [f"{name}.safetensors" for name in ("0", "1", "2", "Ann")]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hypernet.bases.loading import load_base
+from hypernet.fitting.starts import START_FILE, find_start, load_start
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import (
@@ -45,12 +46,18 @@ def test_its_hypernetwork_predicts_for_its_recipe(base):
     network = HyperNetwork.from_pretrained(miniature_hypernetwork_path())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as of another base
-        assert network.space_on(base.adapted).num_layers == 176
+        space = network.space_on(base.adapted)
+    assert space.num_layers == 128  # the denoiser's
     assert (network.config.prompt, network.config.token) == (MINIATURE_RECIPE.prompt, MINIATURE_RECIPE.token)
+    for folder in (miniature_hypernetwork_path(), miniature_path()):
+        start = load_start(find_start("", str(folder))).of_rank(MINIATURE_RECIPE.rank)
+        assert start.flat(space).isfinite().all()
 
 
 def test_it_is_small(base):
-    files = [*miniature_path().rglob("*"), measuring_path()]
+    starts = [folder / START_FILE for folder in (miniature_path(), miniature_hypernetwork_path())]
+    assert max(start.stat().st_size for start in starts) <= 500_000
+    files = {*miniature_path().rglob("*"), measuring_path()} - {*starts}
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 16_000_000
     assert sum(file.stat().st_size for file in miniature_hypernetwork_path().iterdir()) <= 10_000_000
     assert base.size_px == MINIATURE_SIZE_PX

@@ -13,7 +13,7 @@ from testbed.portraits import SPLITS, identity
 from testbed.protocol import LIKENESSES, SHOWN, Judge, draw_prompts, photo, photo_scene, true_picture
 
 PEOPLE = SPLITS["validation"][:12]
-JUDGED = ("plain", "pencil", "night", "pixel", "headphones", "pixel night")
+JUDGED = ("plain", "pencil", "night", "pixel", "crown", "pixel night")
 
 
 @pytest.fixture(scope="module")
