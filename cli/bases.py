@@ -5,6 +5,7 @@ anything else.
 """
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,6 +82,9 @@ _LOADING = {
     "guidance_scale": click.option(
         "--guidance-scale", type=click.FloatRange(0), show_default="1",
         help="What FLUX.1 dev, which is distilled from guidance, is told while it is fitted.",
+    ),
+    "revision": click.option(
+        "--revision", metavar="BRANCH|TAG|COMMIT", help="Of the base on the Hugging Face hub; else it follows main."
     ),
     "max_vram": click.option(
         "--max-vram", type=MemorySize(), metavar="SIZE",
@@ -200,11 +204,14 @@ def base_lidb_config(name: str) -> "LiDBConfig":
     return LiDBConfig()
 
 
-def open_base(name: str, device: str, precision: str, max_vram: int | None = None, **options: Any) -> "BaseModel":
+def open_base(
+    name: str, device: str, precision: str, max_vram: int | None = None, revision: str | None = None, **options: Any
+) -> "BaseModel":
     """Load the base that ``--base`` names, and say what was chosen.
 
     Args:
         max_vram: bytes that may be taken of the CUDA device.
+        revision: of a base that is on the hub.
         options: the others of `load_base`.
     """
     from hypernet.bases.loading import load_base
@@ -212,7 +219,9 @@ def open_base(name: str, device: str, precision: str, max_vram: int | None = Non
 
     if max_vram is not None:
         limit_memory(choose_device(device), max_vram)
-    source = name
+    source = name if revision is None else f"{name}@{revision}"
+    if revision is not None and (name == "testbed" or Path(name).exists()):
+        raise click.UsageError(f"--revision is for a base on the Hugging Face hub, and {name} is here")
     if name == "testbed":
         from testbed import miniature_path
 

@@ -180,6 +180,8 @@ def _tell_person(result: "Personalization", out: Path) -> None:
             click.echo(photo.note, err=True)
     if result.start_source:
         click.echo(f"the finetuning started from {result.start_source}", err=True)
+    for note in result.loss_notes:
+        click.echo(note, err=True)
     for file in result.files:
         click.echo(f"wrote {file}")
 

@@ -1,16 +1,49 @@
 """Progress bars with time left, on stderr."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import click
 
 from hypernet.recipe import StageProgress
 
+_LINE_EVERY_S = 20.0  # between the lines of a log
 _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
+
+
+def report_lines(clock: Callable[[], float] = time.monotonic) -> StageProgress:
+    """Return a callback that prints a line every so often: steps, time and time left."""
+    began: dict[str, tuple[float, int]] = {}
+    told: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int | None) -> None:
+        now = clock()
+        start, first = began.setdefault(stage, (now, done))
+        is_due = now - told.get(stage, start) >= _LINE_EVERY_S
+        if not is_due and not (done == total and stage in told):
+            return
+        told[stage] = now
+        left = (
+            ""
+            if total is None or done == first
+            else f", {_as_time((now - start) * (total - done) / (done - first))} left"
+        )
+        of = "" if total is None else f" of {total}"
+        click.echo(f"{stage}: {done}{of} in {_as_time(now - start)}{left}", err=True)
+
+    return report
+
+
+def _as_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 @contextmanager
 def progress_bars(per_hour: str = "") -> Iterator[StageProgress]:
-    """Yield a callback ``(stage, done, total)`` that shows one bar per stage.
+    """Yield a callback ``(stage, done, total)`` that shows one bar per stage; off a terminal a line every so often.
 
     Args:
         per_hour: name of what is done, to show how many of it an hour.
@@ -35,12 +68,16 @@ def progress_bars(per_hour: str = "") -> Iterator[StageProgress]:
 
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn(), *([PerHourColumn()] if per_hour else []))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=_SPEED_OVER_S) as bars:
+    console = Console(stderr=True)
+    # In a log, under nohup and in a container bars are printed at the end only.
+    also = (lambda *_: None) if console.is_terminal else report_lines()
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER_S) as bars:
         tasks = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, completed=done)  # what was there says no speed
             bars.update(tasks[stage], completed=done)
+            also(stage, done, total)
 
         yield report

@@ -25,12 +25,15 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
 from hypernet.pictures import Pictures
+from hypernet.prompts import check_trained_prompt, warn_of_prompts
 from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
 from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
 from hypernet.sampling import generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
 from lidb_peft.record import recorded_models
+
+_FEWEST_STEPS = 10  # of a fit whose loss tells more than its noise
 
 
 @dataclass
@@ -71,6 +74,20 @@ class Personalization:
     def factors(self) -> LoraFactors:
         """What the LoRA file holds: theta, and the finetuned LoRA if there is one."""
         return self.theta_factors if self.finetuned is None else self.finetuned
+
+    @property
+    def loss_notes(self) -> list[str]:
+        """Where the loss of each stage began and ended, and a warning where it rose, in sentences."""
+        notes = []
+        for stage, values in self.losses.items():
+            count = max(1, len(values) // 4)
+            first, last = (float(part.mean()) for part in (values[:count], values[-count:]))
+            rose = ""
+            if last > first and len(values) >= _FEWEST_STEPS:
+                rose = "; it rose, so the weights are overcooked: lower the learning rate, or take fewer steps"
+            if len(values):
+                notes.append(f"{stage}: loss {first:.3f} at first, {last:.3f} in the end{rose}")
+        return notes
 
     def draw(
         self,
@@ -231,6 +248,8 @@ class OpenedRequest:
             ValueError: its hypernetwork or theta file is of another base.
         """
         self.request, self.base = request, base
+        check_trained_prompt(base, request.config.trigger, request.config.token)
+        warn_of_prompts(base, request.previews or ())
         base.prepare_prompts(request.prompts)
         self.seconds = {} if seconds is None else seconds
         self.network: HyperNetwork | None = None

@@ -118,6 +118,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
                 with timed(result.seconds, "export"):
                     one.save(file)
                 made.append(file)
+                result.notes += [f"{file.name}: {note}" for note in one.loss_notes if "overcooked" in note]
                 report(1 / stages)
             result.made += made
             for _, file in rows:

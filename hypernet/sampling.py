@@ -13,6 +13,7 @@ from torch import Tensor
 from converters import FileDescription, describe
 from converters.lora import is_finite
 from hypernet.bases.base import BaseModel
+from hypernet.prompts import warn_of_prompts
 from hypernet.recipe import Progress
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.families import FAMILIES, get_family
@@ -96,6 +97,7 @@ def generate_to_file(
         ValueError, OSError: as `check_pictures`, or `lora_applied` refuses the LoRA.
     """
     check_pictures(out, base.name, lora, overwrite)
+    warn_of_prompts(base, prompts)
     with nullcontext() if lora is None else lora_applied(base, lora, weight):
         pictures = generate(base, prompts, progress=progress, **options)
     label = "base" if lora is None else Path(lora).stem

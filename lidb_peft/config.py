@@ -91,6 +91,9 @@ class LiDBConfig(PeftConfig):
             raise ValueError(f"basis is {self.basis!r}; choose one of {', '.join(BASIS_KINDS)}")
         if self.bias not in ("none", "all", "lidb_only"):
             raise ValueError(f"bias is {self.bias!r}; choose 'none', 'all' or 'lidb_only'")
+        indices = self.layers_to_transform if self.layers_to_transform is not None else []
+        if not all(isinstance(index, int) for index in (indices if isinstance(indices, list | tuple) else [indices])):
+            raise ValueError(f"layers_to_transform is {indices!r}; choose the indices of layers")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:

@@ -16,6 +16,7 @@ from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_fam
 from hypernet.bases.stable_diffusion import StableDiffusion
 from hypernet.devices import choose_device, choose_dtype
 from hypernet.errors import first_sentence
+from hypernet.hub import split_revision
 from hypernet.quiet import quiet_loading
 from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
 from lidb_peft.families import FAMILIES, Family
@@ -181,11 +182,13 @@ def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]):
     if Path(source).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
     try:
-        validate_repo_id(source)
-        family = pipeline_family(source, _load_index(source))
+        name, revision = split_revision(source)
+        pinned = {} if revision is None else {"revision": revision}
+        validate_repo_id(name)
+        family = pipeline_family(source, _load_index(name, **pinned))
         check_options(source, family, options)
         with _loading(source, family):
-            return family, _load_pretrained(source, family, dtype)
+            return family, _load_pretrained(name, family, dtype, **pinned)
     except (HFValidationError, OSError) as error:
         is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
         reason = f" ({first_sentence(error)})" if is_telling else ""
@@ -196,11 +199,11 @@ def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]):
         ) from error
 
 
-def _load_index(source: str) -> dict[str, Any]:
+def _load_index(source: str, **options: str) -> dict[str, Any]:
     """A hub's ``model_index.json``: what it is, before gigabytes are downloaded."""
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.load_config(source)
+    return DiffusionPipeline.load_config(source, **options)
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, options: Collection[str], components: str | Path | None):

@@ -1,6 +1,6 @@
 import time
 
-from cli.progress import progress_bars
+from cli.progress import progress_bars, report_lines
 
 
 def test_bars_say_how_many_an_hour_not_counting_what_was_there(capsys, monkeypatch):
@@ -13,3 +13,14 @@ def test_bars_say_how_many_an_hour_not_counting_what_was_there(capsys, monkeypat
     assert "1002/2000" in shown
     speed = int(shown.split(" people/h")[0].split()[-1].replace(",", ""))
     assert 0 < speed < 3600 / 0.05
+
+
+def test_off_a_terminal_a_line_every_so_often_says_steps_and_time_left(capsys):
+    now = iter([0, 5, 25, 30, 50])
+    report = report_lines(clock=lambda: next(now))
+    for done in (0, 10, 50, 60, 100):
+        report("train", done, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 50 of 100 in 0:00:25, 0:00:25 left",
+        "train: 100 of 100 in 0:00:50, 0:00:00 left",
+    ]
