@@ -64,6 +64,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     from hypernet.fitting.preoptimize import check_store, open_targets, preoptimize
     from hypernet.fitting.targets import SKIPPED_FILE
     from hypernet.inputs.people import open_people
+    from hypernet.network.hypernetwork import read_config
     from hypernet.network.prediction import predicted_start
     from lidb_peft import LiDBSpace
 
@@ -72,10 +73,12 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
     config = PreoptimizeConfig(replace(base_recipe(base), **given), batch)
     check_store(out, [images, base, init_from])
+    source = hypernet_source(init_from)
+    if source is not None:
+        read_config(source)  # before a base is loaded, which may be a download of gigabytes
     people = open_people(images, streaming)
     state, model = join_and_open(base, **loading)
     space = LiDBSpace(model.adapted, base_lidb_config(base))
-    source = hypernet_source(init_from)
     start, start_name = predicted_start(source, space, model.device) if source else (None, "theta_0")
     with state.main_process_first():  # which makes the store
         store = open_targets(out, model, space, people, config, start_name)

@@ -103,6 +103,7 @@ def command(
     from cli.progress import progress_bars
     from hypernet.fitting.targets import SKIPPED_FILE
     from hypernet.inputs.people import open_people
+    from hypernet.network.hypernetwork import read_config
     from hypernet.training.loop import train
     from hypernet.training.setup import BEST, LAST, check_folder, open_network
 
@@ -116,9 +117,12 @@ def command(
     check_folder(out, resume, [images, validation_images, targets, base, init_from])
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
+    source = hypernet_source(init_from)
+    if source is not None and not resume:
+        read_config(source)  # before a base is loaded, which may be a download of gigabytes
     state, model = join_and_open(base, **loading)
     network, space = open_network(
-        out if resume else None, hypernet_source(init_from), base=model, lidb_config=base_lidb_config(base),
+        out if resume else None, source, base=model, lidb_config=base_lidb_config(base),
         base_model_name=base, seed=config.seed, **fresh,
     )  # fmt: skip
     with progress_bars() as report:
