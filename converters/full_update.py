@@ -60,7 +60,7 @@ class FullUpdate:
             return _ALGORITHMS[self.algorithm](parts, self.alpha)
         except KeyError as error:
             raise ValueError(f"no {error.args[0]}; the file is incomplete") from error
-        except RuntimeError as error:  # torch's, for shapes
+        except (RuntimeError, IndexError, TypeError) as error:  # torch's, for shapes and numbers of dimensions
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items())
             raise ValueError(f"shapes that do not fit together: {shapes}") from error
 

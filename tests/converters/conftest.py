@@ -1,8 +1,10 @@
 """Readers and factors for the converters' tests; the reader shares no code with the one under test."""
 
+import importlib.util
 import json
 import struct
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +179,12 @@ def sd1_shapes():
         f"{clip}.q_proj": (768, 768),
         f"{clip}.out_proj": (768, 768),
     }
+
+
+@pytest.fixture(scope="session")
+def readers():
+    """The module ``readers.py``; in importlib mode it is not on the path."""
+    spec = importlib.util.spec_from_file_location("readers", Path(__file__).with_name("readers.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
