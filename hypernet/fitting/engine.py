@@ -44,6 +44,19 @@ class Subject:
     class_prompt: str = ""
 
 
+class Diverged(ValueError):
+    """The fits of some subjects diverged.
+
+    Attributes:
+        failed: row -> reason.
+        fitted, losses: what the fit returns; the rows that are not in ``failed`` are right.
+    """
+
+    def __init__(self, failed: dict[int, str], fitted: Tensor, losses: Tensor) -> None:
+        super().__init__(next(iter(failed.values())))
+        self.failed, self.fitted, self.losses = failed, fitted, losses
+
+
 def fit_theta(
     base: BaseModel,
     space: LiDBSpace,
@@ -201,11 +214,12 @@ def _note_failures(
 ) -> None:
     """Say whose fit has diverged and why; nobody's numbers reach another's, so that the others' are right."""
     is_good = torch.isfinite(fitted).flatten(1).all(dim=1) & torch.isfinite(losses).all(dim=0)
-    for row in (~is_good).nonzero().flatten().tolist():
-        reason = _why_not_finite(base, subjects[row], config, losses[:, row])
-        if failed is None:
-            raise ValueError(reason)
-        failed[row] = reason
+    bad = (~is_good).nonzero().flatten().tolist()
+    reasons = {row: _why_not_finite(base, subjects[row], config, losses[:, row]) for row in bad}
+    if failed is not None:
+        failed.update(reasons)
+    elif reasons:
+        raise Diverged(reasons, fitted, losses)
 
 
 def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses: Tensor) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.fitting.batch_size import choose_batch
-from hypernet.fitting.engine import fit_theta
+from hypernet.fitting.engine import Diverged, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
@@ -298,14 +298,11 @@ def _fit_people(
         first = torch.stack([own.mean(0) for own in thetas.split([len(person.photos) for person in people])])
     try:
         theta, losses = fit_theta(
-            base,
-            space,
-            subjects,
-            config.recipe.theta_fit,
-            first,
-            lambda _, steps: report(len(people) / steps),
-            failed=failed,
+            base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps)
         )
+    except Diverged as error:  # one person's costs one person
+        failed.update(error.failed)
+        theta, losses = error.fitted, error.losses
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"{len(people)} people at once do not fit into the memory of {base.device}; {OUT_OF_MEMORY}"
