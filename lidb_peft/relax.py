@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .families import DENOISERS
 from .layer import LiDBLayer
 from .naming import layer_name
 
@@ -25,7 +26,7 @@ def relax(
     model: nn.Module,
     factors: LoraFactors,
     rank: int,
-    component: str = "unet",
+    component: str = DENOISERS[0],
     merge: bool = False,
     generator: torch.Generator | None = None,
 ) -> PeftModel:
@@ -36,7 +37,7 @@ def relax(
         factors: theta's LoRA factors, as ``LiDBSpace.factors`` and ``peft_factors`` give them; those of other
             components are left out.
         rank: rank of the fresh LoRA: ``lora_A`` Kaiming-uniform, ``lora_B`` zero, so nothing changes yet.
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: what the pipeline calls the model.
         merge: add theta to the weights, which become float32, instead of keeping it beside them.
         generator: draws ``lora_A``; the global one if None.
 

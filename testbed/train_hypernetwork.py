@@ -30,6 +30,7 @@ from hypernet.training.setup import BEST, LAST
 from hypernet.training.start import learn_start, resumable_start
 from hypernet.training.state import has_state
 from lidb_peft import LiDBSpace
+from lidb_peft.families import get_family
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.lessons import Lessons, without_text_encoder
 from testbed.measuring import MeasuringNetwork
@@ -152,7 +153,7 @@ def train_in_prompts(run: Run, before: Path) -> Path:
     folder = run.out / "hypernetwork"
     if not (folder / "model.safetensors").exists():
         base = load_base(str(miniature_path()), device="cpu")
-        space = LiDBSpace({"unet": base.denoiser}, miniature_lidb_config())
+        space = LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
         network = without_text_encoder(HyperNetwork.from_pretrained(before), space).train()
         trainer = Trainer(
             "in-prompts", run, network, IN_PROMPTS, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
@@ -167,7 +168,7 @@ def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwor
     file = run.out / f"{name}.safetensors"
     if not file.exists():
         base = load_base(str(miniature_path()), device="cpu")
-        space = LiDBSpace({"unet": base.denoiser}, miniature_lidb_config())
+        space = LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
         config = replace(config, rounds=math.ceil(run.fraction * config.rounds))
 
         def people(number: int) -> tuple[list[Subject], Tensor | None]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lidb_peft.families import COMPONENTS, FAMILIES
+
 ROOT = Path(__file__).parents[1]
 CHAIN = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
 PARTS = {
@@ -25,6 +27,11 @@ OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow"
             "skimage", "datasets", "pillow_heif"}  # fmt: skip
 OF_ONE_KIND = {"unet", "time_ids", "alphas_cumprod", "added_cond_kwargs", "img_ids", "sd1", "sd2", "sdxl", "flux",
                "flux1", "text_encoder_2"}  # fmt: skip
+# What a family is, is in lidb_peft/families; who names one elsewhere has a reason, which is said here.
+NAMES_FAMILIES = {
+    Path("hypernet/bases/stable_diffusion.py"): "the base models of Stable Diffusion 1, 2 and XL",
+    Path("testbed/train.py"): "makes the miniature, which is a Stable Diffusion",
+}
 UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 
 
@@ -109,6 +116,74 @@ def test_no_library_code_seeds_a_global_generator(file):
                  "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "set_seed"}  # fmt: skip
     called = {ast.unparse(node.func) for node in ast.walk(parse(file)) if isinstance(node, ast.Call)}
     assert not called & forbidden
+
+
+def texts(tree: ast.AST) -> list[ast.Constant]:
+    """The strings of a file that are no docstrings and no annotations."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr):
+            skipped.add(node.value)
+        for name in ("annotation", "returns"):
+            if getattr(node, name, None) is not None:
+                skipped |= set(ast.walk(getattr(node, name)))
+    return [node for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped]  # fmt: skip
+
+
+def tables_of_families(tree: ast.AST) -> list[str]:
+    """Tables, written as dicts, of which two keys or more are families or pipelines."""
+    keyed_by = set(FAMILIES) | {name for family in FAMILIES.values() for name in family.pipelines}
+    found = []
+    for node in ast.walk(tree):
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict":
+            keys = [keyword.arg for keyword in node.keywords]
+        if len(keyed_by & set(keys)) > 1:
+            found.append(f"line {node.lineno}: {keys}")
+    return found
+
+
+def named_families(tree: ast.AST) -> list[str]:
+    """Families, pipelines and components that a file names: as text, as how a layer's name begins, as an attribute."""
+    components = [component for family in FAMILIES.values() for component in family.components]
+    names = set(FAMILIES) | set(COMPONENTS) | {name for family in FAMILIES.values() for name in family.pipelines}
+    starts = (*(f"{name}." for name in COMPONENTS), *(start for part in components for start in part.kohya_prefixes))
+    found = [node for node in texts(tree) if node.value in names or node.value.startswith(starts)]
+    found += [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in COMPONENTS]
+    return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_is_keyed_by_a_family_is_in_its_file_and_nobody_else_names_one(file):
+    relative = file.relative_to(ROOT)
+    if relative.parts[:2] == ("lidb_peft", "families"):
+        return
+    assert not tables_of_families(parse(file))
+    if relative not in NAMES_FAMILIES:
+        assert not named_families(parse(file))
+
+
+def test_the_guard_of_families_sees_what_it_is_to_see_and_its_exceptions_are_needed():
+    first, second = list(FAMILIES)[:2]
+    pipelines = [family.pipelines[0] for family in FAMILIES.values()][-2:]
+    for code in (f"X = {{{first!r}: 1, {second!r}: 2}}", f"X = {{{pipelines[0]!r}: 1, {pipelines[1]!r}: 2}}",
+                 f"X = dict({first}=1, {second}=2)"):  # fmt: skip
+        assert tables_of_families(ast.parse(code)), code
+    component = FAMILIES[first].denoiser
+    for code in (f"x == {first!r}", f"x = {component.name!r}", f"x.startswith('{component.name}.')",
+                 f"base.{component.name}", f"x = f'{component.kohya_prefixes[0]}y'"):  # fmt: skip
+        assert named_families(ast.parse(code)), code
+    assert not named_families(ast.parse(f"{first!r}\nx: {first!r} = y"))
+    for file in NAMES_FAMILIES:
+        assert named_families(parse(ROOT / file)), f"{file} needs no exception any more"
+
+
+def test_the_files_of_families_are_data_and_import_nothing_that_computes():
+    files = list((ROOT / "lidb_peft" / "families").glob("*.py"))
+    brought = {name for file in files for name in imported_modules(file)}
+    ours = {name for name in brought if name.startswith("lidb_peft.families")}
+    assert {name.split(".")[0] for name in brought - ours} <= {"dataclasses", "typing", "collections"}
 
 
 def test_importing_brings_in_no_optional_dependency_and_touches_no_generator():

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from converters.formats.diffusers import path_tensors
 from converters.lora import Lora, LoraLayer
+from lidb_peft.families import FAMILIES
 
+_CLIP = "CLIPTextModel"  # the one with a projection has the level still
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -60,7 +62,9 @@ def _plain(number: float) -> float | int:
 
 
 def _module_path(component: str, path: str) -> str:
-    return path.removeprefix("text_model.") if component == "text_encoder" and _clip_is_flat() else path
+    found = [part for family in FAMILIES.values() for part in family.components if part.name == component]
+    is_flat = any(_CLIP in part.classes for part in found) and _clip_is_flat()
+    return path.removeprefix(found[0].level) if is_flat else path
 
 
 @lru_cache(maxsize=1)
