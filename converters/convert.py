@@ -238,12 +238,12 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
         raise ValueError("its numbers are float64, which no reader of LoRA files needs; choose a dtype: --dtype fp32")
     lora = fit_shapes(lora, for_kohya=to == "kohya")
     reads_mixed_ranks = bool(lora.family) and get_family(lora.family).reads_mixed_ranks
-    if to == "kohya" and reads_mixed_ranks:
-        notes += _notes_on_stacks(lora)
-    elif to != "peft":
-        scale = _stated_scale(lora) if to == "kohya" else 1.0
+    scale = _stated_scale(lora) if to == "kohya" else 1.0
+    if to != "peft" and not (to == "kohya" and reads_mixed_ranks and scale is None):
         lora, taken = with_one_alpha(lora, scale, one_rank=not reads_mixed_ranks)
         notes += taken
+    if to == "kohya" and reads_mixed_ranks:
+        notes += _notes_on_stacks(lora)
     notes += _notes_on_readers(lora, to)
     if to != "kohya" and lora.embeddings:
         notes.append(f"{count(list(lora.embeddings), 'tensor')} of embeddings left out, which only kohya's files hold:"

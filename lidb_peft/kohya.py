@@ -28,7 +28,7 @@ from converters.key_maps import from_kohya_name
 from .bases import get_basis
 from .config import LiDBConfig
 from .distance import squared_distance
-from .families import FAMILIES, TITLES, Component, Family
+from .families import FAMILIES, Component, Family
 from .layout import split_theta
 from .product import add_low_rank, lidb_to_lora
 from .projection import project_lora
@@ -356,7 +356,8 @@ def _family_of(unet: nn.Module) -> Family:
     for family in FAMILIES.values():
         if family.kohya_blocks and hasattr(unet, family.denoiser.kohya_attribute):
             return family
-    raise ValueError(f"LiDB is trained on {TITLES} here, not on a {type(unet).__name__}; choose another network_module")
+    known = ", ".join(family.title for family in FAMILIES.values() if family.kohya_blocks)
+    raise ValueError(f"this network module trains {known}, not a {type(unet).__name__}; choose another network_module")
 
 
 def _with_diffusers_names(unet: nn.Module, component: Component) -> nn.Module:

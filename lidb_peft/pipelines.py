@@ -19,7 +19,7 @@ from peft.utils.constants import CONFIG_NAME
 from torch import Tensor, nn
 
 from .config import LiDBConfig, LiDBPeftType
-from .families import COMPONENTS
+from .families import COMPONENTS, families_of_pipeline
 from .files import atomic_folder, write_safetensors
 from .layer import LiDBLayer
 from .record import check_record, fingerprint_components
@@ -66,7 +66,9 @@ def load_adapter(
     file = load_theta(path)
     names = fingerprint_components(file.base_fingerprint, str(path))
     if not names:  # the base was on the meta device; another list of layers is refused below
-        names = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None]
+        families = families_of_pipeline(type(pipeline).__name__)
+        others = {part.name for part in families[0].components if not part.is_adapted} if families else set()
+        names = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None and name not in others]
     models = _components(pipeline, names, path)
     space = LiDBSpace(models, file.config)
     check_record(file.record, space, str(path))

@@ -139,7 +139,7 @@ class Family:
         network_module: sd-scripts' module that trains its LoRAs, in their metadata.
         metadata: further kohya metadata of its LoRAs.
         marks: layers that tell that an adapter is for this family.
-        stated_by: metadata key -> how its value begins in adapters for this family.
+        stated_by: metadata key -> how its value may begin in adapters for this family.
         is_hidden_unless_stated: Automatic1111 takes a LoRA without such metadata for another family's.
         checkpoint_marker: the tensor by which a single-file checkpoint of this architecture is told.
         checkpoint_parts: how the tensors begin that a whole checkpoint has -> what they are.
@@ -159,7 +159,7 @@ class Family:
     versions: tuple[Version, ...]
     implementation: str
     marks: tuple[Mark, ...]
-    stated_by: Mapping[str, str]
+    stated_by: Mapping[str, str | tuple[str, ...]]
     checkpoint_marker: str
     checkpoint_parts: Mapping[str, str]
     network_module: str = "networks.lora"

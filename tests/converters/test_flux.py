@@ -126,9 +126,14 @@ def test_a_fused_lora_is_the_same_updates_in_diffusers_names_and_comes_back_bit_
     split = load_file(tmp_path / "diffusers.safetensors")
     assert_same(diffusers_deltas(split), expected_deltas(state))
     assert split["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"].shape == (4, WIDTH)  # shared, rank kept
-    # A scale of 1/2 was folded in on the way, which is exact.
+    # A scale of 1/2 was folded in on the way, which is exact; with sd-scripts' metadata it is what it was.
     convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", "kohya")
     assert_same(kohya_deltas(load_file(tmp_path / "again.safetensors")), kohya_deltas(state), rtol=0, atol=0)
+    save_file(state, tmp_path / "said.safetensors", {"ss_network_dim": "4", "ss_network_alpha": "2.0"})
+    convert(tmp_path / "said.safetensors", tmp_path / "split.safetensors", "diffusers")
+    convert(tmp_path / "split.safetensors", tmp_path / "said-again.safetensors", "kohya")
+    again = load_file(tmp_path / "said-again.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     convert(tmp_path / "kohya.safetensors", tmp_path / "same.safetensors", "kohya")
     same = load_file(tmp_path / "same.safetensors")
     assert same.keys() == state.keys()
