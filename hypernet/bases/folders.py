@@ -37,7 +37,7 @@ def check_folder(folder: Path, without: Sequence[str] = ()) -> tuple[Family, str
         )
     family = pipeline_family(str(folder), _read_json(folder / "model_index.json"))
     weighted = [component.name for component in family.components] + ["vae"]
-    tokenizers = [component.name.replace("text_encoder", "tokenizer") for component in family.text_encoders]
+    tokenizers = [component.tokenizer for component in family.text_encoders]
     for part in (*weighted, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")

@@ -85,6 +85,11 @@ class Component:
     config: Mapping[str, object] = field(default_factory=dict)
     is_adapted: bool = True
 
+    @property
+    def tokenizer(self) -> str:
+        """The pipeline's attribute, and folder, of a text encoder's tokenizer."""
+        return self.name.replace("text_encoder", "tokenizer")
+
 
 @dataclass(frozen=True)
 class Version:
