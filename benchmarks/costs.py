@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil  # which accelerate requires
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
@@ -159,6 +159,10 @@ def measure(run: Callable[[Callable], object], device: torch.device) -> tuple[fl
 
 
 def _max_rss_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return psutil.Process().memory_info().peak_wset
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 

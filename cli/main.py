@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import signal
+import sys
 import threading
 import warnings
 from importlib import metadata
@@ -82,7 +83,9 @@ class LazyGroup(click.Group):
         except (OSError, ValueError) as error:
             raise click.ClickException(as_sentence(error)) from error
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            from hypernet.errors import is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
             from hypernet.devices import OUT_OF_MEMORY
 
@@ -113,6 +116,9 @@ def main() -> None:
     hdb personalize me.jpg                      make a LoRA of a person for Stable Diffusion 1.5
     hdb inspect me.safetensors                  say what a LoRA file holds
     """
+    for stream in (sys.stdout, sys.stderr):  # into a file Windows writes in a code page, which lacks most letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # Imports make 800,000 objects that stay. Looking for garbage among them a thousand times, and once more at the end,
     # takes as long as importing torch.
     gc.set_threshold(50_000)

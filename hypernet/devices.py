@@ -1,6 +1,8 @@
 """Which device and which precision: `auto` chooses and says what it chose; anything else is taken or refused."""
 
+import gc
 import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -57,6 +59,7 @@ def join_processes(device: torch.device) -> "PartialState":
     from accelerate import PartialState
     from torch.distributed import distributed_c10d
 
+    use_device(device)
     try:
         state = PartialState(cpu=device.type == "cpu", timeout=JOIN_WAIT)
     except RuntimeError as error:  # torch's own error is one
@@ -89,6 +92,35 @@ def wait_for_others(state: "PartialState") -> None:
                               f"missing; see what it said, and start all again, which goes on") from error  # fmt: skip
 
 
+def use_device(device: torch.device) -> None:
+    """Make ``cuda:1`` the card that plain ``cuda`` means: accelerate, in a process by itself, computes there."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def tune_device(device: torch.device) -> None:
+    """Set what all work on a CUDA device gains from.
+
+    Shapes are the same in every step, so that cuDNN's search for the fastest kernels pays, and cards of the GTX 16
+    series compute NaN in fp16 without it. Drivers for Windows put into the system's memory what the card has no room
+    for, so that nothing ever fails and everything crawls: there a process takes no more than nearly all that is free.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True
+    if sys.platform == "win32" and _card(device) not in _memory_limits:
+        limit_memory(device, int(_SHARE_ON_WINDOWS * (free_bytes(device) + torch.cuda.memory_allocated(device))))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a failed attempt held: tensors in cycles, and what the allocator keeps for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The base model's dtype: ``auto`` is bf16 on CUDA cards that have it, fp16 on older ones, fp32 elsewhere.
 
@@ -111,6 +143,7 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+_SHARE_ON_WINDOWS = 0.95
 _memory_limits: dict[int, int] = {}  # card -> bytes
 
 

@@ -9,3 +9,20 @@ def first_line(error: BaseException) -> str:
 def first_sentence(error: BaseException) -> str:
     """Its first line without advice and links."""
     return first_line(error).split(". ")[0].rstrip(".")
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's, MPS's, and "CUDA error: out of memory"
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "cudnn_status_not_supported.",  # which cuDNN says where no kernel's workspace fits
+    "can't allocate memory",  # of a processor
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library ran out of memory, on whatever device: by the error's type or, for it may be a plain
+    RuntimeError, by what it says."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

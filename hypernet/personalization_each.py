@@ -19,7 +19,7 @@ from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prep
 from hypernet.network.prediction import Hypernet
 from hypernet.personalization import OpenedRequest
 from hypernet.pictures import Pictures
-from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.recipe import FitConfig, PersonalizeConfig, StageProgress
 from hypernet.request import PeopleRequest, request_people
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
@@ -91,7 +91,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
     """Do what is asked for everybody of a data set; see `personalize_each`."""
     result, config, previews = PersonalizedEach(), request.config, request.previews
     opened = OpenedRequest(request, base, result.seconds)
-    batch = request.batch or choose_batch(base, opened.space, config.lora_fit)
+    batch = request.batch or choose_batch(base, opened.space, *_measured(config))
     report = _people_done(result, request.people.count(), progress)
     stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
 
@@ -167,6 +167,11 @@ def _named(
 
 def _same_photo(name: str) -> str:
     return f"its photo is the same as that of {name}"
+
+
+def _measured(config: PersonalizeConfig) -> tuple[FitConfig, int | None]:
+    """The fit that takes most memory, and the rank of its LoRA, if it fits one."""
+    return (config.lora_fit, config.rank) if config.steps else (config.theta_fit, None)
 
 
 def lora_name(person: Person) -> str:

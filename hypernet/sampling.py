@@ -24,6 +24,8 @@ from lidb_peft.safe_read import iter_tensors
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_AT_ONCE = 4  # prompts; with guidance twice as many noisy latents
+
 
 @torch.no_grad()
 def generate(
@@ -54,27 +56,31 @@ def generate(
         nonlocal steps_done
         steps_done += 1
         if progress is not None:
-            progress(steps_done, pipeline.num_timesteps)  # some schedulers take a step more than asked for
+            progress(steps_done, len(parts) * pipeline.num_timesteps)  # some schedulers take a step more than asked for
         return tensors
 
+    parts = [prompts[first : first + _AT_ONCE] for first in range(0, len(prompts), _AT_ONCE)]
+    pictures = []
     with space.apply(factors) if factors is not None else nullcontext():
-        pictures = pipeline(
-            **base.pipeline_inputs(prompts, base.guidance if guidance is None else guidance),
-            num_inference_steps=num_steps,
-            height=base.size_px,
-            width=base.size_px,
-            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
-            callback_on_step_end=count,
-            output_type="np",
-        ).images
-    if not np.isfinite(pictures).all():  # which a picture has as black
-        reason = (
-            "half precision cannot hold its numbers: pass --precision fp32"
-            if base.dtype == torch.float16
-            else ("the base is damaged, or the LoRA is too strong: draw without it to see which")
-        )
-        raise ValueError(f"what {base.name} draws is not finite; {reason}")
-    return pipeline.image_processor.numpy_to_pil(pictures)
+        for part in parts:
+            drawn = pipeline(
+                **base.pipeline_inputs(part, base.guidance if guidance is None else guidance),
+                num_inference_steps=num_steps,
+                height=base.size_px,
+                width=base.size_px,
+                generator=[torch.Generator().manual_seed(seed) for _ in part],
+                callback_on_step_end=count,
+                output_type="np",
+            ).images
+            if not np.isfinite(drawn).all():  # which a picture has as black
+                reason = (
+                    "half precision cannot hold its numbers: pass --precision fp32"
+                    if base.dtype == torch.float16
+                    else ("the base is damaged, or the LoRA is too strong: draw without it to see which")
+                )
+                raise ValueError(f"what {base.name} draws is not finite; {reason}")
+            pictures += pipeline.image_processor.numpy_to_pil(drawn)
+    return pictures
 
 
 def generate_to_file(

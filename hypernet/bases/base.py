@@ -4,7 +4,7 @@ A family of base models is one subclass of `BaseModel`; nothing outside of this 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from hypernet.devices import release_memory
+from hypernet.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -187,11 +190,35 @@ class BaseModel(ABC):
             pixels: ``(photos, 3, size, size)`` in [-1, 1].
             release: call `release_vae` at the end; False leaves the VAE there for the next photos.
         """
-        vae = self.vae.to(self.device).type(torch.float32)  # at a cast by to() diffusers logs a warning
-        # One at a time: a batch of 512 px takes gigabytes.
-        moments = torch.cat([vae.encode(photo[None].to(self.device)).latent_dist.parameters for photo in pixels])
+        try:
+            moments, is_full = self._encode(pixels, self.device), False
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            is_full = True
+        if is_full:  # SDXL's VAE, beside the rest, takes more than a step of finetuning
+            moments = self._encode_alone(pixels)
         if release:
             self.release_vae()
+        return moments
+
+    def _encode(self, pixels: Tensor, device: torch.device) -> Tensor:
+        vae = self.vae.to(device).type(torch.float32)  # at a cast by to() diffusers logs a warning
+        # One at a time: a batch of 512 px takes gigabytes.
+        return torch.cat([vae.encode(photo[None].to(device)).latent_dist.parameters for photo in pixels])
+
+    def _encode_alone(self, pixels: Tensor) -> Tensor:
+        """Encode photos while all other models are on the CPU."""
+        device = self.device
+        for model in self.adapted.values():
+            model.to("cpu")
+        release_memory(device)
+        try:
+            moments = self._encode(pixels, device)
+            self.release_vae()
+        finally:
+            for model in self.adapted.values():
+                model.to(device)
         return moments
 
     def release_vae(self) -> None:
@@ -216,7 +243,7 @@ class BaseModel(ABC):
             if hasattr(model, "enable_gradient_checkpointing"):  # diffusers'
                 model.enable_gradient_checkpointing()
             else:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                _transformers_method(model, "checkpointing_enable")({"use_reentrant": False})
             model.train()
         try:
             yield
@@ -225,7 +252,7 @@ class BaseModel(ABC):
                 if hasattr(model, "disable_gradient_checkpointing"):
                     model.disable_gradient_checkpointing()
                 else:
-                    model.gradient_checkpointing_disable()
+                    _transformers_method(model, "checkpointing_disable")()
                 model.eval()
 
 
@@ -236,6 +263,11 @@ def check_all_loaded(source: str, *components: nn.Module) -> None:
         if missing:
             raise ValueError(f"{source} lacks {len(missing)} weights of its {type(component).__name__}, {missing[0]} "
                              f"for one; download the base model again")  # fmt: skip
+
+
+def _transformers_method(model: nn.Module, name: str) -> Callable:
+    """transformers renamed ``gradient_checkpointing_...`` to ``activation_checkpointing_...``, and warns of the old."""
+    return getattr(model, f"activation_{name}", None) or getattr(model, f"gradient_{name}")
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hypernet.bases.checkpoints import check_channels, check_checkpoint, marker
 from hypernet.bases.flux import Flux
 from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_family
 from hypernet.bases.stable_diffusion import StableDiffusion
-from hypernet.devices import choose_device, choose_dtype
+from hypernet.devices import choose_device, choose_dtype, tune_device
 from hypernet.errors import first_sentence
 from hypernet.hub import split_revision
 from hypernet.quiet import quiet_loading
@@ -58,6 +58,9 @@ def load_base(
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
     torch_device = choose_device(device)
+    tune_device(torch_device)
+    if compile:
+        _check_compiler(torch_device)
     given = {"train_text_encoder": train_text_encoder, "quantize": quantize, "guidance_scale": guidance_scale}
     options = {name: value for name, value in given.items() if value not in (None, False)}
     family, pipeline = load_pipeline(source, choose_dtype(precision, torch_device), options, components)
@@ -93,6 +96,21 @@ def check_options(source: str, family: Family, options: Collection[str]) -> None
                 f"--{name.replace('_', '-')} is for {' and '.join(owners)}, and {source} is {family.title}; leave it "
                 f"out"
             )
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something small, before minutes go into what cannot be compiled.
+
+    Raises:
+        ValueError: it cannot be, for want of a C++ compiler or of Triton.
+    """
+    try:
+        torch.compile(lambda values: values.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of Dynamo, Inductor, Triton or the compiler itself
+        needed = "Triton (on Windows: pip install triton-windows)" if device.type == "cuda" else "a C++ compiler"
+        raise ValueError(
+            f"--compile cannot be had on {device} ({first_sentence(error)}); install {needed}, or leave --compile out"
+        ) from error
 
 
 def _use_xformers(denoiser: nn.Module) -> None:

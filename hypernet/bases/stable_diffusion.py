@@ -170,6 +170,7 @@ class StableDiffusion(BaseModel):
         options = get_family(self.family).pipeline_options
         pipeline = getattr(diffusers, self._pipeline_class)(**self.adapted, **parts, **options)
         pipeline.set_progress_bar_config(disable=True)
+        self.vae.enable_slicing()  # which decodes one picture at a time: each takes gigabytes
         return pipeline
 
     def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from hypernet.bases.base import BaseModel
-from hypernet.devices import OUT_OF_MEMORY, free_bytes
-from hypernet.fitting.engine import Subject, fit_theta
+from hypernet.devices import OUT_OF_MEMORY, free_bytes, release_memory
+from hypernet.errors import is_out_of_memory
+from hypernet.fitting.engine import Subject, fit_flat_lora, fit_theta
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
 
@@ -16,10 +17,13 @@ _PROMPT = "a face"
 _MEMORY_SHARE = 0.85  # of what is free; the rest is for fragments and for what others take meanwhile
 
 
-def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> int:
+def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None = None) -> int:
     """How many people to fit at once: on CUDA as many as the free memory holds, by the peaks of one and two people.
 
     Gradient checkpointing ``auto`` does without as long as one person fits.
+
+    Args:
+        rank: of the LoRA that is fitted, which takes more than theta, beside theta; None fits theta.
 
     Raises:
         ValueError: not even one fits.
@@ -31,14 +35,14 @@ def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> int:
     base.settle()  # else its own arrival would be counted
     free = free_bytes(base.device)
     for checkpointing in ("off", "on") if fit.gradient_checkpointing == "auto" else (fit.gradient_checkpointing,):
-        peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing))
+        peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing), rank)
         if peaks:
             return _largest_batch(free, peaks)
     raise ValueError(f"fitting one person does not fit into the {free / 1e9:.1f} GB that are free on {base.device}; "
                      f"{OUT_OF_MEMORY}")  # fmt: skip
 
 
-def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> list[int]:
+def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None) -> list[int]:
     """The most memory that a step of one and of two people takes on top of the base, as far as they fit."""
     channels, *size = base.latent_shape
     moments = torch.zeros(1, 2 * channels, *size)
@@ -48,8 +52,18 @@ def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig) -> list[int]:
         before = torch.cuda.memory_allocated(base.device)
         torch.cuda.reset_peak_memory_stats(base.device)
         try:
-            fit_theta(base, space, subjects[:count], fit)
-        except torch.cuda.OutOfMemoryError:
+            if rank is None:
+                fit_theta(base, space, subjects[:count], fit)
+            else:
+                fit_flat_lora(base, space, subjects[:count], fit, rank, space.theta_0)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            is_full = True
+        else:
+            is_full = False
+        if is_full:
+            release_memory(base.device)
             break
         peaks.append(torch.cuda.max_memory_allocated(base.device) - before)
     return peaks

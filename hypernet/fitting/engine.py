@@ -9,11 +9,14 @@ gradients are clipped per identity and Adam works number by number.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypernet.bases.base import BaseModel, Prompts
+from hypernet.devices import release_memory
+from hypernet.errors import is_out_of_memory
 from hypernet.fitting.losses import base_losses
 from hypernet.fitting.noise import Noise, draw_noise, noise_photos
 from hypernet.fitting.preservation import Choice, PromptPreservation
@@ -168,6 +171,10 @@ def fit_flat_lora(
     return _fit(base, space, subjects, config, first.to(base.device), parts, progress, failed)
 
 
+_too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""By denoiser, the size of a step that did not fit into memory without checkpointing: it is not tried again."""
+
+
 def _fit(
     base, space, subjects, config: FitConfig, start: Tensor, parts, progress, failed: dict[int, str] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -177,16 +184,21 @@ def _fit(
         What became of ``start``, and losses ``(steps, N)``, on the CPU.
     """
     is_auto = config.gradient_checkpointing == "auto"
-    for recomputes in (False, True) if is_auto else (config.gradient_checkpointing == "on",):
+    size = len(subjects) * config.timesteps_per_step
+    # An Apple GPU's memory is the machine's own, which swaps long before anything fails.
+    at_once = base.device.type == "mps" or size >= _too_large.get(base.denoiser, size + 1)
+    attempts = (True,) if at_once else (False, True)
+    for recomputes in attempts if is_auto else (config.gradient_checkpointing == "on",):
         try:
             fitted, losses = _optimize(base, space, subjects, config, start.clone(), parts, recomputes, progress)
-        except torch.cuda.OutOfMemoryError:
-            if recomputes or not is_auto:
+        except (RuntimeError, MemoryError) as error:
+            if recomputes or not is_auto or not is_out_of_memory(error):
                 raise
         else:
             _note_failures(base, subjects, config, fitted, losses, failed)
             return fitted, losses
-        torch.cuda.empty_cache()  # only here has the failed attempt let go of its tensors
+        release_memory(base.device)  # only here has the failed attempt let go of its tensors
+        _too_large[base.denoiser] = size
         warnings.warn(
             f"a step of {len(subjects)} identities does not fit into the memory of {base.device}; gradient "
             f"checkpointing is on now, which takes less memory and more time",

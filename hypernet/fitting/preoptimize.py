@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY
+from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import Diverged, fit_theta
 from hypernet.fitting.subjects import make_subjects
@@ -303,7 +304,9 @@ def _fit_people(
     except Diverged as error:  # one person's costs one person
         failed.update(error.failed)
         theta, losses = error.fitted, error.losses
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{len(people)} people at once do not fit into the memory of {base.device}; {OUT_OF_MEMORY}"
         ) from error

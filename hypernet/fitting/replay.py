@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hypernet.errors import first_sentence
+from hypernet.devices import release_memory
+from hypernet.errors import first_sentence, is_out_of_memory
 
 WARM_UP = 3  # calls before the capture, in which libraries choose their kernels and the optimiser makes its state
 _IN_FLIGHT = 2  # calls that may be queued; more would gain nothing, and progress would run ahead of the work
@@ -87,19 +88,23 @@ class Replay:
         except RuntimeError as failure:
             error = failure.__context__ or failure  # what broke the capture, not that it could not be ended
             if self.mode == "on":
-                if isinstance(error, torch.cuda.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise error from None
                 raise ValueError(
                     f"the step cannot be captured in a CUDA graph ({first_sentence(error)}); choose auto or off"
                 ) from error
-            warnings.warn(
-                f"the step cannot be captured in a CUDA graph ({first_sentence(error)}); it runs kernel by kernel, "
-                f"which takes longer",
-                stacklevel=4,
-            )
-            self._captures, self._result = False, None
+            reason = first_sentence(error)
+            del error  # it holds the frames of the step, and so its activations, and this frame would hold it
+        else:
+            self.graph = graph
             return
-        self.graph = graph
+        del graph
+        self._captures, self._result = False, None
+        release_memory(self.device)
+        warnings.warn(
+            f"the step cannot be captured in a CUDA graph ({reason}); it runs kernel by kernel, which takes longer",
+            stacklevel=4,
+        )
 
     def _keep_pace(self) -> None:
         self._queued.append(torch.cuda.current_stream(self.device).record_event())

@@ -43,7 +43,7 @@ from hypernet.training.setup import (
     targets_to_learn,
 )
 from hypernet.training.state import TrainingState
-from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_sums
+from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_loader, validation_sums
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path, locked_folder
 
@@ -161,15 +161,17 @@ class _Run:
         self.result = Trained()
         if self.config.gradient_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = make_optimizer(self.network, self.config)
+        self.model = accelerator.prepare(objective)
+        optimizer = make_optimizer(self.network, self.config)  # now that the parameters are where they are trained
         self.schedule = get_scheduler(
             self.config.schedule, optimizer, min(self.config.warmup_steps, self.config.steps), self.config.steps
         )
-        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
         parts = {"optimizer": optimizer, "schedule": self.schedule}
         if accelerator.scaler is not None:
             parts["scaler"] = accelerator.scaler
         self.state = TrainingState(self.network, data, parts)
+        self.validation = validating and validation_loader(validating, accelerator.process_index, self.world)
         self.running = torch.zeros(len(SUMMED), device=accelerator.device)
         self.used = 0  # people since the last checkpoint
 
@@ -264,7 +266,7 @@ class _Run:
         """
         step, sums = self.state.step, torch.zeros_like(self.running)
         with _costs_a_warning(f"step {step} is saved, but not validated"):
-            sums = validation_sums(self.objective, examples, self.accelerator.process_index, self.world)
+            sums = validation_sums(self.objective, self.validation)
         means = {}
         with _costs_a_warning(f"step {step} is saved, but not validated"):
             means = self._means(sums, examples)

@@ -10,7 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from hypernet.bases.base import BaseModel
-from hypernet.devices import WAIT
+from hypernet.devices import WAIT, use_device
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.optimizers import make_adamw
@@ -141,6 +141,7 @@ def make_accelerator(base: BaseModel, config: TrainConfig, out: Path, trackers: 
     if missing:
         raise ValueError(f"the tracker {missing[0]!r} is not to be had; pip install it if it is one of "
                          f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}")  # fmt: skip
+    use_device(base.device)
     accelerator = Accelerator(
         cpu=base.device.type == "cpu",
         mixed_precision=_PRECISIONS[base.dtype],

@@ -16,17 +16,23 @@ PICTURE_STEPS = 20
 STYLED = "a pencil drawing of {}"
 
 
+def validation_loader(examples: Examples, rank: int, world: int) -> DataLoader:
+    """Loads process ``rank``'s share of the people, again and again; its workers stay, for they take long to start."""
+    config = examples.config
+    places = list(validation_places(config, len(examples), rank, world))
+    return DataLoader(
+        examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.workers,
+        persistent_workers=config.workers > 0, generator=torch.Generator(),
+    )  # fmt: skip
+
+
 @torch.no_grad()
-def validation_sums(objective: Objective, examples: Examples, rank: int, world: int) -> Tensor:
-    """The sums of a batch's `Objective.forward`, over process ``rank``'s share of the people."""
-    config, device = objective.config, objective.base.device
-    places = validation_places(config, len(examples), rank, world)
+def validation_sums(objective: Objective, loader: DataLoader) -> Tensor:
+    """The sums of a batch's `Objective.forward`, over the people of a `validation_loader`."""
+    device = objective.base.device
     sums = torch.zeros(len(SUMMED), device=device)
     objective.eval()
-    for batch in DataLoader(
-        examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.workers,
-        generator=torch.Generator(),
-    ):  # fmt: skip
+    for batch in loader:
         sums += objective(batch.to(device))[1]
     objective.train()
     return sums

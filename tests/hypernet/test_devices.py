@@ -119,3 +119,44 @@ devices.join_processes(torch.device("cpu"))
     assert result.returncode == 1
     last = result.stderr.rstrip().splitlines()[-1]
     assert last.startswith("ConnectionError: process 1 of 2 has waited for the others, and not all of them have come")
+
+
+def test_a_named_card_is_the_one_that_accelerate_computes_on(monkeypatch):
+    """Its PartialState, in a process by itself, is plain cuda: the current card."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: (chosen.append("met"), alone)[1])
+    devices.join_processes(torch.device("cuda:1"))
+    assert chosen == [torch.device("cuda:1"), "met"]
+    devices.join_processes(torch.device("cuda"))
+    devices.join_processes(CPU)
+    assert chosen[2:] == ["met", "met"]
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_on_windows_a_process_takes_no_more_than_is_free(monkeypatch, platform):
+    """Or the driver would spill into the system's memory, and nothing would ever run out."""
+    limits = {}
+    monkeypatch.setattr(devices, "_memory_limits", {})
+    monkeypatch.setattr(devices.sys, "platform", platform)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GB, 16 * GB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=16 * GB))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, card: limits.update({card: share * 16})
+    )
+    devices.tune_device(torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark
+    assert limits == ({0: pytest.approx(0.95 * 11)} if platform == "win32" else {})
+
+
+def test_a_limit_that_was_asked_for_stays_on_windows(monkeypatch):
+    monkeypatch.setattr(devices, "_memory_limits", {1: 4 * GB})
+    monkeypatch.setattr(devices.sys, "platform", "win32")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(devices, "limit_memory", None)
+    devices.tune_device(torch.device("cuda:1"))

@@ -364,3 +364,45 @@ def test_a_checkpoint_of_odd_shapes_is_refused(base, tmp_path, monkeypatch, impo
     local = partial(StableDiffusionPipeline.from_single_file, config=str(miniature_path()))
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", local)
     refused(file, "cannot be loaded as a Stable Diffusion")
+
+
+# ---- compiling, and little memory ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C++ compiler. Please specify one"),
+        ImportError("no module named triton"),
+        OSError(2),
+    ],
+)
+def test_a_machine_that_cannot_compile_says_so_before_anything_is_loaded(monkeypatch, error):
+    def fail(function):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ValueError, match=r"--compile cannot be had on cpu.*leave --compile out") as caught:
+        load_base("nobody/nothing", device="cpu", compile=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_photos_that_do_not_fit_beside_the_models_are_encoded_alone(base, monkeypatch):
+    """SDXL's VAE and a photo take more than a step of finetuning on cards of 8 to 10 GB."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    expected = base.encode_photos(pixels)
+    original, moves = type(base)._encode, []
+
+    def encode(self, pixels, device):
+        if not moves:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 4.50 GiB")
+        return original(self, pixels, device)
+
+    monkeypatch.setattr(type(base), "_encode", encode)
+    for model in base.adapted.values():
+        moved = type(model).to
+        monkeypatch.setattr(
+            model, "to", lambda device, moved=moved, model=model: (moves.append(str(device)), moved(model, device))[1]
+        )
+    assert torch.equal(base.encode_photos(pixels), expected)
+    assert moves == ["cpu", "cpu", "cpu", "cpu"]  # both away, both back

@@ -147,3 +147,80 @@ def test_a_fit_that_is_over_leaves_nothing_to_the_garbage_collector(base, space,
     finally:
         gc.enable()
     assert [step() for step in steps] == [None]
+
+
+class FailingCapture:
+    """Stands for `torch.cuda.graph`, which raises what the step raises in it."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+
+@pytest.mark.parametrize("sentence", ["CUDA out of memory. Tried to allocate 2 GiB", "operation not permitted"])
+def test_a_capture_that_fails_lets_go_of_what_the_step_held(monkeypatch, sentence):
+    """Its activations are gone at once, and not when the garbage collector comes by."""
+    released, held = [], []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", FailingCapture)
+    monkeypatch.setattr(torch.cuda, "stream", FailingCapture)
+    monkeypatch.setattr("hypernet.fitting.replay.release_memory", released.append)
+    replay = Replay(torch.device("cpu"), "off")
+    replay.mode, replay._captures, replay._calls = "auto", True, WARM_UP
+
+    def step():
+        activations = torch.ones(1000)
+        if replay._captures:
+            held.append(weakref.ref(activations))
+            raise RuntimeError(sentence)
+        return activations[:1]
+
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match=rf"cannot be captured in a CUDA graph \({sentence.split('.')[0]}"):
+            assert replay(step) == 1
+        assert [reference() for reference in held] == [None]
+    finally:
+        gc.enable()
+    assert released == [torch.device("cpu")]
+    assert replay.graph is None
+    assert replay(step) == 1
+
+
+def runs_out_of_memory(sentence, calls, monkeypatch):
+    """Let steps without checkpointing of two people or more run out of memory."""
+    original = engine._optimize
+
+    def optimize(base, space, subjects, config, parameters, parts, recomputes, progress):
+        calls.append((len(subjects), recomputes))
+        if not recomputes and len(subjects) > 1:
+            raise RuntimeError(sentence)
+        return original(base, space, subjects, config, parameters, parts, recomputes, progress)
+
+    monkeypatch.setattr(engine, "_optimize", optimize)
+    monkeypatch.setattr(engine, "_too_large", weakref.WeakKeyDictionary())
+
+
+@pytest.mark.usefixtures("checkpointing")
+def test_a_step_that_does_not_fit_is_checkpointed_and_that_is_remembered(base, space, people, monkeypatch):
+    calls: list = []
+    runs_out_of_memory("MPS backend out of memory (MPS allocated: 8 GB)", calls, monkeypatch)
+    with pytest.warns(UserWarning, match="gradient checkpointing is on now"):
+        theta, _ = fit_theta(base, space, people, CONFIG)
+    again, _ = fit_theta(base, space, people, CONFIG)
+    fit_theta(base, space, people[:1], CONFIG)
+    assert calls == [(2, False), (2, True), (2, True), (1, False)]
+    assert torch.equal(theta, again)
+
+
+def test_another_error_of_a_step_is_not_taken_for_want_of_memory(base, space, people, monkeypatch):
+    calls: list = []
+    runs_out_of_memory("CUDA error: device-side assert triggered", calls, monkeypatch)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        fit_theta(base, space, people, CONFIG)
+    assert calls == [(2, False)]
