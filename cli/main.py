@@ -30,6 +30,7 @@ COMMANDS = {
     "extract": "cli.extract",
     "project": "cli.project",
     "doctor": "cli.doctor",
+    "check": "cli.check",
 }
 _MAX_LINES, _MAX_LINE_CHARS = 6, 2000
 

@@ -1,0 +1,46 @@
+"""`hdb check`."""
+
+from pathlib import Path
+
+import click
+
+from cli.bases import device_option, precision_option
+
+
+@click.command(name="check")
+@device_option
+@precision_option
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("hdb-check.json"),
+              show_default=True, help="The report to write, for an issue.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Write the report over an older one.")
+def command(device: str, precision: str, out: Path, overwrite: bool) -> None:
+    """Find out in two minutes whether all of this works on your card, how fast it is and how much memory it takes.
+
+    Nothing is downloaded: the bundled miniature and, where memory allows, a Stable Diffusion of random weights are
+    fitted in several ways that must agree.
+
+    \b
+    hdb check
+    hdb check --device cuda:1 --precision fp16
+    """
+    import json
+
+    from cli.bases import base_lidb_config, open_base
+    from cli.progress import progress_bars
+    from hypernet.check import check
+    from lidb_peft.files import atomic_path, check_writable
+
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; pass --overwrite, or another --out")
+    check_writable(out)
+    base = open_base("testbed", device, precision)
+    lidb_config = base_lidb_config("testbed")
+    with progress_bars() as report_progress:
+        report = check(base, lidb_config, lambda done, total: report_progress("check", done, total))
+    with atomic_path(out) as temporary:
+        temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    for finding in report.findings:
+        click.echo(f"{finding.outcome:9}{finding.name}: {finding.detail}")
+    click.echo(f"wrote {out}")
+    if report.failed:
+        raise click.ClickException(f"{len(report.failed)} checks failed; please open an issue with {out}")
