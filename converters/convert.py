@@ -27,7 +27,7 @@ from converters.formats.reading import find_sources, is_adapter_folder, read_lor
 from converters.key_maps import kohya_place
 from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
 from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
-from converters.shapes import fit_shapes
+from converters.shapes import fit_shapes, has_layer, kernel_side
 from converters.sidecar import Companions, check_companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_folder, write_safetensors
@@ -276,8 +276,15 @@ def _notes_on_stacks(lora: Lora) -> list[str]:
 
 def _notes_on_readers(lora: Lora, to: str) -> list[str]:
     """Say which layers diffusers does not read."""
-    if to == "kohya" or not lora.family:
+    if not lora.family:
         return []
+    if to == "kohya":
+        names = [name for name in lora.layers
+                 if kernel_side(name, lora.family) != kernel_side(name, lora.family, for_kohya=True)]  # fmt: skip
+        said = (
+            f"{count(names, 'layer')} written as the convolution that sd-scripts has there, which diffusers loads from"
+        )
+        return [f"{said} its own format only: {examples(names)}"] if names else []
     unread = [part for part in get_family(lora.family).text_encoders if not part.targets]
     names = [name for name in lora.layers for part in unread if name.startswith(f"{part.name}.")]
     said = f"{count(names, 'layer')} of a text encoder that diffusers loads no LoRA of: {examples(names)}"
@@ -306,7 +313,8 @@ def _writer(
         return lambda: _write_folders(target, folders, lora.metadata)
     if to == "kohya":
         if not lora.family:
-            raise ValueError(f"its layers do not tell its model family; say which: --family {', '.join(FAMILIES)}")
+            fitting = [name for name in FAMILIES if all(has_layer(layer, name) for layer in lora.layers)] or FAMILIES
+            raise ValueError(f"its layers do not tell its model family; say which: --family {', '.join(fitting)}")
         tensors = kohya_tensors(lora, lora.family) | lora.embeddings
         trigger = lora.metadata.get("modelspec.trigger_phrase", "")
         if companions.entries or trigger:

@@ -5,7 +5,7 @@ So that collections of LoRAs can be what a hypernetwork learns to predict.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ class Projected:
     Args:
         theta: float32 ``(L, row_size)``; rows of layers that were not given are theta_0's, the identity.
         errors: for each layer that was given, the norm of what theta misses over that of the update, 0 to 1.
-        left_out: layers that were given and have no row: feed-forward and convolution layers.
+        left_out: layers that were given and have no row: feed-forward and convolution layers; and bundled embeddings.
     """
 
     theta: Tensor
@@ -68,7 +68,7 @@ def project_to_file(
     space = LiDBSpace(models or family_models(family, str(source)), config or LiDBConfig())
     found = project(updates, space)
     save_theta(out, found.theta, space, base_name)
-    return found
+    return found if minus is not None else replace(found, left_out=(*found.left_out, *lora.embeddings))
 
 
 def family_models(family: str, source: str) -> dict[str, nn.Module]:

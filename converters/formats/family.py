@@ -114,10 +114,11 @@ def _has_mark(mark: Mark, name: str, ours: str, in_features: int) -> bool:
 def stated_base(metadata: Mapping[str, str]) -> str:
     """Return the family that the metadata names, another model's own name, or ""."""
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    if not _states_refiner(metadata):
-        for family in _NEWEST_FIRST:
-            if any(metadata.get(key, "").startswith(start) for key, start in family.stated_by.items()):
-                return family.name
+    if _states_refiner(metadata):
+        return _REFINER
+    for family in _NEWEST_FIRST:
+        if any(metadata.get(key, "").startswith(start) for key, start in family.stated_by.items()):
+            return family.name
     return architecture.partition("/")[0] or version
 
 

@@ -552,3 +552,21 @@ def test_a_sidecar_does_not_change_what_the_file_says_of_itself(tmp_path, read_r
     assert metadata["modelspec.trigger_phrase"] == "a sks face"
     assert json.loads(metadata["ss_tag_frequency"]) == {"1_a sks face": {"a sks face": 1}}
     assert json.loads((tmp_path / "b.json").read_text())["activation text"] == "sks, smiling"
+
+
+def test_stable_diffusion_2s_projections_are_written_as_each_reader_has_them_and_said(tmp_path, read_raw):
+    block = "lora_unet_down_blocks_0_attentions_0"
+    name, cross = f"{block}_proj_in", f"{block}_transformer_blocks_0"
+    state = {f"{name}.lora_down.weight": torch.randn(2, 8), f"{name}.lora_up.weight": torch.randn(8, 2),
+             f"{cross}_attn2_to_k.lora_down.weight": torch.randn(2, 1024),
+             f"{cross}_attn2_to_k.lora_up.weight": torch.randn(8, 2)}  # fmt: skip
+    save_file(state, tmp_path / "a.safetensors")
+    conversion = prepare_conversion(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya")
+    assert conversion.notes[-1].startswith("1 layer written as the convolution that sd-scripts has there")
+    conversion.write()
+    arrays, metadata = read_raw(tmp_path / "b.safetensors")
+    assert arrays[f"{name}.lora_down.weight"].shape == (2, 8, 1, 1)
+    assert "ss_base_model_version" not in metadata  # which of Stable Diffusion 2's it is, the file did not say
+    prepare_conversion(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers").write()
+    path = "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"
+    assert read_raw(tmp_path / "c.safetensors")[0][path].shape == (2, 8)

@@ -323,6 +323,12 @@ def test_what_a_command_refuses_is_not_called_sound(tmp_path, state, message):
     assert re.search(message, " ".join(described(tmp_path, state).warnings))
 
 
+def test_a_refiner_whose_metadata_say_so_is_in_no_contradiction(tmp_path):
+    found = described(tmp_path, lora(UNET, 1280), {"ss_base_model_version": "sdxl_refiner_v1-0"})
+    assert found.base == "stable-diffusion-xl-v1-refiner"
+    assert len(found.warnings) == 1  # that the commands refuse it
+
+
 def test_the_norm_is_that_of_the_update_whatever_the_algorithm(tmp_path):
     conv, generator = "lora_unet_down_blocks_0_resnets_0_conv1", torch.Generator().manual_seed(0)
     down, core, up = (torch.randn(shape, generator=generator) for shape in ((4, 8, 1, 1), (4, 4, 3, 3), (6, 4, 1, 1)))
