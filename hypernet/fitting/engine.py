@@ -47,7 +47,7 @@ class Subject:
     class_prompt: str = ""
 
 
-class Diverged(ValueError):
+class DivergedError(ValueError):
     """The fits of some subjects diverged.
 
     Attributes:
@@ -231,7 +231,7 @@ def _note_failures(
     if failed is not None:
         failed.update(reasons)
     elif reasons:
-        raise Diverged(reasons, fitted, losses)
+        raise DivergedError(reasons, fitted, losses)
 
 
 def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses: Tensor) -> str:

@@ -19,7 +19,7 @@ from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
-from hypernet.fitting.engine import Diverged, fit_theta
+from hypernet.fitting.engine import DivergedError, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
@@ -301,7 +301,7 @@ def _fit_people(
         theta, losses = fit_theta(
             base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps)
         )
-    except Diverged as error:  # one person's costs one person
+    except DivergedError as error:  # one person's costs one person
         failed.update(error.failed)
         theta, losses = error.fitted, error.losses
     except (RuntimeError, MemoryError) as error:

@@ -6,6 +6,7 @@ kills run with the tests; by hand, over all commands: ``python tests/faults/test
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from PIL import Image
 
 from lidb_peft.safe_read import read_header
 
+LONGEST_S = 300.0
 TEMPORARY = (".hdb-tmp", ".hdb-lock")
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -125,6 +127,11 @@ def run(folder: Path, arguments: tuple[str, ...], log: Path, die_before: int = 0
     if die_after_s:
         time.sleep(die_after_s)
         os.killpg(child, signal.SIGKILL) if _is_alive(child) else None
+    deadline = time.monotonic() + LONGEST_S
+    while _is_alive(child):
+        if time.monotonic() > deadline:  # a fork inherits locks that no thread of its own will open
+            os.killpg(child, signal.SIGKILL)
+        time.sleep(0.02)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
@@ -276,13 +283,14 @@ def main() -> None:
     place = Path(tempfile.mkdtemp())
     killer = Killer(place, arguments.seed)
     done, lost = collections.Counter(), collections.Counter()
-    for number in range(arguments.kills):
-        name = names[number % len(names)]
-        problem = killer.kill(name, by_time=number % 5 == 4)
-        done[name] += 1
-        if problem:
-            lost[name] += 1
-            print(problem, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it with what was found so far
+        for number in range(arguments.kills):
+            name = names[number % len(names)]
+            problem = killer.kill(name, by_time=number % 5 == 4)
+            done[name] += 1
+            if problem:
+                lost[name] += 1
+                print(problem, flush=True)
     for name in names:
         print(f"{name}: {done[name]} killed, {lost[name]} lost")
     print(f"{sum(done.values())} killed, {sum(lost.values())} lost; seed {arguments.seed}")
