@@ -24,7 +24,7 @@ from testbed.prompts import PLAIN, PROMPTS, SEEN
 from testbed.protocol import SHOWN, Judge, photo, true_picture
 
 COLUMNS = ("plain", "pencil", "night", "crown", "snow", "cartoon crown", "neon")
-UNHEARD_OF = "(words that nothing of a person was ever trained with)"
+UNHEARD_OF = "(nobody was trained with this prompt)"
 NUM_STEPS = 25
 
 
