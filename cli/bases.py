@@ -1,8 +1,4 @@
-"""Options that commands share, and what ``--base`` and ``--hypernet`` name.
-
-`testbed` is the bundled miniature with its own recipe, and the hypernetwork of it; `load_base` and `HyperNetwork` take
-anything else.
-"""
+"""Options that commands share, and opening what ``--base`` names."""
 
 import re
 from pathlib import Path
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from hypernet.bases.base import BaseModel
-    from lidb_peft import LiDBConfig
 
 DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 
@@ -36,9 +31,11 @@ class MemorySize(click.ParamType):
     name = "size"
 
     def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):  # bytes, from a saved config
+            return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])B?", str(value), flags=re.IGNORECASE)
         if match is None or not float(match[1]):
-            self.fail(f"{value!r} is no size; write it as 4GB or 800MB", param, ctx)
+            self.fail(f"{value!r} is not a size; write it as 4GB or 800MB", param, ctx)
         return round(float(match[1]) * {"G": 1e9, "M": 1e6}[match[2].upper()])
 
 
@@ -51,7 +48,7 @@ base_option = click.option(
     "that ships with this package.",
 )
 seed_option = click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Keys all noise."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Random seed."
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 precision_option = click.option(
@@ -69,7 +66,7 @@ _LOADING = {
     "precision": precision_option,
     "attention": click.option(
         "--attention", default="auto", show_default=True, type=click.Choice(ATTENTIONS),
-        help="The denoiser's: torch's own (sdpa) or xformers'; auto is sdpa.",
+        help="Attention backend of the denoiser: sdpa, which is torch's own, or xformers; auto is sdpa.",
     ),
     "compile": click.option(
         "--compile", is_flag=True, help="Compile the denoiser at first use: minutes, for thousands of people."
@@ -88,7 +85,7 @@ _LOADING = {
     ),
     "max_vram": click.option(
         "--max-vram", type=MemorySize(), metavar="SIZE",
-        help="Let torch take no more than this of the card, such as 4GB; CUDA's own share comes on top.",
+        help="Limit the GPU memory that torch may use, e.g. 4GB; what CUDA itself needs comes on top.",
     ),
 }  # fmt: skip
 
@@ -109,8 +106,8 @@ hypernet_option = click.option(
     "--hypernet",
     metavar="ID|DIR|testbed|none",
     show_default="none; testbed has its own",
-    help="Start at what this hypernetwork predicts from the photos: a Hugging Face id, a folder that hdb train wrote, "
-    "or testbed, the bundled one; none does without.",
+    help="Start from what this hypernetwork predicts from the photos: a Hugging Face id, a folder that hdb train "
+    "wrote, or testbed, the bundled one; none uses no hypernetwork.",
 )
 
 start_option = click.option(
@@ -145,7 +142,7 @@ class _CountOrAuto(click.IntRange):
 
 def batch_option(text: str):
     """An option for how many people are fitted at once; ``auto`` is None."""
-    return click.option("--batch", type=_CountOrAuto(1), default="auto", show_default=True, help=text)
+    return click.option("--batch-size", "batch", type=_CountOrAuto(1), default="auto", show_default=True, help=text)
 
 
 def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str):
@@ -156,11 +153,11 @@ def recipe_option(flag: str, field: str, kind: click.ParamType | type, text: str
 
 
 optimizer_option = recipe_option(
-    "--optimizer", "optimizer", click.Choice(OPTIMIZERS), "adamw8bit takes bitsandbytes; auto is adamw."
+    "--optimizer", "optimizer", click.Choice(OPTIMIZERS), "adamw8bit requires bitsandbytes; auto is adamw."
 )
 checkpointing_option = recipe_option(
     "--gradient-checkpointing", "gradient_checkpointing", click.Choice(AUTO),
-    "Take less memory and more time; auto does if the memory of a card calls for it.",
+    "Use less memory but be slower; auto turns it on if a step does not fit into the GPU's memory.",
 )  # fmt: skip
 
 
@@ -172,36 +169,6 @@ def chosen_detector(name: str, crop: bool) -> str:
     if chosen != name:
         click.echo(f"faces are looked for with {DETECTOR_NAMES[chosen]}", err=True)
     return chosen
-
-
-def base_recipe(name: str) -> PersonalizeConfig:
-    """The recipe that goes with ``--base``."""
-    return MINIATURE_RECIPE if name == "testbed" else PersonalizeConfig()
-
-
-def base_hypernet(name: str) -> str:
-    """The ``--hypernet`` that goes with ``--base``."""
-    return "testbed" if name == "testbed" else "none"
-
-
-def hypernet_source(name: str | None) -> str | None:
-    """The id or folder that ``--hypernet`` names; None if there is to be no hypernetwork."""
-    if name == "testbed":
-        from testbed import miniature_hypernetwork_path
-
-        return str(miniature_hypernetwork_path())
-    return None if name == "none" else name
-
-
-def base_lidb_config(name: str) -> "LiDBConfig":
-    """The LiDB bases that go with ``--base``."""
-    if name == "testbed":
-        from testbed import miniature_lidb_config
-
-        return miniature_lidb_config()
-    from lidb_peft import LiDBConfig
-
-    return LiDBConfig()
 
 
 def open_base(
@@ -222,10 +189,6 @@ def open_base(
     source = name if revision is None else f"{name}@{revision}"
     if revision is not None and (name == "testbed" or Path(name).exists()):
         raise click.UsageError(f"--revision is for a base on the Hugging Face hub, and {name} is here")
-    if name == "testbed":
-        from testbed import miniature_path
-
-        source = str(miniature_path())
     base = load_base(source, device, precision, **options)
     click.echo(f"base {name} on {describe_choice(base.device, base.dtype)}", err=True)
     return base

@@ -6,7 +6,6 @@ import click
 
 from cli.bases import (
     base_option,
-    base_recipe,
     components_option,
     device_option,
     open_base,
@@ -24,7 +23,7 @@ from cli.results import overwrite_option
 @click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
 @click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
               help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
-@click.option("--num-steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
+@click.option("--steps", "num_steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
 @click.option("--guidance", type=float, show_default="the base's own: 7.5, 3.5 for FLUX.1, testbed 3",
               help="Guidance scale.")  # fmt: skip
 @seed_option
@@ -57,8 +56,6 @@ def command(
     from cli.progress import progress_bars
     from hypernet.sampling import check_pictures, generate_to_file
 
-    if guidance is None:
-        guidance = base_recipe(base).guidance
     check_pictures(out, base, lora, overwrite)
     model = open_base(base, device, precision, components=components, quantize=quantize)
     with progress_bars() as report:

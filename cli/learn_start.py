@@ -6,12 +6,8 @@ from pathlib import Path
 import click
 
 from cli.bases import (
-    base_hypernet,
-    base_lidb_config,
     base_option,
-    base_recipe,
     hypernet_option,
-    hypernet_source,
     loading_options,
     no_crop_option,
     open_base,
@@ -19,6 +15,7 @@ from cli.bases import (
     recipe_option,
     seed_option,
 )
+from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, StartConfig
 
 
@@ -41,7 +38,7 @@ def _option(field: str, kind: click.ParamType, text: str):
                "Which layers, where no hypernetwork says so: the denoiser's, or the text encoders' too.")  # fmt: skip
 @recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
 @recipe_option("--rank", "rank", click.IntRange(1), "Rank of the LoRA.")
-@recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
+@recipe_option("--timesteps-per-step", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
 @recipe_option("--max-timestep", "max_timestep", click.IntRange(1, NUM_TIMESTEPS), "Finetune on timesteps below this.")
 @no_crop_option
 @seed_option
@@ -69,16 +66,16 @@ def command(images, base, hypernet, out, rounds, people, inner_steps, rate, no_c
     check_output(out, [images])
     loading = pop_loading(options)
     config = StartConfig(rounds, people, inner_steps, rate, seed)
-    source = hypernet_source(hypernet or base_hypernet(base))
+    bundle, source = find_bundle(base), hypernetwork_source(hypernet or "auto", base)
     network = None if source is None else HyperNetwork.from_pretrained(source).requires_grad_(False)
-    recipe = base_recipe(base) if network is None else predicted_recipe(network.config, base_recipe(base))
+    recipe = bundle.recipe if network is None else predicted_recipe(network.config, bundle.recipe)
     given = {name: value for name, value in options.items() if value is not None}
     recipe = replace(recipe, **given, crop=not no_crop)
     if recipe.crop:
         check_detector()
     found = open_people(images)
     model = open_base(base, **loading)
-    space = recipe_space(model, recipe, base_lidb_config(base)) if network is None else network.space_on(model.adapted)
+    space = recipe_space(model, recipe, bundle.lidb_config) if network is None else network.space_on(model.adapted)
     of_round = rounds_of(found, model, recipe, config, network)
     bases = None if network is None else network.bases
     with progress_bars() as report, resumable_start(out.with_suffix(".unfinished"), space, recipe.rank, seed) as begun:

@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from cli.options import todays_spelling
+
 PACKAGES = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
 COMMANDS = {
     "demo": "cli.demo",
@@ -75,6 +77,10 @@ class LazyGroup(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return importlib.import_module(COMMANDS[name]).command if name in COMMANDS else None
+
+    def resolve_command(self, context: click.Context, arguments: list[str]):
+        name, command, arguments = super().resolve_command(context, arguments)
+        return name, command, todays_spelling(name or "", arguments)
 
     def invoke(self, context: click.Context):
         try:

@@ -1,22 +1,17 @@
 """`hdb personalize`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cli.bases import (
-    base_hypernet,
-    base_lidb_config,
     base_option,
-    base_recipe,
     batch_option,
     checkpointing_option,
     chosen_detector,
     face_detector_option,
     hypernet_option,
-    hypernet_source,
     loading_options,
     open_base,
     optimizer_option,
@@ -30,7 +25,6 @@ from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, PersonalizeConfi
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
-    from hypernet.network.config import HyperNetworkConfig
     from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
 
@@ -41,11 +35,11 @@ _RECIPE = PersonalizeConfig()
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
               help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
-@batch_option("People fitted at once with --each; auto: as many as a GPU's memory allows, on a processor few.")
+@batch_option("People fitted at once with --each; auto: as many as fit into the GPU's memory, or a few on a CPU.")
 @base_option
 @hypernet_option
 @click.option("--out", type=click.Path(path_type=Path), show_default="the photo's name .safetensors; of DIR, DIR-loras",
-              help="LoRA to write; with --each the folder of the LoRAs, where an earlier run goes on.")  # fmt: skip
+              help="LoRA to write; with --each the folder of the LoRAs, where an interrupted run resumes.")  # fmt: skip
 @recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of a LiDB fit before the finetuning.")
 @recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
 @recipe_option(
@@ -110,13 +104,20 @@ def command(
         from hypernet.inputs.people import open_people
         from hypernet.personalization import make_person
         from hypernet.personalization_each import make_people
-        from hypernet.request import request_people, request_person
+        from hypernet.request import choose_recipe, request_people, request_person
 
-    options |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
-    recipe, network = _choose_recipe(base, "none" if from_theta else hypernet, options)
-    common = {"config": recipe, "hypernet": network, "lidb_config": base_lidb_config(base),
-              "previews": None if no_preview else previews, "start": None if start == "none" else start,
-              "base": base, "overwrite": overwrite}  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
+    choice = choose_recipe(base, from_theta=from_theta, hypernet=hypernet or "auto", options=given)
+    recipe, _, network = choice
+    if network is not None:
+        click.echo(f"starting at the prediction of the hypernetwork {network.name_or_path}", err=True)
+    common = choice._asdict() | {
+        "previews": None if no_preview else previews,
+        "start": None if start == "none" else start,
+        "base": base,
+        "overwrite": overwrite,
+    }
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
         request = request_person(photos, out, save_theta=save_theta, from_theta=from_theta, **common)
@@ -153,23 +154,7 @@ def _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta
         if are_given:
             raise click.UsageError(f"{both} contradict each other; pass one of them")
     if batch is not None and each is None:
-        raise click.UsageError("--batch is for many people; pass them with --each")
-
-
-def _choose_recipe(
-    base: str, hypernet: str | None, options: dict
-) -> "tuple[PersonalizeConfig, HyperNetworkConfig | None]":
-    """The recipe of the base, or of the hypernetwork, with the options that are given; and that hypernetwork."""
-    from hypernet.network.hypernetwork import read_config
-    from hypernet.network.prediction import predicted_recipe
-
-    recipe, network = base_recipe(base), None
-    source = hypernet_source(hypernet or base_hypernet(base))
-    if source is not None:
-        network = read_config(source)
-        recipe = predicted_recipe(network, recipe)
-        click.echo(f"starting at the prediction of the hypernetwork {source}", err=True)
-    return replace(recipe, **{name: value for name, value in options.items() if value is not None}), network
+        raise click.UsageError("--batch-size is for many people; pass them with --each")
 
 
 def _tell_person(result: "Personalization", out: Path) -> None:

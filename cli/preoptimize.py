@@ -6,14 +6,11 @@ from pathlib import Path
 import click
 
 from cli.bases import (
-    base_lidb_config,
     base_option,
-    base_recipe,
     batch_option,
     checkpointing_option,
     chosen_detector,
     face_detector_option,
-    hypernet_source,
     join_and_open,
     loading_options,
     no_crop_option,
@@ -24,6 +21,7 @@ from cli.bases import (
     seed_option,
     token_option,
 )
+from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
 
 
@@ -31,18 +29,20 @@ from hypernet.recipe import TARGET_STEPS, PreoptimizeConfig
 @click.argument("images")
 @base_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
-              help="Folder for the targets; goes on where an earlier run was stopped.")  # fmt: skip
+              help="Folder for the targets; an interrupted run resumes there.")  # fmt: skip
 @click.option("--steps", "theta_steps", type=click.IntRange(1), default=TARGET_STEPS, show_default=True,
               help="Steps of each fit.")  # fmt: skip
 @recipe_option("--lr", "theta_lr", float, "Learning rate.")
-@recipe_option("--timesteps", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
-@batch_option("People fitted at once; auto: as many as a GPU's memory allows, on a processor few.")
+@recipe_option("--timesteps-per-step", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
+@batch_option("People fitted at once; auto: as many as fit into the GPU's memory, or a few on a CPU.")
 @optimizer_option
 @checkpointing_option
-@click.option("--init-from", metavar="ID|DIR|testbed", help="Start each fit at the prediction of this hypernetwork.")
+@click.option(
+    "--hypernet", "init_from", metavar="ID|DIR|testbed", help="Start each fit from the prediction of this hypernetwork."
+)
 @token_option
 @prompt_option
-@click.option("--streaming", is_flag=True, help="Read the data set as it comes; do not copy it into the cache first.")
+@click.option("--streaming", is_flag=True, help="Stream the data set instead of copying it into the cache first.")
 @no_crop_option
 @face_detector_option
 @seed_option
@@ -51,12 +51,12 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
 
     IMAGES is a folder of images, one person each, with a sub-folder for a person of several; or parquet, webdataset
-    tars, or a data set of the Hugging Face hub. A run that was stopped goes on when it is started again, and
+    tars, or a data set of the Hugging Face hub. An interrupted run resumes when it is started again, and
     `accelerate launch` shares the work between processes.
 
     \b
     hdb preoptimize faces/ --out targets
-    hdb preoptimize somebody/faces --streaming --out targets --batch 32
+    hdb preoptimize somebody/faces --streaming --out targets --batch-size 32
     accelerate launch --num_processes 8 -m lidb_peft preoptimize faces/ --out targets
     """
     from cli.progress import progress_bars
@@ -71,14 +71,15 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     loading = pop_loading(options)
     given = {name: value for name, value in options.items() if value is not None}
     given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
-    config = PreoptimizeConfig(replace(base_recipe(base), **given), batch)
+    bundle = find_bundle(base)
+    config = PreoptimizeConfig(replace(bundle.recipe, **given), batch)
     check_store(out, [images, base, init_from])
-    source = hypernet_source(init_from)
+    source = hypernetwork_source(init_from or "none", base)
     if source is not None:
         read_config(source)  # before a base is loaded, which may be a download of gigabytes
     people = open_people(images, streaming)
     state, model = join_and_open(base, **loading)
-    space = LiDBSpace(model.adapted, base_lidb_config(base))
+    space = LiDBSpace(model.adapted, bundle.lidb_config)
     start, start_name = predicted_start(source, space, model.device) if source else (None, "theta_0")
     with state.main_process_first():  # which makes the store
         store = open_targets(out, model, space, people, config, start_name)

@@ -30,10 +30,11 @@ def command(source, out, minus, base, overwrite) -> None:
     check_output(out, [source, minus, base], overwrite=overwrite)
     options = {}
     if base is not None:
-        from cli.bases import base_lidb_config, open_base
+        from cli.bases import open_base
+        from hypernet.bundles import find_bundle
 
         model = open_base(base, device="cpu", precision="fp32")
-        options = {"models": model.adapted, "config": base_lidb_config(base)}
+        options = {"models": model.adapted, "config": find_bundle(base).lidb_config}
     found = project_to_file(source, out, minus, overwrite=overwrite, **options)
     click.echo(f"wrote {out}")
     click.echo(f"{len(found.errors)} {what_is_missed(found.errors)}; {len(found.left_out)} were left out")

@@ -6,11 +6,9 @@ import click
 from click.core import ParameterSource
 
 from cli.bases import (
-    base_lidb_config,
     base_option,
     chosen_detector,
     face_detector_option,
-    hypernet_source,
     join_and_open,
     loading_options,
     no_crop_option,
@@ -19,14 +17,16 @@ from cli.bases import (
     seed_option,
     token_option,
 )
-from hypernet.recipe import DEFAULT_BASE, DEFAULT_ENCODER, TRAIN_CHOICES, TrainConfig
+from cli.options import ConfiguredCommand
+from hypernet.bundles import find_bundle, hypernetwork_source
+from hypernet.recipe import AUTO, DEFAULT_BASE, DEFAULT_ENCODER, PRESERVED, TRAIN_CHOICES, TrainConfig
 
 OF_A_FRESH_ONE = ("encoder", "train_encoder", "learned_bases", "rounds", "hidden_size", "token", "prompt")
 
 
-def _option(flag: str, kind: click.ParamType | type, text: str):
-    """An option for the field of `TrainConfig` that it is named for."""
-    field = flag.removeprefix("--").replace("-", "_")
+def _option(flag: str, kind: click.ParamType | type, text: str, field: str = ""):
+    """An option for a field of `TrainConfig`, the one that it is named for if none is given."""
+    field = field or flag.removeprefix("--").replace("-", "_")
     kind = click.Choice(TRAIN_CHOICES[field]) if field in TRAIN_CHOICES else kind
     return click.option(flag, field, type=kind, default=getattr(TrainConfig, field), show_default=True, help=text)
 
@@ -35,48 +35,59 @@ def _switch(flag: str, text: str):
     return click.option(flag, flag.removeprefix("--").replace("-", "_"), is_flag=True, help=text)
 
 
-@click.command(name="train")
+@click.command(name="train", cls=ConfiguredCommand)
 @click.argument("images")
 @base_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
               help="What hdb preoptimize wrote, to compare predictions with.")  # fmt: skip
-@_switch("--resume", "Go on from the last checkpoint in --out, with the same options and images.")
-@click.option("--init-from", metavar="ID|DIR|testbed",
-              help="Start at this hypernetwork, with its encoder, bases, rounds, size and prompt.")  # fmt: skip
+@_switch("--resume", "Resume from the last checkpoint in --out, with the same options and images.")
+@click.option("--hypernet", "init_from", metavar="ID|DIR|testbed",
+              help="Start from this hypernetwork, with its encoder, bases, k, size and prompt.")  # fmt: skip
 @click.option("--encoder", default=DEFAULT_ENCODER, show_default=True, help="Vision transformer: an id or a folder.")
 @_switch("--train-encoder", "Train the encoder too.")
 @_switch("--learned-bases", "Learn the bases too, shared by everybody.")
-@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Refinements of a prediction.")
+@click.option(
+    "--k",
+    "rounds",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Refinements of a prediction, the paper's k.",
+)
 @click.option("--hidden-size", default=1024, show_default=True, type=click.IntRange(1), help="Width of the decoder.")
-@_option("--steps", click.IntRange(1), "Optimiser steps.")
+@_option("--steps", click.IntRange(1), "Optimizer steps.")
 @_option("--lr", float, "Peak learning rate.")
 @_option("--warmup-steps", click.IntRange(0), "Steps of linear warm-up.")
-@_option("--schedule", str, "How the learning rate goes to zero.")
-@_option("--optimizer", str, "adamw8bit takes bitsandbytes.")
-@_option("--batch", click.IntRange(1), "People in each process and pass.")
-@_option("--accumulation", click.IntRange(1), "Passes in each step.")
-@_switch("--gradient-checkpointing", "Take less memory, and longer.")
+@_option("--lr-scheduler", str, "How the learning rate decays to zero.", "schedule")
+@_option("--optimizer", str, "adamw8bit requires bitsandbytes; auto is adamw.")
+@_option("--weight-decay", click.FloatRange(0), "Weight decay of AdamW.")
+@_option("--batch-size", click.IntRange(1), "People per process in each forward pass.", "batch")
+@_option("--gradient-accumulation-steps", click.IntRange(1), "Forward passes per optimizer step.", "accumulation")
+@click.option("--gradient-checkpointing", type=click.Choice(AUTO[1:]), is_flag=False, flag_value="on", default="off",
+              show_default=True, help="Use less memory but be slower.")  # fmt: skip
 @_option("--max-grad-norm", float, "Gradients are clipped to this norm.")
-@_option("--denoising", click.FloatRange(0), "What the denoising loss counts (the paper's alpha); 0: off.")
+@_option("--denoising", click.FloatRange(0), "Weight of the denoising loss (the paper's alpha); 0: off.")
 @click.option("--weights", type=click.FloatRange(0), show_default="1 with --targets, else 0",
-              help="What the distance to the targets counts (the paper's beta); 0: off.")  # fmt: skip
+              help="Weight of the distance to the targets (the paper's beta); 0: off.")  # fmt: skip
 @_option("--compare", str, "What is compared with the targets: the weights' updates, or their factors.")
-@_option("--preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
-@_option("--background", click.FloatRange(0), "How much the background counts; the head counts 1.")
+@_option("--preservation", click.FloatRange(0), "Weight of prompt preservation; 0: off.")
+@click.option("--preserve", "preserved", multiple=True, default=PRESERVED, metavar="PROMPT", show_default="10 prompts",
+              help="A prompt to preserve, with {} for the subject; may be repeated.")  # fmt: skip
+@_option("--background", click.FloatRange(0), "Weight of the background in the loss; the head has 1.")
 @_switch("--deep-supervision", "Put the loss on every round, not on the last alone.")
 @_option("--timesteps-per-step", click.IntRange(1), "Noisy copies of a photo in each step.")
 @_switch("--same-photo", "Denoise the photo that the encoder sees, also if a person has several.")
 @_switch("--flip", "Mirror half of the photos.")
 @_option("--jitter", float, "Cut off up to this fraction of a photo's side.")
-@_option("--caption-dropout", float, "How often the prompt is left out.")
+@_option("--caption-dropout", float, "Share of the steps that use an empty prompt.")
 @_option("--validation", float, "The fraction of the people to hold out.")
 @click.option("--validation-images", metavar="IMAGES", help="Hold out these people instead.")
 @_option("--log-every", click.IntRange(1), "Steps between lines of the log.")
 @_option("--checkpoint-every", click.IntRange(1), "Steps between checkpoints, each with a validation and pictures.")
-@_option("--workers", click.IntRange(0), "Processes that decode photos.")
+@_option("--num-workers", click.IntRange(0), "Processes that decode photos.", "workers")
 @click.option("--tracker", "trackers", multiple=True, metavar="NAME",
-              help="Any that accelerate knows, such as tensorboard; may be repeated.")  # fmt: skip
+              help="A tracker of accelerate, e.g. tensorboard; may be repeated.")  # fmt: skip
 @token_option
 @prompt_option
 @no_crop_option
@@ -95,9 +106,9 @@ def command(
 
     \b
     hdb train faces/ --out hypernet
-    hdb train faces/ --targets targets --out hypernet --flip --gradient-checkpointing --tracker tensorboard
+    hdb train faces/ --targets targets --out hypernet --flip --gradient-checkpointing on --tracker tensorboard
     hdb train faces/ --targets targets --out hypernet --resume
-    hdb train faces/ --init-from hypernet/best --preservation 1 --out hypernet-2
+    hdb train faces/ --hypernet hypernet/best --preservation 1 --out hypernet-2
     accelerate launch --num_processes 8 -m lidb_peft train faces/ --out hypernet
     """
     from cli.progress import progress_bars
@@ -113,16 +124,17 @@ def command(
     weights = float(targets is not None) if weights is None else weights
     loading = pop_loading(options)
     detector = chosen_detector(face_detector, not no_crop)
+    options["gradient_checkpointing"] = options["gradient_checkpointing"] == "on"
     config = TrainConfig(**options, weights=weights, crop=not no_crop, face_detector=detector)
     check_folder(out, resume, [images, validation_images, targets, base, init_from])
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
-    source = hypernet_source(init_from)
+    source = hypernetwork_source(init_from or "none", base)
     if source is not None and not resume:
         read_config(source)  # before a base is loaded, which may be a download of gigabytes
     state, model = join_and_open(base, **loading)
     network, space = open_network(
-        out if resume else None, source, base=model, lidb_config=base_lidb_config(base),
+        out if resume else None, source, base=model, lidb_config=find_bundle(base).lidb_config,
         base_model_name=base, seed=config.seed, **fresh,
     )  # fmt: skip
     with progress_bars() as report:
@@ -143,5 +155,6 @@ def _check_nothing_of_a_fresh_one() -> None:
     for name in OF_A_FRESH_ONE:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is the hypernetwork's own with --init-from; leave one of the two out"
+                f"--{'k' if name == 'rounds' else name.replace('_', '-')} is the hypernetwork's own with --hypernet; "
+                f"leave one of the two out"
             )

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -19,12 +19,11 @@ Written by `python docs/api.py` from the docstrings. Shapes are torch's: a linea
 number of adapted layers, r the rank, a and b the sizes of the bases on the input and the output side; a row of theta
 has r * (a + b) numbers. `*batch` may be empty. What is not listed here may change without notice.
 """
-# What hypernet is used by from Python; the other two packages say so in __all__.
+# What hypernet is used by from Python beside its __all__, by the end of the dotted name.
 HYPERNET = (
-    "load_base", "BaseModel", "personalize", "personalize_to_files", "Personalization", "PersonalizeConfig",
-    "personalize_each", "PersonalizedEach", "FitConfig", "Subject", "fit_theta", "fit_lora", "generate",
-    "generate_to_file", "load_photo", "open_people", "preoptimize.open_targets", "preoptimize", "PreoptimizeConfig",
-    "TargetStore", "HyperNetwork", "HyperNetworkConfig", "predicted_recipe", "train", "TrainConfig",
+    "BaseModel", "PersonalizeConfig", "Personalization", "personalize_to_files", "PersonalizedEach", "load_photo",
+    "open_photos", "open_people", "PreoptimizeConfig", "TargetStore", "TrainConfig", "HyperNetworkConfig",
+    "predicted_recipe", "FitConfig", "Subject", "fit_theta", "fit_lora", "generate_to_file",
 )  # fmt: skip
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$", re.MULTILINE)
 
@@ -47,21 +46,31 @@ def render() -> str:
         KeyError: a public name is defined nowhere, or twice.
     """
     parts = [INTRODUCTION]
-    for package in ("lidb_peft", "converters", "hypernet"):
+    for package in ("hypernet", "lidb_peft", "converters"):
         definitions = _definitions(package)
         parts.append(f"## {package}\n")
-        for name in HYPERNET if package == "hypernet" else _exported(package):
-            places = [place for place in definitions if place.endswith(f".{name}")]
-            if len(places) != 1:
-                raise KeyError(f"{package}.{name} is defined in {places}; expected one place")
-            parts += _entry(places[0] if package == "hypernet" else f"{package}.{name}", definitions[places[0]])
+        lazy = _assigned(package, "_PLACES") or {}
+        for name in _assigned(package, "__all__"):
+            place = f"{lazy[name]}.{name}" if name in lazy else _only_place(name, definitions)
+            parts += _entry(f"{package}.{name}", definitions[place])
+        if package == "hypernet":
+            for place in (_only_place(name, definitions) for name in HYPERNET):
+                parts += _entry(place, definitions[place])
     return "\n".join(parts)
 
 
-def _exported(package: str) -> list[str]:
+def _only_place(name: str, definitions: dict[str, Definition]) -> str:
+    places = [place for place in definitions if place.endswith(f".{name}")]
+    if len(places) != 1:
+        raise KeyError(f"{name} is defined in {places}; expected one place")
+    return places[0]
+
+
+def _assigned(package: str, name: str) -> Any:
+    """What a package's ``__init__`` assigns to a name; None if nothing."""
     tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    (names,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
-    return ast.literal_eval(names)
+    found = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == name]
+    return ast.literal_eval(found[0]) if found else None
 
 
 def _definitions(package: str) -> dict[str, Definition]:

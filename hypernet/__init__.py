@@ -1,0 +1,47 @@
+"""HyperDreamBooth from Python: one call for each command of ``hdb``, imported when it is first used.
+
+    from hypernet import personalize
+    personalize("me.jpg").save("me.safetensors")
+
+``base`` is a Hugging Face id, a folder, a file, ``testbed`` (the bundled miniature) or a loaded base model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hypernet.bases.loading import load_base
+    from hypernet.data_sets import preoptimize, train
+    from hypernet.network.hypernetwork import HyperNetwork
+    from hypernet.personalization import personalize
+    from hypernet.personalization_each import personalize_each
+    from hypernet.sampling import generate
+
+_PLACES = {
+    "HyperNetwork": "hypernet.network.hypernetwork",
+    "generate": "hypernet.sampling",
+    "load_base": "hypernet.bases.loading",
+    "personalize": "hypernet.personalization",
+    "personalize_each": "hypernet.personalization_each",
+    "preoptimize": "hypernet.data_sets",
+    "train": "hypernet.data_sets",
+}
+__all__ = [
+    "HyperNetwork",
+    "generate",
+    "load_base",
+    "personalize",
+    "personalize_each",
+    "preoptimize",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

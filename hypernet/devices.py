@@ -17,7 +17,7 @@ WAIT = timedelta(minutes=30)
 """How long a process waits for another, which may be drawing sample pictures or be dead."""
 JOIN_WAIT = timedelta(minutes=1)
 """How long a process waits for the others to be started."""
-OUT_OF_MEMORY = "turn --gradient-checkpointing on, or pass a smaller --batch (if there is one) or --precision bf16"
+OUT_OF_MEMORY = "turn --gradient-checkpointing on, or pass a smaller --batch-size (if there is one) or --precision bf16"
 """What helps."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -4,30 +4,33 @@ theta starts at a hypernetwork's prediction, at a theta file, or at the shared s
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from converters import KohyaMetadata, write_lora
+from converters import KohyaMetadata, prepare_conversion, write_lora
 from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import as_base, base_name
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import Photo
+from hypernet.inputs.pictures import PhotoLike
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
 from hypernet.pictures import Pictures
 from hypernet.prompts import check_trained_prompt, warn_of_prompts
-from hypernet.recipe import PersonalizeConfig, Progress, StageProgress
-from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
+from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig, Progress, StageProgress
+from hypernet.request import NO_THETA_FILE, PersonRequest, Request, choose_recipe, request_person
 from hypernet.sampling import generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
@@ -36,7 +39,7 @@ from lidb_peft.record import recorded_models
 _FEWEST_STEPS = 10  # of a fit whose loss tells more than its noise
 
 
-@dataclass
+@dataclass(repr=False)
 class Personalization:
     """A person's weights.
 
@@ -75,6 +78,16 @@ class Personalization:
         """What the LoRA file holds: theta, and the finetuned LoRA if there is one."""
         return self.theta_factors if self.finetuned is None else self.finetuned
 
+    def __repr__(self) -> str:
+        rank = next(iter(self.factors.values()))[0].shape[0]
+        lines = [
+            f"{type(self).__name__} of {len(self.photos)} photo{'s'[: len(self.photos) != 1]} on {self.base.name}",
+            f'  a LoRA of rank {rank} on {len(self.factors)} layers that answers to "{self.config.trigger}"',
+            f"  made in {sum(self.seconds.values()):.1f} s: {', '.join(self.seconds)}",
+            f"  written: {', '.join(map(str, self.files)) or 'nothing yet; save(FILE.safetensors) writes it'}",
+        ]
+        return "\n".join(lines)
+
     @property
     def loss_notes(self) -> list[str]:
         """Where the loss of each stage began and ended, and a warning where it rose, in sentences."""
@@ -91,7 +104,7 @@ class Personalization:
 
     def draw(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         factors: LoraFactors | None,
         num_steps: int = 30,
         progress: Progress | None = None,
@@ -102,10 +115,25 @@ class Personalization:
             seed=self.config.seed, num_steps=num_steps, guidance=self.config.guidance, progress=progress,
         )  # fmt: skip
 
-    def save(self, path: str | Path, preview: Image.Image | None = None, dtype: torch.dtype = torch.float16) -> None:
-        """Write the LoRA as kohya safetensors with A1111's sidecar and, if given, a preview picture."""
+    def save(
+        self,
+        path: str | Path,
+        preview: Image.Image | None = None,
+        dtype: torch.dtype = torch.float16,
+        to: str = "kohya",
+    ) -> None:
+        """Write the LoRA: kohya safetensors with A1111's sidecar and, if given, a preview picture, or another format.
+
+        Args:
+            to: one of `converters.FORMATS` that hold a LoRA, such as ``diffusers``, or ``peft``, which is a folder.
+        """
         metadata = lora_metadata(self.base, self.config.trigger, num_photos=len(self.photos))
-        self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
+        if to == "kohya":
+            self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
+            return
+        with TemporaryDirectory() as folder:
+            kohya, *_ = write_lora(Path(folder) / "lora.safetensors", self.factors, metadata, dtype=dtype)
+            self.files += prepare_conversion(kohya, path, to).write()
 
     def save_theta(self, path: str | Path) -> None:
         """Write theta alone, 53 KB for Stable Diffusion 1.5.
@@ -126,53 +154,57 @@ class Personalization:
 
 
 def personalize(
-    photos: Sequence[str | Path],
-    base: BaseModel,
+    photos: PhotoLike | Iterable[PhotoLike],
+    base: BaseModel | str | Path = DEFAULT_BASE,
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     from_theta: str | Path | None = None,
-    hypernet: Hypernet | None = None,
+    hypernet: Hypernet | None = "auto",
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
+    **options: Any,
 ) -> Personalization:
     """Personalise a base model on photos of one person.
 
+    ``personalize("me.jpg").save("me.safetensors")`` is all it takes.
+
     Args:
-        config: default ``PersonalizeConfig()``, with a hypernetwork its `predicted_recipe`.
-        lidb_config: the bases; default the paper's, a = 100 and b = 50. Theta files and hypernetworks bring their own.
+        photos: one or several, as `open_photos` reads them: files, pictures, arrays or tensors.
+        base: a loaded base model, or what `load_base` loads: an id, a folder, a file, or ``testbed``.
+        config: how; by default the base's own, with a hypernetwork its `predicted_recipe`.
+        lidb_config: the bases; by default the base's own, for Stable Diffusion the paper's a = 100 and b = 50. Theta
+            files and hypernetworks bring their own.
         from_theta: a theta file to start from instead of the shared starting vector.
-        hypernet: starts at its prediction from the photos; a network that is given stays where it is.
+        hypernet: starts at its prediction from the photos: an id, a folder, or a loaded one, which stays where it is.
+            ``none`` or None does without; ``auto`` is a bundled base's own, unless ``config`` or ``from_theta`` is
+            given.
         start: a LoRA file that the finetuning starts from, as `hypernet.training.start` learns it; ``auto`` takes the
             one beside the hypernetwork, if there is one, None a fresh LoRA.
+        options: fields of the config to change, such as ``steps=40``.
 
     Raises:
         ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
             the message names it.
     """
-    request = request_person(
-        photos,
-        config=config,
-        from_theta=from_theta,
-        hypernet=hypernet,
-        lidb_config=lidb_config,
-        start=start,
-    )
-    return make_person(request, base, progress)
+    choice = choose_recipe(base, config, lidb_config, from_theta, hypernet, options)
+    request = request_person(photos, from_theta=from_theta, start=start, **choice._asdict())
+    return make_person(request, as_base(base), progress)
 
 
 def personalize_to_files(
-    photos: Sequence[str | Path],
-    base: BaseModel,
+    photos: PhotoLike | Iterable[PhotoLike],
+    base: BaseModel | str | Path,
     out: str | Path,
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = (),
     save_theta: str | Path | None = None,
     from_theta: str | Path | None = None,
-    hypernet: Hypernet | None = None,
+    hypernet: Hypernet | None = "auto",
     overwrite: bool = False,
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
+    **options: Any,
 ) -> Personalization:
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
 
@@ -180,16 +212,25 @@ def personalize_to_files(
         previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
             None draws nothing, not even the preview picture.
         save_theta: write theta there too.
-        config, lidb_config, from_theta, hypernet, start: as for `personalize`.
+        config, lidb_config, from_theta, hypernet, start, options: as for `personalize`.
         overwrite: what is there may be replaced, unless it is an input.
 
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
+    choice = choose_recipe(base, config, lidb_config, from_theta, hypernet, options)
     request = request_person(
-        photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base.name, overwrite
+        photos,
+        out,
+        save_theta=save_theta,
+        from_theta=from_theta,
+        previews=previews,
+        start=start,
+        base=base_name(base),
+        overwrite=overwrite,
+        **choice._asdict(),
     )
-    return make_person(request, base, progress)
+    return make_person(request, as_base(base), progress)
 
 
 def make_person(request: PersonRequest, base: BaseModel, progress: StageProgress | None = None) -> Personalization:

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import as_base, base_name
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.starts import AUTO_START
-from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person
+from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, open_people, prepare_person
 from hypernet.network.prediction import Hypernet
 from hypernet.personalization import OpenedRequest
 from hypernet.pictures import Pictures
-from hypernet.recipe import FitConfig, PersonalizeConfig, StageProgress
-from hypernet.request import PeopleRequest, request_people
+from hypernet.recipe import DEFAULT_BASE, FitConfig, PersonalizeConfig, StageProgress
+from hypernet.request import PeopleRequest, choose_recipe, request_people
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
 from lidb_peft.files import locked_folder
@@ -29,7 +31,7 @@ from lidb_peft.outputs import NO_FILE_NAME
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the suffix and that of the temporary file
 
 
-@dataclass
+@dataclass(repr=False)
 class PersonalizedEach:
     """What became of the people.
 
@@ -47,6 +49,12 @@ class PersonalizedEach:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}: {len(self.made)} LoRAs made, {len(self.kept)} kept, {len(self.skipped)} skipped, "
+            f"in {sum(self.seconds.values()):.1f} s"
+        )
+
     @property
     def per_hour(self) -> float:
         """People in an hour; somebody must have been made."""
@@ -54,17 +62,18 @@ class PersonalizedEach:
 
 
 def personalize_each(
-    people: People,
-    base: BaseModel,
-    out: str | Path,
+    people: People | str | Path,
+    base: BaseModel | str | Path = DEFAULT_BASE,
+    out: str | Path = "loras",
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = (),
     batch: int | None = None,
-    hypernet: Hypernet | None = None,
+    hypernet: Hypernet | None = "auto",
     overwrite: bool = False,
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
+    **options: Any,
 ) -> PersonalizedEach:
     """Personalise a base model on each person of a data set; write ``<out>/<name>.safetensors`` and what goes with it.
 
@@ -73,9 +82,10 @@ def personalize_each(
     photos that an earlier person has, names that make no file name or that of an earlier person, and fits that diverge.
 
     Args:
-        people: of `open_people`; a name is that of the person's photo or folder.
+        people: what `open_people` opens, such as a folder, or has opened; a name is that of the person's photo or
+            folder.
         batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
-        config, lidb_config, previews, hypernet, start: as for `personalize_to_files`.
+        base, config, lidb_config, previews, hypernet, start, options: as for `personalize_to_files`.
         overwrite: make everybody's anew.
         progress: called with (stage, people done, people in all or None if that is not known).
 
@@ -83,8 +93,19 @@ def personalize_each(
         BlockingIOError: another run is at work in ``out``.
         ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
     """
-    request = request_people(people, out, config, hypernet, lidb_config, previews, batch, start, base.name, overwrite)
-    return make_people(request, base, progress)
+    choice = choose_recipe(base, config, lidb_config, None, hypernet, options)
+    opened = people if isinstance(people, People) else open_people(people)
+    request = request_people(
+        opened,
+        out,
+        previews=previews,
+        batch=batch,
+        start=start,
+        base=base_name(base),
+        overwrite=overwrite,
+        **choice._asdict(),
+    )
+    return make_people(request, as_base(base), progress)
 
 
 def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress | None = None) -> PersonalizedEach:

@@ -1,8 +1,10 @@
 """How to fit and how to personalise: plain configs, light to import, so that `hdb --help` shows their defaults."""
 
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
@@ -34,6 +36,23 @@ QUANTIZATIONS = ("nf4", "int8")
 FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
 PERSONALIZE_CHOICES = {"adapt": ("denoiser", "all")}
 TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
+
+
+Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeConfig | TrainConfig")
+
+
+def changed(config: Config, options: Mapping[str, Any]) -> Config:
+    """Return a config with other values of some fields.
+
+    Raises:
+        ValueError: it has no such field, or the value is out of range.
+    """
+    known = [field.name for field in fields(config)]
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, 0) or known
+            raise ValueError(f"{name!r} is not an option of {type(config).__name__}; did you mean {nearest[0]!r}?")
+    return replace(config, **options)
 
 
 def _check_choices(config: object, choices: dict[str, tuple[str, ...]]) -> None:

@@ -4,19 +4,24 @@ A request is made before a base model is loaded, which may be a download of giga
 parts, the light checks first. `hypernet.personalization` and `hypernet.personalization_each` act on it as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from converters.sidecar import check_companions
+from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import base_name
+from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
 from hypernet.inputs.people import People, check_detector
 from hypernet.inputs.photos import OpenPhoto, open_photos
+from hypernet.inputs.pictures import PhotoLike, list_photos
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
-from hypernet.network.prediction import Hypernet, check_recipe
-from hypernet.recipe import PRESERVED, TARGET_STEPS, PersonalizeConfig
+from hypernet.network.prediction import Hypernet, check_recipe, predicted_recipe
+from hypernet.recipe import PRESERVED, TARGET_STEPS, PersonalizeConfig, changed
 from lidb_peft import LiDBConfig, ThetaFile, load_theta
 from lidb_peft.outputs import check_distinct, check_output, check_output_folder
 
@@ -103,8 +108,43 @@ class PeopleRequest(Request):
     batch: int | None = None
 
 
+class Choice(NamedTuple):
+    """What the defaults of a base model come to, as `request_person` and `request_people` take it."""
+
+    config: PersonalizeConfig
+    lidb_config: LiDBConfig
+    hypernet: HyperNetwork | HyperNetworkConfig | None
+
+
+def choose_recipe(
+    base: BaseModel | str | Path,
+    config: PersonalizeConfig | None = None,
+    lidb_config: LiDBConfig | None = None,
+    from_theta: str | Path | None = None,
+    hypernet: Hypernet | None = "auto",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Choice:
+    """Choose what `hypernet.personalize` is not told; nothing is loaded for it but a hypernetwork's config.
+
+    Raises:
+        ValueError, OSError: ``options`` are no fields of the recipe, or the hypernetwork is unusable.
+    """
+    name = base_name(base)
+    bundle = find_bundle(name)
+    if hypernet == "auto" and (config is not None or from_theta is not None):
+        hypernet = None
+    if isinstance(hypernet, str | Path):
+        source = hypernetwork_source(hypernet, name)
+        hypernet = None if source is None else read_config(source)
+    recipe = bundle.recipe if config is None else config
+    network = _config_of(hypernet)
+    if config is None and network is not None:
+        recipe = predicted_recipe(network, recipe)
+    return Choice(changed(recipe, options), lidb_config or bundle.lidb_config, hypernet)
+
+
 def request_person(
-    photos: Sequence[str | Path],
+    photos: PhotoLike | Iterable[PhotoLike],
     out: str | Path | None = None,
     config: PersonalizeConfig | None = None,
     save_theta: str | Path | None = None,
@@ -127,6 +167,7 @@ def request_person(
     """
     common = _resolve(config, from_theta, hypernet, lidb_config, previews, start, overwrite)
     out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
+    photos = list_photos(photos)
     _check_theta_is_made(save_theta, from_theta, common["config"], _config_of(common["network"]))
     inputs = [
         *(photo for photo in photos if isinstance(photo, str | Path)),

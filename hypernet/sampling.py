@@ -13,9 +13,11 @@ from torch import Tensor
 from converters import FileDescription, describe
 from converters.lora import is_finite
 from hypernet.bases.base import BaseModel
+from hypernet.bases.loading import as_base
+from hypernet.bundles import find_bundle
 from hypernet.prompts import warn_of_prompts
 from hypernet.recipe import Progress
-from lidb_peft import LiDBSpace, LoraFactors
+from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
 from lidb_peft.outputs import check_output
@@ -29,28 +31,42 @@ _AT_ONCE = 4  # prompts; with guidance twice as many noisy latents
 
 @torch.no_grad()
 def generate(
-    base: BaseModel,
-    prompts: Sequence[str],
+    base: BaseModel | str | Path,
+    prompts: str | Sequence[str],
     space: LiDBSpace | None = None,
     factors: LoraFactors | None = None,
     seed: int = 0,
     num_steps: int = 30,
     guidance: float | None = None,
     progress: Progress | None = None,
+    lora: str | Path | None = None,
+    weight: float = 1.0,
 ) -> list[Image.Image]:
     """Draw one picture per prompt, all from the same starting noise.
 
     Args:
-        factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``, applied through ``space``;
-            None draws with the base as it is.
-        guidance: the guidance scale; None is the base's own.
+        base: a loaded base model, or what `load_base` loads.
+        factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``; None draws with the base as it is.
+        space: of the factors' layers; by default the attention projections of the models that they name.
         seed: starting noise, drawn on the CPU, so that every device draws the same.
+        guidance: of classifier-free guidance; None is the base's own.
+        lora: a LoRA file of any author to draw with, ``weight`` times.
 
     Raises:
-        ValueError: a picture holds NaN or infinity.
+        ValueError: there are no prompts, or ``factors`` or ``lora`` do not fit the base; or a picture holds NaN or
+            infinity.
     """
-    pipeline = base.pipeline()
-    steps_done = 0
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("there is no prompt; pass at least one")
+    base = as_base(base)
+    if factors is not None and space is None:
+        components = {name.partition(".")[0] for name in factors}
+        space = LiDBSpace({name: model for name, model in base.adapted.items() if name in components}, LiDBConfig())
+    if guidance is None:
+        bundled = find_bundle(base.name).recipe.guidance
+        guidance = base.guidance if bundled is None else bundled
+    pipeline, steps_done = base.pipeline(), 0
 
     def count(pipeline, step, timestep, tensors):
         nonlocal steps_done
@@ -61,10 +77,13 @@ def generate(
 
     parts = [prompts[first : first + _AT_ONCE] for first in range(0, len(prompts), _AT_ONCE)]
     pictures = []
-    with space.apply(factors) if factors is not None else nullcontext():
+    with (
+        nullcontext() if lora is None else lora_applied(base, lora, weight),
+        nullcontext() if factors is None else space.apply(factors),
+    ):
         for part in parts:
             drawn = pipeline(
-                **base.pipeline_inputs(part, base.guidance if guidance is None else guidance),
+                **base.pipeline_inputs(part, guidance),
                 num_inference_steps=num_steps,
                 height=base.size_px,
                 width=base.size_px,
@@ -104,8 +123,7 @@ def generate_to_file(
     """
     check_pictures(out, base.name, lora, overwrite)
     warn_of_prompts(base, prompts)
-    with nullcontext() if lora is None else lora_applied(base, lora, weight):
-        pictures = generate(base, prompts, progress=progress, **options)
+    pictures = generate(base, prompts, progress=progress, lora=lora, weight=weight, **options)
     label = "base" if lora is None else Path(lora).stem
     sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts)
     save_picture(sheet, out)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hypernet.bundles import Bundle
 from hypernet.recipe import PersonalizeConfig
 
 MINIATURE_SIZE_PX = 32
@@ -42,3 +43,8 @@ def miniature_lidb_config():
     from lidb_peft import LiDBConfig
 
     return LiDBConfig(**MINIATURE_DIMS)
+
+
+def bundle() -> Bundle:
+    """What goes with ``base="testbed"``."""
+    return Bundle(miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS)

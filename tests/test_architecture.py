@@ -188,6 +188,25 @@ def test_the_files_of_families_are_data_and_import_nothing_that_computes():
     assert {name.split(".")[0] for name in brought - ours} <= {"dataclasses", "typing", "collections"}
 
 
+def test_only_bundles_are_imported_by_name():
+    """The one way to the left: what ships in a package is found when its name is asked for, as a plugin is."""
+    found = {
+        file.relative_to(ROOT): ast.unparse(call.args[0])
+        for file in FILES
+        for call in ast.walk(parse(file))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in ("import_module", "__import__")
+    }
+    assert found == {
+        Path("cli/main.py"): "COMMANDS[name]",
+        Path("hypernet/__init__.py"): "_PLACES[name]",
+        Path("hypernet/bundles.py"): "name",
+        Path("hypernet/quiet.py"): "f'{name}.utils.logging'",
+    }
+    from hypernet.bundles import BUNDLES
+
+    assert set(BUNDLES) <= set(CHAIN[: CHAIN.index("hypernet")])
+
+
 def test_importing_brings_in_no_optional_dependency_and_touches_no_generator():
     script = """
 import json, sys

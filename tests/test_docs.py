@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import converters
+import hypernet
 import lidb_peft
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -30,7 +31,7 @@ def test_the_api_reference_is_what_the_docstrings_say():
 
 def test_every_public_name_is_in_the_api_reference():
     entries = set(re.findall(r"^### (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
-    public = {f"{package.__name__}.{name}" for package in (lidb_peft, converters) for name in package.__all__}
+    public = {f"{package.__name__}.{name}" for package in (hypernet, lidb_peft, converters) for name in package.__all__}
     assert public <= entries
     for entry in entries:
         module, _, name = entry.rpartition(".")

@@ -14,6 +14,7 @@ from hypernet.bases.checkpoints import check_channels, check_checkpoint, marker
 from hypernet.bases.flux import Flux
 from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_family
 from hypernet.bases.stable_diffusion import StableDiffusion
+from hypernet.bundles import base_source
 from hypernet.devices import choose_device, choose_dtype, tune_device
 from hypernet.errors import first_sentence
 from hypernet.hub import split_revision
@@ -30,7 +31,7 @@ CLASSES: tuple[type[BaseModel], ...] = (StableDiffusion, Flux)
 
 
 def load_base(
-    source: str = DEFAULT_BASE,
+    source: str | Path = DEFAULT_BASE,
     device: str = "auto",
     precision: str = "auto",
     attention: str = "auto",
@@ -43,6 +44,7 @@ def load_base(
     """Load a frozen base model; weights are read from safetensors only and never unpickled.
 
     Args:
+        source: a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or ``testbed``, the bundled miniature.
         attention: of the denoiser, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
         compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
         components: a diffusers folder with the other components, where ``source`` is a file of a transformer alone.
@@ -57,7 +59,7 @@ def load_base(
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
-    torch_device = choose_device(device)
+    source, torch_device = base_source(source), choose_device(device)
     tune_device(torch_device)
     if compile:
         _check_compiler(torch_device)
@@ -71,6 +73,16 @@ def load_base(
     if compile:
         base.denoiser.compile()
     return base
+
+
+def as_base(base: BaseModel | str | Path) -> BaseModel:
+    """A base that is loaded already, or `load_base` of what is named."""
+    return base if isinstance(base, BaseModel) else load_base(base)
+
+
+def base_name(base: BaseModel | str | Path) -> str:
+    """What a base is called, loaded or not."""
+    return base.name if isinstance(base, BaseModel) else str(base)
 
 
 def _check_finite(source: str, base: BaseModel) -> None:

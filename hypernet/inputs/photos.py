@@ -11,7 +11,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor
 from hypernet.errors import first_line
 from hypernet.inputs.face import Face
 from hypernet.inputs.faces import find_faces
+from hypernet.inputs.pictures import PhotoLike, list_photos, to_pillow
 
 SMALLEST_SIDE_PX = 32
 _DECODED_SIDE_PX = 4096  # a JPEG of more is decoded at a half, a quarter or an eighth, but not below this
@@ -126,15 +127,21 @@ class OpenPhoto(NamedTuple):
         return Photo(square, self.name, self.faces[0], _note(self.name, len(self.faces), cut_px, size_px))
 
 
-def open_photo(path: str | os.PathLike, crop: bool = True, detector: str = "auto") -> OpenPhoto:
-    """Read a photo of a person, ``look_at(read_image(path), ...)``."""
-    return look_at(read_image(path), crop, str(path), detector)
+def open_photo(photo: PhotoLike, crop: bool = True, detector: str = "auto", name: str = "the photo") -> OpenPhoto:
+    """Read a photo of a person, ``look_at(read_image(path), ...)``, or take a picture that is in memory.
+
+    Args:
+        name: what messages call a picture in memory.
+    """
+    if isinstance(photo, str | os.PathLike):
+        return look_at(read_image(photo), crop, str(photo), detector)
+    return look_at(_to_srgb(_upright(to_pillow(photo, name))), crop, name, detector)
 
 
 def open_photos(
-    paths: Sequence[str | os.PathLike], crop: bool = True, detector: str = "auto"
+    photos: PhotoLike | Iterable[PhotoLike], crop: bool = True, detector: str = "auto"
 ) -> tuple[tuple[OpenPhoto, ...], tuple[str, ...]]:
-    """Read the photos of one person; of several, those without a face are left out.
+    """Read the photos of one person, files or pictures; of several, those without a face are left out.
 
     Returns:
         The photos, at least one, and for each that is left out a sentence that names it.
@@ -143,18 +150,19 @@ def open_photos(
         NoFaceError: there is no face in any of them.
         ValueError, OSError: a photo cannot be read, or there is none.
     """
-    if not paths:
+    listed = list_photos(photos)
+    if not listed:
         raise ValueError("there is no photo; pass at least one")
-    photos, left_out, error = [], [], None
-    for path in paths:
+    opened, left_out, error = [], [], None
+    for number, photo in enumerate(listed, 1):
         try:
-            photos.append(open_photo(path, crop, detector))
+            opened.append(open_photo(photo, crop, detector, f"photo {number}"))
         except NoFaceError as none_there:
             error = none_there
             left_out.append(f"left out {error}")
-    if not photos:
-        raise error if len(paths) == 1 else NoFaceError(f"no photo of {len(paths)} can be used: {error}")
-    return tuple(photos), tuple(left_out)
+    if not opened:
+        raise error if len(listed) == 1 else NoFaceError(f"no photo of {len(listed)} can be used: {error}")
+    return tuple(opened), tuple(left_out)
 
 
 def look_at(image: Image.Image, crop: bool = True, name: str = "the photo", detector: str = "auto") -> OpenPhoto:

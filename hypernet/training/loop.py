@@ -53,12 +53,14 @@ class Trained:
     """What came of a training.
 
     Attributes:
+        folder: the hypernetwork to use: the best on held-out people, or the last one.
         steps: done in all.
         loss: on the people it was trained on, at the end; None if no step was left to do.
         best: the lowest on held-out people; None without validation.
         skipped: the photos and people that were left out, name -> reason.
     """
 
+    folder: Path
     steps: int = 0
     loss: float | None = None
     best: float | None = None
@@ -158,7 +160,7 @@ class _Run:
         self.accelerator, self.objective, self.out = accelerator, objective, out
         self.training, self.validating = training, validating
         self.config, self.network = objective.config, objective.network
-        self.result = Trained()
+        self.result = Trained(out / LAST)
         if self.config.gradient_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = accelerator.prepare(objective)
@@ -225,6 +227,7 @@ class _Run:
                 progress("train", state.step, config.steps)
         self.result.steps = state.step
         self.result.best = None if self.validating is None else state.best
+        self.result.folder = self.out / (LAST if self.result.best is None else BEST)
 
     def _learn(self, batch: Batch) -> None:
         self.result.skipped.update(batch.skipped)

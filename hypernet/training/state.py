@@ -99,7 +99,7 @@ def has_state(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    anew = "go on from the hypernetwork beside it with a new training, by --init-from"
+    anew = "go on from the hypernetwork beside it with a new training, by --hypernet"
     earlier = path.with_name(_EARLIER_FILE)
     if not path.is_file() and earlier.is_file():
         raise ValueError(f"{earlier} is a training state of format 1, a pickle, which is not read any more; {anew}")

@@ -58,7 +58,7 @@ def test_nobody_is_an_error_after_all_reasons(hdb, personalize):
         (("--each", "faces", "me.jpg"), "PHOTOS and --each contradict each other"),
         (("--each", "faces", "--save-theta", "t.safetensors"), "--save-theta and --each contradict each other"),
         (("--each", "faces", "--from-theta", "t.safetensors"), "--from-theta and --each contradict each other"),
-        (("me.jpg", "--batch", 2), "--batch is for many people; pass them with --each"),
+        (("me.jpg", "--batch", 2), "--batch-size is for many people; pass them with --each"),
         ((), "pass at least one photo, or --each with a folder of people"),
     ],
 )

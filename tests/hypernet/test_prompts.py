@@ -10,7 +10,7 @@ LONG = "a very long prompt of many words " * 20
 def test_a_trained_prompt_that_loses_its_token_is_refused(base):
     with pytest.raises(ValueError, match=r"longer than .* reads, and its token 'sks' is cut off; make it shorter"):
         check_trained_prompt(base, f"{LONG} a sks face", "sks")
-    with pytest.warns(UserWarning, match="is longer than .* reads; .* is cut off"):
+    with pytest.warns(UserWarning, match=r"is longer than .* reads; .* is cut off"):
         check_trained_prompt(base, f"a sks face {LONG}", "sks")
     check_trained_prompt(base, "a sks face", "sks")
 

@@ -381,10 +381,10 @@ def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path)
     flipped[len(whole) // 2] ^= 1
     for damaged, reason in ((whole[:-100], "is truncated"), (flipped, "its bytes are not those of its checksum")):
         state.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"training\.safetensors is damaged: {reason}.* --init-from"):
+        with pytest.raises(ValueError, match=rf"training\.safetensors is damaged: {reason}.* --hypernet"):
             run("out", short, resume=True)
     state.rename(tmp_path / "out" / "training.pt")
-    with pytest.raises(ValueError, match=r"training\.pt is a training state of format 1, a pickle.* --init-from"):
+    with pytest.raises(ValueError, match=r"training\.pt is a training state of format 1, a pickle.* --hypernet"):
         run("out", short, resume=True)
 
 

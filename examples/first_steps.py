@@ -1,0 +1,21 @@
+"""From a folder of photos to a trained hypernetwork, a LoRA in two formats, and a picture: python first_steps.py FACES.
+
+The bundled miniature is the base here, so that it runs offline on a CPU; any id, folder or file can take its place.
+"""
+
+import sys
+
+from hypernet import generate, load_base, personalize, train
+from lidb_peft import load_theta
+
+faces = sys.argv[1]  # photos of people, one file each
+base = load_base("testbed")
+trained = train(faces, "hypernetwork", base, hypernet="testbed", steps=2, crop=False, workers=0, batch=2)
+me = personalize(f"{faces}/0.png", base, hypernet=trained.folder, steps=2, crop=False)
+me.save("me.safetensors")  # for Automatic1111, ComfyUI, kohya and diffusers
+me.save("me-peft", to="peft")  # for PeftModel.from_pretrained
+generate(base, me.config.trigger, lora="me.safetensors", num_steps=2)[0].save("me.png")
+
+alone = personalize(f"{faces}/0.png", base, hypernet="none", theta_steps=2, steps=2, crop=False)
+alone.save_theta("theta.safetensors")  # the LiDB weights themselves
+print(me, load_theta("theta.safetensors").theta.shape, sep="\n")
