@@ -36,8 +36,8 @@ FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, base, dry_run, overwrite) -> None:
     """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
 
-    What IN is, is told by its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several, or all of a
-    folder, go into the folder OUT. A1111's sidecar and preview of IN come along to a kohya file.
+    The format of IN is detected from its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several,
+    or all of a folder, go into the folder OUT. A1111's sidecar and preview of IN come along to a kohya file.
 
     \b
     hdb convert theirs.safetensors mine.safetensors               any LoRA, for A1111, ComfyUI and the others

@@ -63,7 +63,7 @@ class LoraLayer:
         magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
 
     Raises:
-        ValueError: shapes that are of no one rank, a dtype that is none of floating point, NaN or infinity.
+        ValueError: shapes that have different ranks, a dtype that is none of floating point, NaN or infinity.
     """
 
     lora_A: Tensor
@@ -75,7 +75,7 @@ class LoraLayer:
         lora_A, lora_B = self.lora_A, self.lora_B
         are_factors = lora_A.dim() == lora_B.dim() in (2, 4) and lora_B.shape[2:] in ((), (1, 1))
         if not are_factors or lora_A.shape[0] != lora_B.shape[1]:
-            raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are of no one rank")
+            raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} have different ranks")
         if 0 in (*lora_A.shape, *lora_B.shape):
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are empty")
         if self.magnitude is not None and self.magnitude.shape != lora_B.shape[:1]:

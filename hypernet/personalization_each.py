@@ -84,7 +84,7 @@ def personalize_each(
     Args:
         people: what `open_people` opens, such as a folder, or has opened; a name is that of the person's photo or
             folder.
-        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
+        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
         base, config, lidb_config, previews, hypernet, start, options: as for `personalize_to_files`.
         overwrite: make everybody's anew.
         progress: called with (stage, people done, people in all or None if that is not known).

@@ -131,7 +131,7 @@ class PersonalizeConfig:
             pictures owe to more noise than that, their composition and much of what a prompt asks for, is not learned
             from the photos.
         background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
-        seed: keys all noise.
+        seed: random seed.
         crop: find the face and crop to it; False takes the middle square of the photo.
         face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
         guidance: guidance scale of the preview pictures; None is the base's own, such as 7.5 for Stable Diffusion.
@@ -189,7 +189,7 @@ class PersonalizeConfig:
     def lora_fit(self) -> FitConfig:
         return self._fit(self.steps, self.lr, self.seed + 1, max_timestep=self.max_timestep)
 
-    def _fit(self, steps: int, lr: float, seed: int, **own: int) -> FitConfig:
+    def _fit(self, steps: int, lr: float, seed: int, **own: Any) -> FitConfig:
         shared = ("timesteps_per_step", "background", "preservation", "optimizer", "gradient_checkpointing")
         return FitConfig(steps, lr, seed=seed, **own, **{name: getattr(self, name) for name in shared})
 
@@ -200,7 +200,7 @@ class PreoptimizeConfig:
 
     Attributes:
         recipe: its LiDB fit, prompt and cropping are everybody's.
-        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
+        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
     """
 
     recipe: PersonalizeConfig = PersonalizeConfig(theta_steps=TARGET_STEPS)

@@ -100,7 +100,7 @@ class PeopleRequest(Request):
     Attributes:
         people: of `open_people`.
         out: the folder of the LoRAs.
-        batch: people fitted at once; None is as many as a GPU's memory allows, on a processor few.
+        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
     """
 
     people: People | None = None

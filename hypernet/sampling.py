@@ -200,7 +200,7 @@ def _check_lora(lora: str | Path) -> FileDescription:
         raise ValueError(f"{lora} is a {description.kind}; only a LoRA can be drawn with")
     bad = [name for name, tensor in iter_tensors(description.path) if not is_finite(tensor)]
     if bad:
-        raise ValueError(f"{lora} holds NaN or infinity in {len(bad)} tensors, {bad[0]} for one; it draws nothing")
+        raise ValueError(f"{lora} holds NaN or infinity in {len(bad)} tensors, e.g. {bad[0]}; it draws nothing")
     return description
 
 

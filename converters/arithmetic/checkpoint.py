@@ -139,7 +139,7 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike, ove
     missing = sorted(set(updates) - set(weights))
     if missing:
         raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(updates)} layers,"
-                         f" {', '.join(missing[:_MAX_SHOWN])} for one; take a base of its family")  # fmt: skip
+                         f" e.g. {', '.join(missing[:_MAX_SHOWN])}; take a base of its family")  # fmt: skip
     changes: dict[Path, dict[str, list[str]]] = {}
     for name in updates:
         changes.setdefault(weights[name].file, {}).setdefault(weights[name].tensor, []).append(name)

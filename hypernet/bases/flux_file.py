@@ -68,7 +68,7 @@ def load_transformer(path: Path, config_folder: Path, dtype: torch.dtype) -> "Fl
     if found != expected:
         names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise ValueError(
-            f"{len(names)} of its weights are not those of {config_folder / 'config.json'}, {names[0]} for one; pass "
+            f"{len(names)} of its weights are not those of {config_folder / 'config.json'}, e.g. {names[0]}; pass "
             f"--components with the folder that the file belongs to"
         )
     transformer.load_state_dict(weights, assign=True)

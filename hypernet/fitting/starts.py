@@ -49,7 +49,7 @@ class LoraStart:
         if theirs != ours:
             differing = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
             raise ValueError(
-                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; {differing[0]} for one is "
+                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. {differing[0]} is "
                 f"missing in one of them or has another shape; adapt the layers it was learned on, or pass --start none"
             )
         flat = torch.empty(space.lora_size(self.rank))

@@ -49,7 +49,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not is_unused(name))
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} weights of its encoder, {missing[0]} for one; get it again")
+        raise ValueError(f"{source} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}; get it again")
     if Path(source).is_dir():
         encoder.config.name_or_path = Path(source).name  # checkpoints tell nobody's folders
     return encoder.float(), settings

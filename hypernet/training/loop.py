@@ -93,7 +93,7 @@ def train(
     Args:
         targets: folder of a target store, for the weight term.
         held_out: people to validate on, instead of ``config.validation`` of ``people``.
-        resume: go on from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
+        resume: resume from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
         trackers: that accelerate knows, such as ``tensorboard``; the log is written anyway.
         progress: called with ("train", steps done, steps in all).
         space: the network's, if it has been made on ``base`` already.

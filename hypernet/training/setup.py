@@ -139,7 +139,7 @@ def make_accelerator(base: BaseModel, config: TrainConfig, out: Path, trackers: 
     available = [str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in trackers if name not in available]
     if missing:
-        raise ValueError(f"the tracker {missing[0]!r} is not to be had; pip install it if it is one of "
+        raise ValueError(f"the tracker {missing[0]!r} is not installed; pip install it if it is one of "
                          f"{', '.join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))}")  # fmt: skip
     use_device(base.device)
     accelerator = Accelerator(

@@ -76,7 +76,7 @@ class TrainingState:
             names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
             raise ValueError(
                 f"{path} is of another hypernetwork: {len(names)} of its weights are missing here or have another "
-                f"shape, {names[0]} for one; resume with the hypernetwork in {folder}"
+                f"shape, e.g. {names[0]}; resume with the hypernetwork in {folder}"
             )
         if set(state["parts"]) != set(self.parts):
             raise ValueError(f"{path} holds {sorted(state['parts'])}; expected {sorted(self.parts)}: resume on the "

@@ -53,7 +53,7 @@ def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_w
           for level, (width, depth) in reversed(levels) for i in range(_LAYERS_A_LEVEL + 1)]  # fmt: skip
     # The middle has the depth of the deepest level that has attentions.
     middle = ("mid_block.attentions.0", channels[-1], next(depth for depth in reversed(depths) if depth))
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for path, width, depth in (*down, middle, *up):
         for block in range(depth):
             for attention, context in (("attn1", width), ("attn2", cross_width)):

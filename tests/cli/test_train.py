@@ -73,6 +73,6 @@ def test_train_tells_what_is_wrong_in_a_sentence(hdb, faces):
     )
     assert "nothing would be learned" in hdb.fail(*train, "--denoising", 0)
     assert "'step' is not one of 'cosine', 'linear'" in hdb.fail(*train, "--schedule", "step", code=2)
-    assert "the tracker 'abacus' is not to be had" in hdb.fail(*train, "--tracker", "abacus")
+    assert "the tracker 'abacus' is not installed" in hdb.fail(*train, "--tracker", "abacus")
     (hdb.folder / "empty").mkdir()
     assert "empty holds no images" in hdb.fail("train", "empty", *QUICK, "--out", "net")

@@ -243,7 +243,7 @@ def test_the_projection_of_sdxls_second_encoder_is_merged_as_each_layout_keeps_i
 
 def test_what_does_not_fit_is_refused(checkpoint, tensors, tmp_path):
     out = tmp_path / "out.safetensors"
-    with pytest.raises(ValueError, match=r"lacks 1 of the LoRA.s 1 layers, unet\.mid_block\.x for one"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the LoRA.s 1 layers, e\.g\. unet\.mid_block\.x"):
         merge_into(checkpoint, random_lora({"unet.mid_block.x": (2, 2)}), out)
     with pytest.raises(ValueError, match=r"maps 5 to 6, but its weight has shape \(6, 6\)"):
         merge_into(checkpoint, random_lora({CLIP: (6, 5)}), out)

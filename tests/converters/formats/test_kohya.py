@@ -134,7 +134,7 @@ def test_a_file_of_another_model_is_refused_in_a_sentence_of_readable_length(tmp
     ("change", "message"),
     [
         ({"lora_up.weight": None}, "has no lora_B"),
-        ({"lora_up.weight": torch.ones(2, 3)}, "of no one rank"),
+        ({"lora_up.weight": torch.ones(2, 3)}, "have different ranks"),
         ({"lora_down.weight": torch.ones(1, 2, 3, 3)}, r"a kernel of \(3, 3\), but is a linear layer"),
         ({"alpha": torch.tensor(0.0)}, "alpha 0.0"),
         ({"alpha": torch.ones(2)}, "must be one real number"),
@@ -163,7 +163,7 @@ def test_one_layer_under_two_names_is_refused(tmp_path):
     [
         ((torch.full((1, 2), torch.nan), torch.ones(2, 1)), "NaN or infinity"),
         ((torch.ones(1, 2), torch.full((2, 1), torch.inf)), "NaN or infinity"),
-        ((torch.ones(2, 2), torch.ones(2, 1)), "of no one rank"),
+        ((torch.ones(2, 2), torch.ones(2, 1)), "have different ranks"),
         ((torch.ones(0, 2), torch.ones(2, 0)), "are empty"),
         ((torch.full((1, 2), 1e8), torch.full((2, 1), 1e8)), "beyond 6.55e[+]04, the largest float16"),
     ],

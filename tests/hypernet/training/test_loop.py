@@ -416,7 +416,7 @@ def test_what_is_not_installed_is_named(run, space, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match=r"adamw8bit requires bitsandbytes.*choose adamw"):
         make_optimizer(make_network(space), replace(CONFIG, optimizer="adamw8bit"))
-    with pytest.raises(ValueError, match="the tracker 'abacus' is not to be had"):
+    with pytest.raises(ValueError, match="the tracker 'abacus' is not installed"):
         run("out", trackers=["abacus"])
 
 
