@@ -200,7 +200,9 @@ def _are_counts(values: object) -> bool:
 
 def printable(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:
     """Anybody's text for a message or a terminal: no control characters, no lone surrogates, and no novel."""
-    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[: max_chars + 1])
+    text = text[: max_chars + 1]
+    if not text.isprintable():  # most is, and there are thousands of names in a header
+        text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 

@@ -48,10 +48,15 @@ _ALGORITHMS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "
 # The name of an adapter, which PEFT's models have in their tensors' names and its files do not.
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?$")
 STYLES = ("kohya", "PEFT", "ComfyUI", "diffusers")
+# How names end that have no adapter's name in them: most of all names.
+_WHOLE = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
 # Of LiDB's bases, or of what they are checked by; layers share them.
 BASIS_START = "lidb_basis."
 EMBEDDING_START = "bundle_emb."
-_BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
+# What stands behind the last dot of a name -> the endings that it may have, the longest first.
+_BY_LAST_WORD: dict[str, list[str]] = {}
+for _ending in sorted(ENDINGS, key=len, reverse=True):
+    _BY_LAST_WORD.setdefault(_ending.rpartition(".")[2], []).append(_ending)
 
 _COMFY_STARTS = ("diffusion_model.", "text_encoders.")
 
@@ -97,7 +102,8 @@ def read_layout(names: list[str]) -> Layout:
             layout.embeddings.append(name)
             continue
         plain, adapter = _without_adapter(name)
-        ending = next((ending for ending in _BY_LENGTH if plain.endswith(ending)), None)
+        endings = _BY_LAST_WORD.get(plain.rpartition(".")[2], ())
+        ending = next((ending for ending in endings if plain.endswith(ending)), None)
         module = plain.removesuffix(ending) if ending else ""
         if not module:
             layout.unknown.append(name)
@@ -115,7 +121,7 @@ def read_layout(names: list[str]) -> Layout:
 
 def _without_adapter(name: str) -> tuple[str, str]:
     """Return a tensor's name as PEFT's files have it, and the adapter's name that was in it, "" if none was."""
-    match = _ADAPTER.search(name)
+    match = _ADAPTER.search(name) if ".lora_" in name and not name.endswith(_WHOLE) else None
     if match is None or match[2] in ("weight", "bias"):
         return name, ""
     return name[: match.start()] + match[1] + (match[3] or ""), match[2]
