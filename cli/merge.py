@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, echo_notes, overwrite_option, rank_option, write_result
+from cli.results import dtype_option, echo_notes, overwrite_option, pop_rank_rule, rank_options, write_result
 
 
 class WeightedPath(click.ParamType):
@@ -23,12 +23,12 @@ class WeightedPath(click.ParamType):
 @click.command(name="merge")
 @click.argument("loras", metavar="LORA[=WEIGHT]...", nargs=-1, required=True, type=WeightedPath())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA or model to write.")
-@rank_option
+@rank_options()
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
               help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
 @dtype_option()
 @overwrite_option
-def command(loras, out, rank, into, dtype, overwrite) -> None:
+def command(loras, out, into, dtype, overwrite, **ranks) -> None:
     """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
 
     A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
@@ -40,7 +40,8 @@ def command(loras, out, rank, into, dtype, overwrite) -> None:
     hdb merge anna.safetensors=0.6 --out weaker.safetensors
     hdb merge anna.safetensors --into sd15.safetensors --out anna-model.safetensors
     """
-    if into is not None and (rank is not None or dtype is not None):
+    rule = pop_rank_rule(ranks)
+    if into is not None and (rule is not None or dtype is not None):
         raise click.UsageError("--rank and --dtype are for a LoRA; leave them out with --into")
     import torch
 
@@ -61,5 +62,5 @@ def command(loras, out, rank, into, dtype, overwrite) -> None:
         click.echo(f"wrote {out}")
         echo_notes(merged)
         return
-    merged, errors = merge(parts, rank, dtype)
+    merged, errors = merge(parts, rule, dtype)
     write_result(merged, sources, out, errors, overwrite=overwrite)

@@ -4,30 +4,33 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, overwrite_option, rank_option, write_result
+from cli.results import dtype_option, overwrite_option, pop_rank_rule, rank_options, write_result
 
 
 @click.command(name="resize")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@rank_option
-@click.option("--energy", type=click.FloatRange(0, 1, min_open=True),
-              help="Or the lowest rank at which every layer keeps this share of its squared norm.")  # fmt: skip
+@rank_options()
 @dtype_option()
 @overwrite_option
-def command(source, out, rank, energy, dtype, overwrite) -> None:
-    """Make a LoRA smaller: the nearest one of a lower rank, and how much it misses.
+def command(source, out, dtype, overwrite, **ranks) -> None:
+    """Make a LoRA smaller: the nearest one of lower ranks, and how much it misses.
+
+    Each layer has a rank of its own, and none grows.
 
     \b
     hdb resize big.safetensors small.safetensors --rank 8
+    hdb resize big.safetensors small.safetensors --rank 32 --conv-rank 4
     hdb resize big.safetensors small.safetensors --energy 0.95 --dtype fp16
+    hdb resize big.safetensors small.safetensors --rank 32 --sv-fro 0.9
     """
-    if (rank is None) == (energy is None):
-        raise click.UsageError("pass either --rank or --energy")
+    rule = pop_rank_rule(ranks)
+    if rule is None:
+        raise click.UsageError("pass --rank, --energy or another of the options that choose a rank")
     from converters import read_lora
     from converters.arithmetic.algebra import resize
     from converters.convert import check_target
 
     check_target(out, [source], overwrite=overwrite)
-    lora, errors = resize(read_lora(source), rank, energy, dtype)
+    lora, errors = resize(read_lora(source), rule, dtype)
     write_result(lora, [source], out, errors, overwrite=overwrite)

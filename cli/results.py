@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from converters import Lora
+    from converters.arithmetic.ranks import RankRule
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -22,7 +23,46 @@ class _Dtype(click.Choice):
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that are there.")
-rank_option = click.option("--rank", type=click.IntRange(1), help="The new rank.")
+_RANKS = {
+    "conv_rank": click.option("--conv-rank", type=click.IntRange(1), show_default="as --rank",
+                              help="Of 3x3 convolutions, at most."),
+    "energy": click.option("--energy", type=click.FloatRange(0, 1, min_open=True),
+                           help="In each layer the lowest rank that keeps this share of its squared norm."),
+    "sv_fro": click.option("--sv-fro", type=click.FloatRange(0, 1, min_open=True),
+                           help="Or this share of its norm, as kohya's sv_fro."),
+    "sv_cumulative": click.option("--sv-cumulative", type=click.FloatRange(0, 1, min_open=True),
+                                  help="Or of the sum of its singular values, as kohya's sv_cumulative."),
+    "sv_ratio": click.option("--sv-ratio", type=click.FloatRange(1),
+                             help="Or singular values down to the largest over this, as kohya's sv_ratio."),
+}  # fmt: skip
+
+
+def rank_options(default: int | None = None):
+    """Options for the rank of each layer, which `pop_rank_rule` takes out of a command's arguments."""
+    rank = click.option("--rank", type=click.IntRange(1), default=default, show_default=default is not None,
+                        help="Of a layer, at most.")  # fmt: skip
+
+    def add(command):
+        for option in reversed((rank, *_RANKS.values())):
+            command = option(command)
+        return command
+
+    return add
+
+
+def pop_rank_rule(arguments: dict[str, Any]) -> "RankRule | None":
+    """Take what `rank_options` gave out of ``arguments``; None if nothing is asked for."""
+    rank, conv_rank = arguments.pop("rank"), arguments.pop("conv_rank")
+    amounts = {name: arguments.pop(name) for name in _RANKS if name != "conv_rank"}
+    given = [(name, amount) for name, amount in amounts.items() if amount is not None]
+    if len(given) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name, _ in given)
+        raise click.UsageError(f"{names} contradict each other; pass one of them")
+    if rank is None and conv_rank is None and not given:
+        return None
+    from converters.arithmetic.ranks import RankRule
+
+    return RankRule(rank, conv_rank, *(given[0] if given else ()))
 
 
 def dtype_option(default: str | None = None):
@@ -33,18 +73,24 @@ def dtype_option(default: str | None = None):
 
 
 def write_result(
-    lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "", overwrite: bool = False
+    lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "", **options: Any
 ) -> None:
-    """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are its layers' relative ones."""
+    """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are its layers' relative ones.
+
+    Args:
+        options: of `prepare_writing`.
+    """
     from converters.convert import prepare_writing
 
-    conversion = prepare_writing(lora, sources, out, to, overwrite)
+    conversion = prepare_writing(lora, sources, out, to, **options)
     for file in conversion.write():
         click.echo(f"wrote {file}")
     for note in conversion.notes:
         click.echo(f"  {note}")
     if any(errors.values()):
-        click.echo(f"rank {max(layer.rank for layer in lora.layers.values())}: {what_is_missed(errors)}")
+        ranks = {layer.rank for layer in lora.layers.values()}
+        shown = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+        click.echo(f"{shown}: {what_is_missed(errors)}")
 
 
 def echo_notes(lora: "Lora") -> None:

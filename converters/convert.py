@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import find_sources, is_adapter_folder, read_lora
 from converters.key_maps import kohya_place
-from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha
+from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha, with_shared_alphas
 from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
 from converters.shapes import fit_shapes, has_layer, kernel_side
 from converters.sidecar import Companions, check_companions, read_companions, write_companions
@@ -172,6 +173,7 @@ def prepare_writing(
     target: str | os.PathLike,
     to: str = "",
     overwrite: bool = False,
+    v_prediction: bool | None = None,
 ) -> Conversion:
     """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
 
@@ -180,6 +182,7 @@ def prepare_writing(
     Args:
         to: one of ``FORMATS``; that of the first source if empty.
         overwrite: what is at ``target`` may be replaced.
+        v_prediction: as for `prepare_conversion`.
 
     Raises:
         ValueError: the format cannot hold it.
@@ -192,7 +195,7 @@ def prepare_writing(
     check_target(target, sources, to, overwrite)
     lora, companions = _with_companions(lora, sources)
     lora, notes = _fit_to(lora, to)
-    return Conversion(to, notes, _writer(target, lora, to, companions, overwrite=overwrite))
+    return Conversion(to, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
 
 
 def _check_choices(to: str, dtype: torch.dtype | None = None, family: str = "") -> None:
@@ -239,8 +242,11 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
     lora = fit_shapes(lora, for_kohya=to == "kohya")
     reads_mixed_ranks = bool(lora.family) and get_family(lora.family).reads_mixed_ranks
     scale = _stated_scale(lora) if to == "kohya" else 1.0
-    if to != "peft" and not (to == "kohya" and reads_mixed_ranks and scale is None):
-        lora, taken = with_one_alpha(lora, scale, one_rank=not reads_mixed_ranks)
+    if to != "peft" and scale is not None:
+        lora, taken = with_one_alpha(lora, scale, one_rank=to != "kohya" and not reads_mixed_ranks)
+        notes += taken
+    if to == "kohya" and not reads_mixed_ranks:
+        lora, taken = with_shared_alphas(lora)
         notes += taken
     if to == "kohya" and reads_mixed_ranks:
         notes += _notes_on_stacks(lora)
@@ -327,7 +333,7 @@ def _writer(
 def _write_kohya(
     target: Path, tensors: dict[str, Tensor], lora: Lora, companions: Companions, v_prediction: bool | None
 ) -> list[Path]:
-    first = next(iter(lora.layers.values()))
+    ((rank, alpha), _) = Counter((layer.rank, layer.alpha) for layer in lora.layers.values()).most_common(1)[0]
     stated = stated_v_prediction(lora.metadata)
     about = KohyaMetadata(
         family=lora.family,
@@ -335,9 +341,9 @@ def _write_kohya(
         trigger=lora.metadata.get("modelspec.trigger_phrase", ""),
         base_model_name=lora.metadata.get("ss_sd_model_name", ""),
     )
-    sizes = {"ss_network_dim": str(first.rank), "ss_network_alpha": str(first.alpha)}
+    sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     written = write_companions(target, about, companions)
-    write_tensors(target, tensors, build_metadata(about, target.stem, first.rank) | lora.metadata | sizes)
+    write_tensors(target, tensors, build_metadata(about, target.stem, rank) | lora.metadata | sizes)
     return [target, *written]
 
 

@@ -5,6 +5,7 @@ is a number of the layer here.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lidb_peft.families import DENOISERS
 from lidb_peft.relax import LoraFactors
 
 if TYPE_CHECKING:
@@ -169,25 +171,62 @@ def with_one_alpha(lora: Lora, scale: float | None = None, one_rank: bool = True
     alpha = widest.alpha if scale is None else scale * rank
     # Products before the division: 1 / 49 * 49 is not 1.
     ratios = {name: (layer.alpha * rank) / (layer.rank * alpha) for name, layer in lora.layers.items()}
+    folded, notes = _fold_alphas(lora, ratios)
+    layers = {}
+    for name, layer in folded.layers.items():
+        if one_rank:
+            layers[name] = replace(
+                layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(layer.lora_B, 1, rank), alpha=alpha
+            )
+        else:
+            layers[name] = layer if ratios[name] == 1 else replace(layer, alpha=alpha * layer.rank / rank)
+    num_padded = sum(layer.rank < rank for layer in lora.layers.values())
+    if num_padded and one_rank:
+        padding = f"{num_padded} layers are padded with zeros to rank {rank}"
+        notes.insert(len(notes) - any(ratio != 1 for ratio in ratios.values()), padding)
+    return replace(folded, layers=layers), notes
+
+
+def has_alpha_of_its_own(name: str) -> bool:
+    """Whether diffusers heeds the alpha of a layer in a kohya file (0.42, run); of others it takes the commonest."""
+    return name.partition(".")[0] in DENOISERS and ".attn" not in name
+
+
+def with_shared_alphas(lora: Lora) -> tuple[Lora, list[str]]:
+    """Give layers whose alpha diffusers does not heed that of most layers of their component; ranks stay.
+
+    Updates stay as they are; see `with_one_alpha`, which gives all layers one rank and one alpha.
+    """
+    shared: dict[str, float] = {}
+    for component in dict.fromkeys(name.partition(".")[0] for name in lora.layers):
+        own = {name: layer.alpha for name, layer in lora.layers.items() if name.startswith(f"{component}.")}
+        unheeded = {name: alpha for name, alpha in own.items() if not has_alpha_of_its_own(name)}
+        if not unheeded:
+            continue
+        ((alpha, _),) = Counter(unheeded.values()).most_common(1)
+        after = Counter(alpha if name in unheeded else value for name, value in own.items())
+        is_commonest = all(after[alpha] > num for value, num in after.items() if value != alpha)
+        shared |= dict.fromkeys(unheeded if is_commonest else own, alpha)
+    ratios = {name: layer.alpha / shared.get(name, layer.alpha) for name, layer in lora.layers.items()}
+    folded, notes = _fold_alphas(lora, ratios)
+    layers = {name: replace(layer, alpha=shared.get(name, layer.alpha)) for name, layer in folded.layers.items()}
+    return replace(folded, layers=layers), notes
+
+
+def _fold_alphas(lora: Lora, ratios: Mapping[str, float]) -> tuple[Lora, list[str]]:
+    """Multiply each layer's ``lora_B`` by its ratio, alphas left as they are; and say what that took."""
     folded = [name for name, ratio in ratios.items() if ratio != 1]
-    notes = []
     inexact = [name for name in folded if not _is_exact_product(lora.layers[name].lora_B, ratios[name])]
     needs_float32 = any(lora.layers[name].lora_B.dtype != torch.float32 for name in inexact)
-    if needs_float32:
-        notes = ["its numbers become float32, because halves cannot hold them with alpha folded in"]
     layers, errors = {}, []
     for name, layer in lora.layers.items():
         layer = layer.widened(torch.float32) if needs_float32 else layer
         lora_B, error = _fold(name, layer.lora_B, ratios[name])
-        if one_rank:
-            layers[name] = replace(layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(lora_B, 1, rank), alpha=alpha)
-        else:
-            own = layer.alpha if ratios[name] == 1 else alpha * layer.rank / rank
-            layers[name] = replace(layer, lora_B=lora_B, alpha=own)
+        layers[name] = replace(layer, lora_B=lora_B)
         errors.append(error)
-    num_padded = sum(layer.rank < rank for layer in lora.layers.values())
-    if num_padded and one_rank:
-        notes.append(f"{num_padded} layers are padded with zeros to rank {rank}")
+    notes = []
+    if needs_float32:
+        notes.append("its numbers become float32, because halves cannot hold them with alpha folded in")
     if folded:
         exactness = f"rounded by up to {max(errors):.1e} of the largest number" if any(errors) else "which is exact"
         notes.append(f"the alphas of {len(folded)} layers are folded into lora_up, {exactness}")

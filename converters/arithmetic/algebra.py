@@ -5,14 +5,16 @@ singular values, which is small however wide the layer. All of it in float64, on
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from converters.arithmetic.ranks import RankRule
 from converters.full_update import SumOfUpdates
-from converters.lora import Lora, LoraLayer, layer_to_dtype
+from converters.lora import Lora, LoraLayer, has_alpha_of_its_own, layer_to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
 LayerParts = Sequence[tuple[LoraLayer, float]]
@@ -22,15 +24,18 @@ _STALE_METADATA = frozenset(
 )
 
 
-def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = None) -> tuple[Lora, dict[str, float]]:
+def merge(
+    parts: Parts, rank: RankRule | int | None = None, dtype: torch.dtype | None = None
+) -> tuple[Lora, dict[str, float]]:
     """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, and each layer's error over its norm, 0 to 1.
 
     Factors are concatenated: a layer's rank is the sum of its ranks, and there is no error, unless it is cut to the
-    nearest update of ``rank`` (Eckart-Young). A layer that one part alone has, of weight 1 and narrow enough, keeps its
-    bits. Of the metadata stays what all parts agree on.
+    nearest update of a rank (Eckart-Young). A layer that one part alone has, of weight 1 and narrow enough, keeps its
+    bits. Alphas are those of the parts where readers heed them, else the commonest. Of the metadata stays what all
+    parts agree on.
 
     Args:
-        rank: at most so much; one for all layers, because diffusers loses others.
+        rank: at most so much in every layer, or a rule for each.
         dtype: of the result; None takes the widest of the parts. Rounding to it is not part of the error.
 
     Raises:
@@ -39,17 +44,18 @@ def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = Non
     """
     if not parts:
         raise ValueError("there are no LoRAs to merge; pass at least one")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; choose 1 or more")
+    rule = RankRule(rank) if isinstance(rank, int) else rank
     families = sorted({lora.family for lora, _ in parts if lora.family})
     if len(families) > 1:
         raise ValueError(f"the LoRAs are for {' and '.join(families)}; merge those of one family of base models")
     dtype = dtype or _widest_dtype(lora for lora, _ in parts)
     layers, errors = {}, {}
-    full_updates = _merge_full_updates(parts, rank)
+    full_updates = _merge_full_updates(parts, rule)
+    alphas = Counter(layer.alpha for lora, _ in parts for layer in lora.layers.values())
+    common_alpha = alphas.most_common(1)[0][0] if len(parts) > 1 and alphas else None
     for name in dict.fromkeys(name for lora, _ in parts for name in lora.layers if name not in full_updates):
         own = [(lora.layers[name], weight) for lora, weight in parts if name in lora.layers]
-        layers[name], errors[name] = _merge_layer(name, own, rank, dtype)
+        layers[name], errors[name] = _merge_layer(name, own, rule, dtype, common_alpha)
     common = set.intersection(*(set(lora.metadata.items()) for lora, _ in parts))
     metadata = {key: value for key, value in sorted(common) if key not in _STALE_METADATA}
     embeddings, notes = _merge_embeddings([lora for lora, _ in parts])
@@ -57,31 +63,15 @@ def merge(parts: Parts, rank: int | None = None, dtype: torch.dtype | None = Non
     return Lora(layers, family, metadata, full_updates, embeddings, notes), errors
 
 
-def resize(
-    lora: Lora, rank: int | None = None, energy: float | None = None, dtype: torch.dtype | None = None
-) -> tuple[Lora, dict[str, float]]:
-    """Return the nearest LoRA of a lower rank, and each layer's error over its norm; see `merge`. DoRA stays DoRA.
+def resize(lora: Lora, rank: RankRule | int, dtype: torch.dtype | None = None) -> tuple[Lora, dict[str, float]]:
+    """Return the nearest LoRA of lower ranks, and each layer's error over its norm; see `merge`. DoRA stays DoRA.
 
-    Args:
-        energy: in place of a rank: the lowest one at which every layer keeps this share of its squared norm.
+    Layers keep their alphas, and those that are narrow enough their bits.
 
     Raises:
-        ValueError: neither or both of rank and energy, one out of range, or a value beyond ``dtype``.
+        ValueError: a rank below 1, or a value beyond ``dtype``.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("pass either a rank or a share of energy to keep")
-    return merge([(lora, 1.0)], find_rank(lora, energy) if rank is None else rank, dtype)
-
-
-def find_rank(lora: Lora, energy: float) -> int:
-    """Return the lowest rank at which every layer keeps ``energy``, above 0 and at most 1, of its squared norm."""
-    if not 0 < energy <= 1:
-        raise ValueError(f"the energy to keep is {energy}; choose a share above 0 and at most 1")
-    rank = 1
-    for layer in lora.layers.values():
-        kept = singular_values(*matrices(layer)).square().cumsum(0)
-        rank = max(rank, 1 + int((kept < energy * kept[-1]).sum()))
-    return rank
+    return merge([(lora, 1.0)], rank, dtype)
 
 
 def relative_errors(lora: Lora, reference: Lora) -> dict[str, float]:
@@ -109,18 +99,21 @@ def to_layer(
     in_shape: Sequence[int],
     dtype: torch.dtype,
     magnitude: Tensor | None = None,
+    alpha: float | None = None,
 ) -> LoraLayer:
-    """Return ``lora_A`` ``(rank, in)`` and ``lora_B`` ``(out, rank)`` as a layer of scale 1.
+    """Return ``lora_A`` ``(rank, in)`` and ``lora_B`` ``(out, rank)`` as a layer.
 
     Args:
+        alpha: of the layer, whose scale ``lora_B`` is divided by; None is the rank.
         in_shape: ``(in,)``, or ``(in, height, width)`` of a convolution, whose kernel ``lora_A`` has flattened.
 
     Raises:
         ValueError: a value that is not finite in ``dtype``.
     """
+    alpha = float(len(lora_A)) if alpha is None else alpha
     lora_A = lora_A.float().unflatten(1, tuple(in_shape))
-    lora_B = lora_B.float().reshape(*lora_B.shape, *(1 for _ in in_shape[1:]))
-    return layer_to_dtype(name, LoraLayer(lora_A, lora_B, float(len(lora_A)), magnitude), dtype)
+    lora_B = (lora_B * (len(lora_A) / alpha)).float().reshape(*lora_B.shape, *(1 for _ in in_shape[1:]))
+    return layer_to_dtype(name, LoraLayer(lora_A, lora_B, alpha, magnitude), dtype)
 
 
 def update_norm(lora_A: Tensor, lora_B: Tensor) -> float:
@@ -142,11 +135,11 @@ def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return torch.linalg.svdvals(B_r @ A_r.mT)
 
 
-def _merge_full_updates(parts: Parts, rank: int | None) -> dict[str, SumOfUpdates]:
+def _merge_full_updates(parts: Parts, rule: RankRule | None) -> dict[str, SumOfUpdates]:
     """Return the sums on layers where some part has an update that is no LoRA."""
     sums = {}
     for name in dict.fromkeys(name for lora, _ in parts for name in lora.full_updates):
-        if rank is not None:
+        if rule is not None:
             raise ValueError(f"the update of {name} is no LoRA, and keeps its rank; hdb convert --rank makes one of it")
         terms = [(updates[name], weight) for lora, weight in parts for updates in (lora.layers, lora.full_updates)
                  if name in updates]  # fmt: skip
@@ -168,18 +161,29 @@ def _merge_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Tensor], tuple[s
     return embeddings, tuple(dict.fromkeys(notes))
 
 
-def _merge_layer(name: str, parts: LayerParts, rank: int | None, dtype: torch.dtype) -> tuple[LoraLayer, float]:
+def _merge_layer(
+    name: str, parts: LayerParts, rule: RankRule | None, dtype: torch.dtype, common_alpha: float | None
+) -> tuple[LoraLayer, float]:
+    """Return one layer of the sum, and its error; ``common_alpha`` is that of layers whose own readers do not heed."""
     first, weight = parts[0]
-    if len(parts) == 1 and weight == 1 and (rank is None or first.rank <= rank):
+    keeps_alpha = common_alpha is None or (len(parts) == 1 and has_alpha_of_its_own(name))
+    alpha = first.alpha if keeps_alpha else common_alpha
+    is_first_alone = len(parts) == 1 and weight == 1 and alpha == first.alpha
+    highest = math.inf if rule is None else rule.highest(first.is_convolution)
+    is_measured = rule is not None and rule.measure != ""
+    if is_first_alone and first.rank <= highest and not is_measured:
         return layer_to_dtype(name, first, dtype), 0.0
     lora_A, lora_B = _concatenate(name, parts)
     error = 0.0
-    if rank is not None and len(lora_A) > rank:
+    if is_measured or len(lora_A) > highest:
         left, singular, right = factor_svd(lora_A, lora_B)
+        rank = rule.choose(singular, first.is_convolution)
+        if is_first_alone and rank >= first.rank:
+            return layer_to_dtype(name, first, dtype), 0.0
         root = singular[:rank].sqrt()
         lora_A, lora_B = right[:rank] * root[:, None], left[:, :rank] * root
         error = _share(singular[rank:].norm().item(), singular.norm().item())
-    return to_layer(name, lora_A, lora_B, first.lora_A.shape[1:], dtype, first.magnitude), error
+    return to_layer(name, lora_A, lora_B, first.lora_A.shape[1:], dtype, first.magnitude, alpha), error
 
 
 def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """Whole models: adding a LoRA to one, and taking a LoRA out of the difference of two; one weight at a time.
 
-A model is a single safetensors file, as Automatic1111 and kohya users have, or a folder in diffusers' layout. Only its
-names are known here, from the tables of :mod:`converters.key_maps`; nothing is instantiated.
+A model is a single safetensors file, as Automatic1111 and kohya users have, or a folder in diffusers' layout; or a
+denoiser alone, as either. Only its names are known here, from the tables of :mod:`converters.key_maps`; nothing is
+instantiated.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from converters.arithmetic.algebra import matrices, to_layer
+from converters.arithmetic.ranks import RankRule
 from converters.formats.family import find_base
 from converters.full_update import FullUpdate, SumOfUpdates
 from converters.key_maps import Place, is_transposed, read_checkpoint_name
@@ -24,11 +27,15 @@ from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
 from lidb_peft.files import atomic_folder, atomic_path, header_bytes
 from lidb_peft.naming import layer_name
 from lidb_peft.outputs import FOLDER, check_output
-from lidb_peft.safe_read import read_header
+from lidb_peft.safe_read import count, examples, read_header
 
 # Hashes of what the file held before.
 _STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
-_MAX_SHOWN = 3
+# How a diffusers UNet's weights are called in a file of its own.
+_UNET_ALONE = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
+# What kohya adds to the layers that it trains by default where convolutions have a rank.
+_CONVOLUTIONAL = (".resnets.", ".downsamplers.", ".upsamplers.")
+_HALF = 0.51  # of a unit in the last place, for numbers that were rounded twice
 _COMPONENTS = {
     name: [part for family in FAMILIES.values() for part in family.components if part.name == name]
     for name in COMPONENTS
@@ -67,12 +74,16 @@ class Extracted:
 
     Args:
         errors: for each layer, the norm of what the LoRA misses over that of the difference.
-        left_out: layers that differ, or are in one model only, and are not in the LoRA.
+        left_out: layers that differ and are not in the LoRA.
+        rounded: layers of the kind that is extracted which differ by no more than the rounding of a dtype.
+        in_one_model: layers that only one of the models has.
     """
 
     lora: Lora
     errors: dict[str, float]
     left_out: tuple[str, ...]
+    rounded: tuple[str, ...] = ()
+    in_one_model: tuple[str, ...] = ()
 
 
 def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
@@ -86,7 +97,7 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for file in _model_files(model):
         for tensor in read_header(file).tensors:
-            place = _place_in_folder(file, tensor) if model.is_dir() else read_checkpoint_name(tensor)
+            place = (_place_in_folder if model.is_dir() and file.parent != model else _place_in_file)(file, tensor)
             for part, layer in enumerate(place.layers if place else ()):
                 if layer in weights:
                     raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
@@ -137,9 +148,14 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike, ove
     updates = lora.layers | dict(lora.full_updates)
     weights = _with_biases(find_weights(model), updates)
     missing = sorted(set(updates) - set(weights))
+    lacking = {name.partition(".")[0] for name in missing} - {name.partition(".")[0] for name in weights}
+    if lacking and lacking >= {name.partition(".")[0] for name in missing}:
+        parts = " and no ".join(sorted(lacking))
+        raise ValueError(f"{model} holds no {parts}, which {count(missing, 'layer')} of the LoRA change; take a whole"
+                         " model")  # fmt: skip
     if missing:
-        raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(updates)} layers,"
-                         f" e.g. {', '.join(missing[:_MAX_SHOWN])}; take a base of its family")  # fmt: skip
+        raise ValueError(f"{model} lacks {len(missing)} of the LoRA's {len(updates)} layers, e.g. {examples(missing)};"
+                         " take a base of its family")  # fmt: skip
     changes: dict[Path, dict[str, list[str]]] = {}
     for name in updates:
         changes.setdefault(weights[name].file, {}).setdefault(weights[name].tensor, []).append(name)
@@ -168,57 +184,98 @@ def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike, ove
 def extract(
     tuned: str | os.PathLike,
     base: str | os.PathLike,
-    rank: int,
+    rank: RankRule | int,
     dtype: torch.dtype = torch.float16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Extracted:
-    """Return the LoRA of ``rank`` that is nearest to the difference of two models, one layer in memory at a time.
+    """Return the LoRA that is nearest to the difference of two models, one layer in memory at a time.
 
-    It holds the linear layers and 1x1 convolutions of attention blocks and text encoders that differ; their truncated
-    SVDs are computed in float64.
+    It holds the linear layers and 1x1 convolutions of attention blocks and text encoders that differ by more than
+    rounding, with a ``conv_rank`` those and the convolutions of residual blocks and samplers too; their truncated SVDs
+    are computed in float64. Other layers may be of other shapes, as those of an inpainting model or with added tokens.
+
+    Args:
+        rank: of each layer, or a rule.
 
     Raises:
         ValueError: a rank below 1, weights of other shapes or not finite, nothing to extract, or as `find_weights`.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; choose 1 or more")
+    rule = RankRule(rank) if isinstance(rank, int) else rank
     tuned_weights, base_weights = find_weights(tuned), find_weights(base)
+    in_one_model = tuple(sorted(set(tuned_weights) ^ set(base_weights)))
     layers: dict[str, LoraLayer] = {}
     errors: dict[str, float] = {}
-    left_out = sorted(set(tuned_weights) ^ set(base_weights))
-    for name, difference in differences(tuned_weights, base_weights, progress):
-        if _is_extracted(name, difference):
-            matrix = difference.double().flatten(1)
-            left, errors[name] = leading_columns(matrix, rank)
-            layers[name] = to_layer(name, left.mT @ matrix, left, difference.shape[1:], dtype)
-        else:
+    left_out, rounded = [], []
+    for name, difference, is_rounding in differences(tuned_weights, base_weights, progress):
+        if difference is None or not _is_extracted(name, difference, rule):
             left_out.append(name)
+        elif is_rounding:
+            rounded.append(name)
+        else:
+            matrix, is_convolution = (
+                difference.double().flatten(1),
+                difference.dim() == 4 and max(difference.shape[2:]) > 1,
+            )
+            left, errors[name] = leading_columns(matrix, rule, is_convolution)
+            alpha = None if rule.rank is None else float(rule.rank)  # one for all, as diffusers needs
+            layers[name] = to_layer(name, left.mT @ matrix, left, difference.shape[1:], dtype, alpha=alpha)
     if not layers:
-        raise ValueError(f"{tuned} and {base} do not differ in any attention or text encoder layer; nothing to extract")
-    return Extracted(Lora(layers, find_family(base_weights)), errors, tuple(left_out))
+        more = f" by more than the rounding of {count(rounded, 'layer')}" if rounded else ""
+        raise ValueError(
+            f"{tuned} and {base} do not differ{more} in any attention or text encoder layer; nothing to extract"
+        )
+    lora = Lora(layers, find_family(base_weights))
+    return Extracted(lora, errors, tuple(left_out), tuple(rounded), in_one_model)
 
 
 def differences(
     tuned: Mapping[str, Weight], base: Mapping[str, Weight], progress: Callable[[int, int], None] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(layer, tuned - base)``, float32, for each layer of both that differs.
+) -> Iterator[tuple[str, Tensor | None, bool]]:
+    """Yield ``(layer, tuned - base, whether that is rounding)``, float32, for each layer of both that differs.
+
+    A layer of other shapes yields None, unless it is of the kind that LoRAs are trained on.
 
     Raises:
-        ValueError: the weights have other shapes, or the difference is not finite.
+        ValueError: the weights of such a layer have other shapes, or the difference is not finite.
     """
     common = [name for name in tuned if name in base]
     for done, name in enumerate(common, 1):
         first, second = tuned[name].load(), base[name].load()
-        if first.shape != second.shape:
-            raise ValueError(f"{name} has shape {tuple(first.shape)} in {tuned[name].file} and {tuple(second.shape)} in"
-                             f" {base[name].file}; compare models of one family")  # fmt: skip
-        difference = first.float() - second.float()
+        are_alike = min(first.dim(), second.dim()) > 1 and first.flatten(1).shape == second.flatten(1).shape
+        if not are_alike and first.shape != second.shape:  # of proj_in, one may be linear and one a 1x1 convolution
+            if _is_trained(name):
+                shapes = f"{tuple(first.shape)} in {tuned[name].file} and {tuple(second.shape)} in {base[name].file}"
+                raise ValueError(f"{name} has shape {shapes}; compare models of one family")
+            yield name, None, False
+            continue
+        difference = first.float() - second.float().view(first.shape)
         if not is_finite(difference):
             raise ValueError(f"{name} holds NaN or infinity in {tuned[name].file} or {base[name].file}; it is damaged")
         if difference.any():
-            yield name, difference
+            yield name, difference, _is_rounding(first, second.view(first.shape), difference)
         if progress is not None:
             progress(done, len(common))
+
+
+def _is_rounding(first: Tensor, second: Tensor, difference: Tensor) -> bool:
+    """Whether two weights differ by no more than half a unit in the last place of the coarser of their dtypes.
+
+    A dtype counts that holds all of a tensor's numbers, for models are widened after they were rounded.
+    """
+    dtype = max((_narrowest_dtype(tensor) for tensor in (first, second)), key=lambda dtype: torch.finfo(dtype).eps)
+    info = torch.finfo(dtype)
+    largest = torch.maximum(first.float().abs(), second.float().abs())
+    exponents = torch.frexp(largest.clamp(min=info.smallest_normal)).exponent
+    units = torch.ldexp(torch.full_like(largest, info.eps), exponents - 1)
+    return bool((difference.abs() <= _HALF * units).all())
+
+
+def _narrowest_dtype(tensor: Tensor) -> torch.dtype:
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):  # the coarser first
+            if torch.equal(tensor.to(dtype).float(), tensor):
+                return dtype
+    return tensor.dtype
 
 
 def rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -240,7 +297,17 @@ def _model_files(model: Path) -> Sequence[Path]:
     if not model.is_dir():
         return [model]
     # Looked up in the folder and not in its index, which could name files outside of it.
-    return [file for part in COMPONENTS for file in sorted((model / part).glob("*.safetensors"))]
+    parts = [file for part in COMPONENTS for file in sorted((model / part).glob("*.safetensors"))]
+    return parts or sorted(model.glob("*.safetensors"))
+
+
+def _place_in_file(file: Path, tensor: str) -> Place | None:
+    place = read_checkpoint_name(tensor)
+    if place is None and tensor.startswith("diffusion_model."):  # ComfyUI's name of a denoiser by itself
+        place = read_checkpoint_name(f"model.{tensor}")
+    if place is None and _UNET_ALONE.match(tensor) and tensor.endswith(".weight"):
+        place = Place(tensor, (layer_name(DENOISERS[0], tensor.removesuffix(".weight")),))
+    return place
 
 
 def _place_in_folder(file: Path, tensor: str) -> Place | None:
@@ -284,20 +351,29 @@ def _finite(name: str, updated: Tensor, dtype: torch.dtype) -> Tensor:
     return updated
 
 
-def _is_extracted(name: str, difference: Tensor) -> bool:
-    is_matrix = difference.dim() == 2 or difference.shape[2:] == (1, 1)
+def _is_trained(name: str) -> bool:
     trained = (part for component in _COMPONENTS.get(name.partition(".")[0], ()) for part in component.trained)
-    return is_matrix and any(part in name for part in trained)
+    return any(part in name for part in trained)
 
 
-def leading_columns(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Return the ``rank`` leading left singular vectors of ``(out, in)``, and the share of the norm without them.
+def _is_extracted(name: str, difference: Tensor, rule: RankRule) -> bool:
+    if difference.dim() not in (2, 4):
+        return False
+    is_matrix = difference.dim() == 2 or difference.shape[2:] == (1, 1)
+    is_convolutional = rule.conv_rank is not None and any(part in name for part in _CONVOLUTIONAL)
+    return is_convolutional or (is_matrix and _is_trained(name))
+
+
+def leading_columns(matrix: Tensor, rank: RankRule | int, is_convolution: bool = False) -> tuple[Tensor, float]:
+    """Return the leading left singular vectors of ``(out, in)``, and the share of the norm without them.
 
     By the smaller Gram matrix: float64 leaves 1e-8 of the largest singular value, less than the models' own rounding,
     and eigenvectors of one side cost a fraction of an SVD.
     """
     is_wide = matrix.shape[0] <= matrix.shape[1]
     energies, vectors = torch.linalg.eigh(matrix @ matrix.mT if is_wide else matrix.mT @ matrix)
-    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
+    rank = rank if isinstance(rank, int) else rank.choose(energies.sqrt(), is_convolution)
+    vectors = vectors[:, :rank]
     left = vectors if is_wide else torch.linalg.qr(matrix @ vectors).Q
     return left, (energies[rank:].sum() / energies.sum()).sqrt().item()

@@ -37,7 +37,8 @@ def to_low_rank(lora: Lora, rank: int, dtype: torch.dtype | None = None) -> Lora
             continue
         matrix = delta.flatten(1)
         left, errors[name] = leading_columns(matrix, min(rank, *matrix.shape))
-        layers[name] = to_layer(name, left.mT @ matrix, left, _in_shape(name, delta), dtype or _dtype(update))
+        dtype_of_layer = dtype or _dtype(update)
+        layers[name] = to_layer(name, left.mT @ matrix, left, _in_shape(name, delta), dtype_of_layer, alpha=float(rank))
     notes = list(lora.notes)
     if errors:
         algorithms = " and ".join(sorted({lora.full_updates[name].algorithm for name in errors}))

@@ -122,6 +122,8 @@ def model_updates(
     tuned: Mapping[str, Weight], base: Mapping[str, Weight]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Yield what two models, given by `find_weights`, differ by: layer by layer and of full rank, for `project`."""
-    for name, difference in differences(tuned, base):
+    for name, difference, is_rounding in differences(tuned, base):
+        if difference is None or is_rounding:
+            continue
         matrix = difference.flatten(1)
         yield name, (torch.eye(matrix.shape[1]), matrix)

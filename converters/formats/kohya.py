@@ -1,7 +1,7 @@
 """The kohya LoRA file, which A1111, ComfyUI, kohya sd-scripts and diffusers read.
 
-One rank and one alpha for the whole file of a UNet: diffusers loses alphas that differ between its attention modules,
-and mixed ranks with them. FLUX's readers take each layer's own, and its attentions' projections are fused there.
+Every layer may have its own rank. The attentions of a UNet, and a text encoder, have one alpha: diffusers takes the
+commonest for theirs. FLUX's readers take each layer's own, and its attentions' projections are fused there.
 """
 
 import os

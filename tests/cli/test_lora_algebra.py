@@ -64,7 +64,9 @@ def test_project_finds_the_theta_of_a_lora_and_of_two_models(hdb, made):
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
-        (("resize", "a.safetensors", "b.safetensors"), "pass either --rank or --energy", 2),
+        (("resize", "a.safetensors", "b.safetensors"), "pass --rank, --energy or another", 2),
+        (("resize", "a.safetensors", "b.safetensors", "--energy", 0.9, "--sv-ratio", 2), "contradict each other", 2),
+        (("resize", "a.safetensors", "b.safetensors", "--sv-ratio", 0.5), "'--sv-ratio'", 2),
         (("resize", "a.safetensors", "a.safetensors", "--rank", 1), "both what is read and what is written", 1),
         (("resize", "none.safetensors", "b.safetensors", "--rank", 1), "none.safetensors does not exist", 1),
         (("merge", "a.safetensors", "--into", "c.safetensors", "--rank", 2, "--out", "b.safetensors"), "leave them", 2),

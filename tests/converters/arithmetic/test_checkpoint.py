@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from converters.arithmetic.checkpoint import extract, find_weights, merge_into
+from converters.arithmetic.ranks import RankRule
 from converters.key_maps import from_checkpoint_name
 from converters.lora import Lora, LoraLayer
 from lidb_peft.families import FAMILIES
@@ -174,7 +175,7 @@ def test_what_differs_and_is_not_extracted_is_listed(checkpoint, tensors, tmp_pa
     tuned = {name: tensor + 0.1 for name, tensor in tensors.items() if "resblocks" not in name}
     save_file(tuned, tmp_path / "tuned.safetensors")
     found = extract(tmp_path / "tuned.safetensors", checkpoint, rank=1)
-    assert set(found.left_out) == {
+    assert {*found.left_out, *found.in_one_model} == {
         "unet.down_blocks.0.resnets.0.conv1",
         f"{OURS}.norm",
         *(f"{OPENCLIP}.{part}_proj" for part in "qkv"),
@@ -266,3 +267,72 @@ def test_a_folder_with_two_copies_of_a_layer_is_refused(tmp_path):
         save_file({"conv_in.weight": torch.ones(1, 1)}, tmp_path / "unet" / name)
     with pytest.raises(ValueError, match=r"holds unet.conv_in twice, in a.fp16.safetensors and a.safetensors"):
         find_weights(tmp_path)
+
+
+TOKENS = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
+
+
+def save_pair(tmp_path, base, tuned):
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    return tmp_path / "tuned.safetensors", tmp_path / "base.safetensors"
+
+
+def test_an_inpainting_model_or_one_with_added_tokens_gives_its_attention_and_lists_the_rest(tensors, tmp_path):
+    conv_in = "model.diffusion_model.input_blocks.0.0.weight"
+    base = tensors | random_tensors(**{conv_in: (12, 4, 3, 3), TOKENS: (20, 6)})
+    tuned = tensors | random_tensors(**{conv_in: (12, 9, 3, 3), TOKENS: (23, 6)})
+    tuned[f"{BLOCK}.{Q}.weight"] = tensors[f"{BLOCK}.{Q}.weight"] + 0.1
+    found = extract(*save_pair(tmp_path, base, tuned), rank=4)
+    assert list(found.lora.layers) == [f"{OURS}.transformer_blocks.0.{Q}"]
+    assert set(found.left_out) == {"unet.conv_in", "text_encoder.text_model.embeddings.token_embedding"}
+
+
+@pytest.mark.parametrize("side", ["tuned", "base", "both, widened again"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_alone_is_no_difference(tensors, tmp_path, dtype, side):
+    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    rounded = {name: tensor.float() for name, tensor in rounded.items()} if "widened" in side else rounded
+    changed = f"{BLOCK}.{Q}.weight"
+    base, tuned = (dict(tensors), dict(rounded)) if side != "base" else (rounded, dict(tensors))
+    tuned[changed] = (tuned[changed].float() * 1.1).to(tuned[changed].dtype)
+    found = extract(*save_pair(tmp_path, base, tuned), rank=2)
+    assert list(found.lora.layers) == [f"{OURS}.transformer_blocks.0.{Q}"]
+    assert CLIP in found.rounded
+    with pytest.raises(ValueError, match="do not differ by more than the rounding of 7 layers"):
+        extract(*save_pair(tmp_path, dict(tensors), rounded), rank=2)
+
+
+def test_convolutions_are_extracted_with_a_rank_of_their_own(tensors, tmp_path):
+    tuned = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in tensors.items()}
+    found = extract(*save_pair(tmp_path, tensors, tuned), RankRule(4, conv_rank=2), torch.float32)
+    ranks = {name: layer.rank for name, layer in found.lora.layers.items()}
+    conv = "unet.down_blocks.0.resnets.0.conv1"
+    assert ranks == dict.fromkeys(set(ranks) - {conv}, 4) | {conv: 2}
+    assert len({layer.alpha for layer in found.lora.layers.values()}) == 1
+    name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    left, singular, right = torch.linalg.svd((tuned[name] - tensors[name]).double().flatten(1), full_matrices=False)
+    expected = left[:, :2] * singular[:2] @ right[:2]
+    assert (update(found.lora.layers[conv]) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["ComfyUI's file", "diffusers' file", "diffusers' folder"])
+def test_a_unet_alone_is_a_model_too(tmp_path, kind):
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    name = path if kind != "ComfyUI's file" else f"diffusion_model.input_blocks.1.1.transformer_blocks.0.{K}.weight"
+    base = random_tensors(**{name: (12, 768)})
+    file, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if kind == "diffusers' folder":
+        file, out = tmp_path / "unet", tmp_path / "out"
+        file.mkdir()
+    save_file(base, file / "diffusion_pytorch_model.safetensors" if file.is_dir() else file)
+    lora = Lora(random_lora({f"{OURS}.transformer_blocks.0.{K}": (12, 768)}).layers, "sd1")
+    merge_into(file, lora, out)
+    found = extract(out, file, rank=2, dtype=torch.float32)
+    (layer,), (expected,) = found.lora.layers.values(), lora.layers.values()
+    assert (update(layer) - update(expected)).norm() < 1e-5 * update(expected).norm()
+    assert found.lora.family == "sd1"
+    with pytest.raises(ValueError, match="holds no text_encoder, which 1 layer of the LoRA change; take a whole model"):
+        merge_into(
+            file, random_lora({CLIP: (6, 6)}), tmp_path / "other.safetensors" if file.is_file() else tmp_path / "o"
+        )

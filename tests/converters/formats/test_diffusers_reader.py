@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from converters.formats.kohya import save_kohya
+from converters.formats.kohya import kohya_tensors, save_kohya
+from converters.lora import Lora, LoraLayer, with_shared_alphas
 from converters.metadata import KohyaMetadata
 
 
@@ -97,3 +99,24 @@ def test_diffusers_loads_a_float16_file_within_rounding(tmp_path, pipeline, laye
         expected = lora_B @ lora_A
         error = torch.linalg.norm(layers[layer].get_delta_weight("a") - expected)
         assert error < 2**-10 * torch.linalg.norm(expected), layer
+
+
+@torch.no_grad()
+def test_diffusers_applies_ranks_of_their_own_with_the_alphas_that_we_write(tmp_path, pipeline, layers_of):
+    """Attentions with ranks 2 to 5 and alphas of their own, and a convolution with others."""
+    generator, layers = torch.Generator().manual_seed(0), {}
+    modules = layers_of(pipeline) | {
+        "unet.down_blocks.0.resnets.0.conv1": pipeline.unet.down_blocks[0].resnets[0].conv1
+    }
+    for index, (name, module) in enumerate(modules.items()):
+        shape, rank = module.weight.shape, 2 + index % 4
+        lora_B = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator)
+        layers[name] = LoraLayer(torch.randn(rank, *shape[1:], generator=generator), lora_B, float(1 + index % 3))
+    lora, _ = with_shared_alphas(Lora(layers, "sd1"))
+    save_file(kohya_tensors(lora, "sd1"), tmp_path / "a.safetensors")
+    pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    found = layers_of(pipeline) | {"unet.down_blocks.0.resnets.0.conv1": pipeline.unet.down_blocks[0].resnets[0].conv1}
+    for name, layer in layers.items():
+        expected = layer.scale * (layer.lora_B.flatten(1) @ layer.lora_A.flatten(1))
+        error = torch.linalg.norm(found[name].get_delta_weight("a").flatten(1) - expected)
+        assert error < 1e-5 * torch.linalg.norm(expected), name
