@@ -25,18 +25,19 @@ def command(device: str, precision: str, out: Path, overwrite: bool) -> None:
     """
     import json
 
-    from cli.bases import base_lidb_config, open_base
+    from cli.bases import open_base
     from cli.progress import progress_bars
+    from hypernet.bundles import find_bundle
     from hypernet.check import check
-    from lidb_peft.files import atomic_path, check_writable
+    from lidb_peft.files import atomic_path
+    from lidb_peft.outputs import check_output
 
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; pass --overwrite, or another --out")
-    check_writable(out)
+    check_output(out, suffix=".json", overwrite=overwrite)
     base = open_base("testbed", device, precision)
-    lidb_config = base_lidb_config("testbed")
     with progress_bars() as report_progress:
-        report = check(base, lidb_config, lambda done, total: report_progress("check", done, total))
+        report = check(
+            base, find_bundle("testbed").lidb_config, lambda done, total: report_progress("check", done, total)
+        )
     with atomic_path(out) as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     for finding in report.findings:

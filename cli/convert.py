@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.main import as_sentence
-from cli.results import dtype_option
+from cli.results import dtype_option, family_option
 
 if TYPE_CHECKING:
     from converters.batch import Outcome
@@ -23,8 +23,7 @@ FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
               "before 0.20, which ComfyUI reads too. peft: a folder. theta, lidb: LiDB weights as a file or as PEFT's "
               "folder.")  # fmt: skip
 @dtype_option()
-@click.option("--family", metavar="NAME", default="",
-              help="The base model's, where a LoRA does not tell; a name that is none lists them.")  # fmt: skip
+@family_option
 @click.option("--rank", type=click.IntRange(1), help="Of the nearest LoRA, where IN is LoHa, LoKr or a difference.")
 @click.option("--alpha", type=float, help="Of PEFT's tensors whose adapter_config.json is lost.")
 @click.option("--drop-nan", is_flag=True, help="Leave layers out that hold NaN or infinity.")

@@ -63,8 +63,8 @@ def command(images, base, hypernet, out, rounds, people, inner_steps, rate, no_c
     from hypernet.training.start import learn_start, resumable_start, rounds_of
     from lidb_peft.outputs import check_output
 
-    check_output(out, [images])
     loading = pop_loading(options)
+    check_output(out, [images, *(file for file in [base] if Path(file).is_file())])  # a base's folder may have a start
     config = StartConfig(rounds, people, inner_steps, rate, seed)
     bundle, source = find_bundle(base), hypernetwork_source(hypernet or "auto", base)
     network = None if source is None else HyperNetwork.from_pretrained(source).requires_grad_(False)

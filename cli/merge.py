@@ -4,7 +4,15 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, echo_notes, overwrite_option, pop_rank_rule, rank_options, write_result
+from cli.results import (
+    dtype_option,
+    echo_notes,
+    family_option,
+    overwrite_option,
+    pop_rank_rule,
+    rank_options,
+    write_result,
+)
 
 
 class WeightedPath(click.ParamType):
@@ -27,8 +35,9 @@ class WeightedPath(click.ParamType):
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
               help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
 @dtype_option()
+@family_option
 @overwrite_option
-def command(loras, out, into, dtype, overwrite, **ranks) -> None:
+def command(loras, out, into, dtype, family, overwrite, **ranks) -> None:
     """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
 
     A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
@@ -41,8 +50,8 @@ def command(loras, out, into, dtype, overwrite, **ranks) -> None:
     hdb merge anna.safetensors --into sd15.safetensors --out anna-model.safetensors
     """
     rule = pop_rank_rule(ranks)
-    if into is not None and (rule is not None or dtype is not None):
-        raise click.UsageError("--rank and --dtype are for a LoRA; leave them out with --into")
+    if into is not None and (rule is not None or dtype is not None or family):
+        raise click.UsageError("--rank, --dtype and --family are for a LoRA; leave them out with --into")
     import torch
 
     from converters import read_lora
@@ -63,4 +72,4 @@ def command(loras, out, into, dtype, overwrite, **ranks) -> None:
         echo_notes(merged)
         return
     merged, errors = merge(parts, rule, dtype)
-    write_result(merged, sources, out, errors, overwrite=overwrite)
+    write_result(merged, sources, out, errors, family=family, overwrite=overwrite)

@@ -87,6 +87,10 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
 def _write(path: Path, context: click.Context) -> None:
     import yaml
 
+    from lidb_peft.files import atomic_path
+    from lidb_peft.outputs import check_output
+
+    check_output(path, suffix=".yaml")
     values = {key: context.params[option.name] for key, option in _keys(context.command).items()
               if option.name in context.params}  # fmt: skip
     plain = {
@@ -94,4 +98,5 @@ def _write(path: Path, context: click.Context) -> None:
         for key, value in values.items()
         if value not in (None, ())
     }
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")

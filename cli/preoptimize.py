@@ -73,7 +73,7 @@ def command(images, base, out, batch, init_from, streaming, no_crop, face_detect
     given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
     bundle = find_bundle(base)
     config = PreoptimizeConfig(replace(bundle.recipe, **given), batch)
-    check_store(out, [images, base, init_from])
+    check_store(out, [images, base, init_from, loading["components"]])
     source = hypernetwork_source(init_from or "none", base)
     if source is not None:
         read_config(source)  # before a base is loaded, which may be a download of gigabytes

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.results import dtype_option, overwrite_option, pop_rank_rule, rank_options, write_result
+from cli.results import dtype_option, family_option, overwrite_option, pop_rank_rule, rank_options, write_result
 
 
 @click.command(name="resize")
@@ -12,8 +12,9 @@ from cli.results import dtype_option, overwrite_option, pop_rank_rule, rank_opti
 @click.argument("out", type=click.Path(path_type=Path))
 @rank_options()
 @dtype_option()
+@family_option
 @overwrite_option
-def command(source, out, dtype, overwrite, **ranks) -> None:
+def command(source, out, dtype, family, overwrite, **ranks) -> None:
     """Make a LoRA smaller: the nearest one of lower ranks, and how much it misses.
 
     Each layer has a rank of its own, and none grows.
@@ -33,4 +34,4 @@ def command(source, out, dtype, overwrite, **ranks) -> None:
 
     check_target(out, [source], overwrite=overwrite)
     lora, errors = resize(read_lora(source), rule, dtype)
-    write_result(lora, [source], out, errors, overwrite=overwrite)
+    write_result(lora, [source], out, errors, family=family, overwrite=overwrite)

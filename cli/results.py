@@ -23,6 +23,10 @@ class _Dtype(click.Choice):
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that are there.")
+family_option = click.option(
+    "--family", metavar="NAME", default="",
+    help="The base model's, where a LoRA does not tell; a name that is none lists them.",
+)  # fmt: skip
 _RANKS = {
     "conv_rank": click.option("--conv-rank", type=click.IntRange(1), show_default="as --rank",
                               help="Of 3x3 convolutions, at most."),

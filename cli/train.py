@@ -126,7 +126,7 @@ def command(
     detector = chosen_detector(face_detector, not no_crop)
     options["gradient_checkpointing"] = options["gradient_checkpointing"] == "on"
     config = TrainConfig(**options, weights=weights, crop=not no_crop, face_detector=detector)
-    check_folder(out, resume, [images, validation_images, targets, base, init_from])
+    check_folder(out, resume, [images, validation_images, targets, base, init_from, loading["components"]])
     people = open_people(images)
     held_out = validation_images and open_people(validation_images)
     source = hypernetwork_source(init_from or "none", base)

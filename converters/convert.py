@@ -174,6 +174,7 @@ def prepare_writing(
     to: str = "",
     overwrite: bool = False,
     v_prediction: bool | None = None,
+    family: str = "",
 ) -> Conversion:
     """Make of a LoRA that was computed from ``sources`` what ``target`` shall hold, as `prepare_conversion`.
 
@@ -182,7 +183,7 @@ def prepare_writing(
     Args:
         to: one of ``FORMATS``; that of the first source if empty.
         overwrite: what is at ``target`` may be replaced.
-        v_prediction: as for `prepare_conversion`.
+        v_prediction, family: as for `prepare_conversion`.
 
     Raises:
         ValueError: the format cannot hold it.
@@ -191,9 +192,9 @@ def prepare_writing(
     sources, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
     if to in READ_ONLY:
         to, lora = "kohya", replace(lora, notes=(*lora.notes, f"its names are {READ_ONLY[to]}; kohya's are written"))
-    _check_choices(to)
+    _check_choices(to, family=family)
     check_target(target, sources, to, overwrite)
-    lora, companions = _with_companions(lora, sources)
+    lora, companions = _with_companions(replace(lora, family=family or lora.family), sources)
     lora, notes = _fit_to(lora, to)
     return Conversion(to, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
 

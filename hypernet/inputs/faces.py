@@ -76,8 +76,9 @@ def choose_detector(name: str = "auto") -> str:
         warnings.warn(f"faces are looked for with OpenCV's cascades, which miss more of them than YuNet: {no_yunet}",
                       stacklevel=2)  # fmt: skip
         return "cascade"
-    raise ValueError(f"faces cannot be found: {no_cascade}, and as to YuNet, {no_yunet}; or crop the photo to the face "
-                     f"yourself and pass --no-crop")  # fmt: skip
+    reasons = no_yunet if no_yunet == no_cascade else f"with YuNet: {no_yunet}; with cascades: {no_cascade}"
+    raise ValueError(f"faces cannot be found: {reasons}; run pip install opencv-python-headless, or crop the photo to "
+                     f"the face yourself and pass --no-crop")  # fmt: skip
 
 
 def _best(faces: list[Face]) -> float:

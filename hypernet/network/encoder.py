@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -42,7 +43,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
                 folder, config=config, use_safetensors=True, output_loading_info=True
             )
         settings = picture_settings(folder)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"the encoder {str(source)!r} is not a folder with config.json and model.safetensors here and could not be "
             f"had from the Hugging Face hub; check the name and the connection ({first_line(error)})"

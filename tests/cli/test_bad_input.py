@@ -336,7 +336,7 @@ def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal(hdb, m
     save_file(
         tensors, "odd.safetensors", metadata={"modelspec.title": "\x1b[2J\x07nice\nwarning  none", "ss_v2": "False"}
     )
-    output = hdb.run("inspect", "odd.safetensors")
+    output = hdb.run("inspect", "odd.safetensors", code=3)  # the miniature's widths tell no family
     assert "\x1b" not in output
-    assert "\nwarning" not in output
+    assert "\nwarning  none" not in output
     assert "nice" in output

@@ -80,3 +80,21 @@ def test_what_cannot_be_done_is_one_sentence(hdb, arguments, message, code):
     state = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(2, 1)}
     save_file(state, "a.safetensors")
     assert message in hdb.fail(*arguments, code=code)
+
+
+def test_a_family_that_the_layers_do_not_tell_is_named_by_an_option(hdb, made):
+    """SD1's and SD2's self-attention have the same layers and widths."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down.weight": torch.randn(4, 320), "lora_up.weight": torch.randn(320, 4)}
+    save_file({f"{name}.{key}": value for key, value in factors.items()}, "attn1.safetensors")
+    commands = {
+        "small.safetensors": ("resize", "attn1.safetensors", "small.safetensors", "--rank", 2),
+        "half.safetensors": ("merge", "attn1.safetensors=0.5", "--out", "half.safetensors"),
+    }
+    for out, command in commands.items():
+        assert "say which: --family sd1, sd2" in hdb.fail(*command)
+        assert "model family is 'sd9'; choose one of" in hdb.fail(*command, "--family", "sd9")
+        hdb.run(*command, "--family", "sd2")
+        assert describe(out).base == "SD2"
+    into = ("merge", "attn1.safetensors", "--into", miniature_path(), "--out", "model", "--family", "sd1")
+    assert "leave them out with --into" in hdb.run(*into, code=2)

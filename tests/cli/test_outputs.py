@@ -18,10 +18,11 @@ UNET = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.w
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 # Options and arguments that name what is read; every other that names a path is an output, and is in OUTPUTS.
 READ = {
-    "personalize": {"photos", "each", "base", "hypernet", "start", "from_theta"},
-    "generate": {"base", "lora"},
-    "preoptimize": {"images", "base", "init_from"},
-    "train": {"images", "base", "targets", "init_from", "encoder", "validation_images"},
+    "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta"},
+    "generate": {"base", "components", "lora"},
+    "preoptimize": {"images", "base", "components", "init_from"},
+    "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
+    "learn-start": {"images", "base", "components", "hypernet"},
     "inspect": {"file"},
     "convert": {"sources", "base"},
     "resize": {"source"},
@@ -38,6 +39,9 @@ OUTPUTS = {
     ("generate", "out"): ("generate", "a", "--base", "model.safetensors", "--lora", "me.safetensors", "--out", "OUT"),
     ("preoptimize", "out"): ("preoptimize", "faces", "--base", "model.safetensors", "--out", "OUT"),
     ("train", "out"): ("train", "faces", "--base", "model.safetensors", "--out", "OUT"),
+    ("train", "save_config"): ("train", "faces", "--base", "model.safetensors", "--out", "net", "--save-config", "OUT"),
+    ("learn-start", "out"): ("learn-start", "faces", "--base", "model.safetensors", "--no-crop", "--out", "OUT"),
+    ("check", "out"): ("check", "--out", "OUT"),
     ("convert", "out"): ("convert", "me.safetensors", "OUT"),
     ("resize", "out"): ("resize", "me.safetensors", "OUT", "--rank", 1),
     ("merge", "out"): ("merge", "me.safetensors", "--out", "OUT"),
@@ -52,12 +56,14 @@ FURTHER = {
     "peft": ("convert", "me.safetensors", "OUT", "--to", "peft"),
     "minus": ("project", "tuned.safetensors", "OUT", "--minus", "model.safetensors"),
 }
-FOLDERS = {"demo", "preoptimize", "train", "each", "into a folder", "peft"}
+FOLDERS = {"demo out", "preoptimize out", "train out", "each", "into a folder", "peft"}
+SUFFIXES = {"generate out": ".png", "train save_config": ".yaml", "check out": ".json"}
+ONCE = {"train save_config", "learn-start out"}  # they have no --overwrite
 CASES = {f"{command} {name}": arguments for (command, name), arguments in OUTPUTS.items()} | FURTHER
 
 
-def is_folder(case: str) -> bool:
-    return case in FOLDERS or case.partition(" ")[0] in FOLDERS
+def suffix_of(case: str) -> str:
+    return "" if case in FOLDERS else SUFFIXES.get(case, ".safetensors")
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_every_output_is_decided_about_before_any_work(stock, case, monkeypatch)
     seen = []
     check = outputs._check_suffix
     monkeypatch.setattr(outputs, "_check_suffix", lambda target, suffix: (seen.append(target), check(target, suffix)))
-    out = {"generate out": "out.png"}.get(case, "out" if is_folder(case) else "out.safetensors")
+    out = f"out{suffix_of(case)}"
     Path(out).write_text("somebody's")
     if case in ("convert out", "peft"):
         assert f"kept {out}" in stock.run(*arguments_of(case, out))
@@ -113,12 +119,12 @@ def test_every_output_is_decided_about_before_any_work(stock, case, monkeypatch)
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_input_becomes_an_output(stock, case):
-    overwrite = () if is_folder(case) and case != "peft" else ("--overwrite",)
+    overwrite = () if case in FOLDERS - {"peft"} | ONCE else ("--overwrite",)
     arguments = [argument for argument in CASES[case] if argument != "OUT"]
     for source in [str(argument).partition("=")[0] for argument in arguments if Path(str(argument)).exists()]:
         targets = [f"{source}/run"] if Path(source).is_dir() else [source, source.upper()]
         for target in targets:
-            if is_folder(case) == Path(source).is_dir() and (case == "generate out") == source.endswith(".png"):
+            if ("" if Path(source).is_dir() else Path(source).suffix) == suffix_of(case):
                 assert "which is read" in (message := stock.fail(*arguments_of(case, target), *overwrite)) or (
                     "both what is read and what is written" in message
                 )

@@ -7,8 +7,8 @@ import pytest
 
 import testbed
 from converters import describe
+from hypernet import request
 from hypernet.bases.loading import load_base
-from hypernet.network.config import HyperNetworkConfig
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 
@@ -54,10 +54,8 @@ def test_steps_0_leave_the_prediction_alone(hdb, run, saved):
 
 
 def test_the_hypernetworks_config_is_read_once(hdb, run, saved, monkeypatch):
-    reads, read = [], HyperNetworkConfig.get_config_dict
-    monkeypatch.setattr(
-        HyperNetworkConfig, "get_config_dict", lambda *args, **kw: reads.append(args) or read(*args, **kw)
-    )
+    reads, read = [], request.read_config
+    monkeypatch.setattr(request, "read_config", lambda source: reads.append(source) or read(source))
     hdb.run(*run("--hypernet", saved / "net"))
     assert len(reads) == 1
 
@@ -79,8 +77,8 @@ def test_the_miniature_has_its_own_hypernetwork(hdb, run, saved, portrait, monke
     hdb.run("personalize", portrait, "--base", miniature_path(), "--hypernet", "testbed", "--no-crop", "--no-preview",
             "--steps", 0, "--out", "me.safetensors", "--overwrite")  # fmt: skip
     assert Path("me.safetensors").read_bytes() == own
-    assert "predict" not in stages(hdb.run(*run("--hypernet", "none", "--theta-steps", 1)))
-    assert stages(hdb.run(*run("--from-theta", "theta.safetensors", "--theta-steps", 0))) == []
+    assert "predict" not in stages(hdb.run(*run("--hypernet", "none", "--theta-steps", 1, "--overwrite")))
+    assert stages(hdb.run(*run("--from-theta", "theta.safetensors", "--theta-steps", 0, "--overwrite"))) == []
     assert "--hypernet none" in hdb.fail(*run("--token", "sks"))
 
 

@@ -250,15 +250,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(base, photo, t
 
 def test_bad_inputs_are_found_before_a_base_is_loaded(photo, tmp_path):
     out = tmp_path / "me.safetensors"
-    request_person([photo], out)
+    request_person([photo], out, QUICK)
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"notes.txt is not an image"):
-        request_person([photo, text], out)
+        request_person([photo, text], out, QUICK)
     with pytest.raises(FileNotFoundError, match=r"nobody.jpg does not exist"):
-        request_person([tmp_path / "nobody.jpg"], out)
+        request_person([tmp_path / "nobody.jpg"], out, QUICK)
     with pytest.raises(ValueError, match=r"notes.txt is .*not a safetensors file"):
-        request_person([photo], out, from_theta=text)
+        request_person([photo], out, QUICK, from_theta=text)
 
 
 def test_no_photo_is_refused(base):

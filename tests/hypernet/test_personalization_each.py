@@ -273,5 +273,5 @@ def test_bad_outputs_are_found_before_any_work(people_folder, tmp_path, monkeypa
 
 def test_faces_that_cannot_be_looked_for_are_no_reason_to_leave_everybody_out(people_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="here is no OpenCV"):
+    with pytest.raises(ValueError, match="OpenCV is not installed; run pip install opencv"):
         request_people(open_people(people_folder), tmp_path / "loras", replace(QUICK, crop=True))

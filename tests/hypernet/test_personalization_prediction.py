@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import hypernet.personalization as personalization
+from hypernet import request
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
-from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import check_recipe, predicted_recipe
 from hypernet.personalization import personalize, personalize_to_files
@@ -126,17 +126,15 @@ def test_a_folder_is_as_good_as_the_network(base, network, photo, tmp_path):
 
 def test_its_config_is_read_once(base, network, photo, tmp_path, monkeypatch):
     network.save_pretrained(tmp_path / "net")
-    reads, read = [], HyperNetworkConfig.get_config_dict
-    monkeypatch.setattr(
-        HyperNetworkConfig, "get_config_dict", lambda *args, **kw: reads.append(args) or read(*args, **kw)
-    )
+    reads = []
+    monkeypatch.setattr(request, "read_config", lambda source: reads.append(source) or read_config(source))
     out = tmp_path / "me.safetensors"
     personalize_to_files([photo], base, out, ALONE, previews=None, hypernet=tmp_path / "net")
     assert len(reads) == 1
     config = read_config(tmp_path / "net")
     request_person([photo], tmp_path / "other.safetensors", ALONE, hypernet=config)
     result = personalize([photo], base, ALONE, hypernet=config)
-    assert len(reads) == 2
+    assert len(reads) == 1
     assert torch.equal(result.theta, predicted(network, photo))
 
 

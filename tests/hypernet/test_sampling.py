@@ -107,7 +107,7 @@ def loha(tensors):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (with_nan, "bad.safetensors holds NaN or infinity in 1 tensors, lora_"),
+        (with_nan, "bad.safetensors holds NaN or infinity in 1 tensors, e.g. lora_"),
         (widened, "bad.safetensors does not fit .*other names or widths"),
         (loha, "bad.safetensors is a kohya LoHa; only a LoRA"),
         (lambda tensors: {name: tensors[name] for name in sorted(tensors)[:0]}, "name a LoRA or theta file"),
