@@ -51,7 +51,8 @@ class HyperNetworkConfig(PretrainedConfig):
     ) -> None:
         if not (encoder and layers and record):  # transformers 4 tries a config without arguments, and expects this
             raise ValueError("encoder, layers or record is missing; make the config with HyperNetworkConfig.for_space")
-        encoder = encoder_config(encoder) if isinstance(encoder, dict) else encoder
+        # Always the same form, as a config.json is read: a resumed training writes the bytes of an unbroken one.
+        encoder = encoder_config(encoder if isinstance(encoder, dict) else encoder.to_dict())
         check_encoder(encoder)
         if layers_hash({name: shape for name, *shape in layers}) != record.get("layers_hash"):
             raise ValueError("the list of layers is not the one of the record; the config.json is damaged")

@@ -51,8 +51,6 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     missing = sorted(name for name in info["missing_keys"] if not is_unused(name))
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} weights of its encoder, e.g. {missing[0]}; get it again")
-    if Path(source).is_dir():
-        encoder.config.name_or_path = Path(source).name  # checkpoints tell nobody's folders
     return encoder.float(), settings
 
 

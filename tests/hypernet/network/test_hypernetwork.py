@@ -205,6 +205,15 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_what_was_loaded_is_saved_as_the_same_bytes(padded_space, tmp_path):
+    """A training that is resumed leaves what an unbroken one leaves."""
+    save_encoder(ENCODERS["vit"], tmp_path / "vit")
+    HyperNetwork.from_encoder(tmp_path / "vit", padded_space, **DECODER).save_pretrained(tmp_path / "first")
+    HyperNetwork.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
 def test_a_damaged_folder_is_refused_in_words(padded_space, tmp_path):
     folder = tmp_path / "net"
     make(padded_space).save_pretrained(folder)
