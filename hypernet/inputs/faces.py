@@ -76,7 +76,7 @@ def choose_detector(name: str = "auto") -> str:
         warnings.warn(f"faces are looked for with OpenCV's cascades, which miss more of them than YuNet: {no_yunet}",
                       stacklevel=2)  # fmt: skip
         return "cascade"
-    reasons = no_yunet if no_yunet == no_cascade else f"with YuNet: {no_yunet}; with cascades: {no_cascade}"
+    reasons = no_yunet if no_yunet == no_cascade else f"with cascades: {no_cascade}; with YuNet: {no_yunet}"
     raise ValueError(f"faces cannot be found: {reasons}; run pip install opencv-python-headless, or crop the photo to "
                      f"the face yourself and pass --no-crop")  # fmt: skip
 
