@@ -223,11 +223,11 @@ def _lock(path: Path) -> int | None:
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException as error:
+    except OSError as error:
         os.close(handle)
-        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):  # a file system without locks
-            return None
-        raise
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks
     return handle
 
 

@@ -1,6 +1,8 @@
 """CLIP's text encoders, OpenAI's and OpenCLIP's, which several families share."""
 
-from .family import Shapes, Stacked
+from typing import Any
+
+from .family import Component, Shapes, Stacked
 
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "out_proj"})
 _WORDS = """
@@ -39,3 +41,16 @@ def attention_shapes(num_layers: int, width: int) -> Shapes:
         for name in ("k_proj", "out_proj", "q_proj", "v_proj")
     ]
     return dict.fromkeys(names, (width, width))
+
+
+def text_encoder(num_layers: int, width: int, **own: Any) -> Component:
+    """Return the component of an encoder; ``own`` is what its family alone says of it, and may replace what is shared.
+
+    Args:
+        num_layers, width: of the published model.
+    """
+    shared = {"name": "text_encoder", "classes": ("CLIPTextModel",), "modules": MODULES}
+    return Component(
+        role="text encoder", targets=TARGETS, shapes=attention_shapes(num_layers, width), words=WORDS, path=PATH,
+        level=LEVEL, trained=TRAINED, **shared | own,
+    )  # fmt: skip

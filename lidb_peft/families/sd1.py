@@ -33,18 +33,10 @@ SD1 = Family(
             convolutions=unet.CONVOLUTIONS | dict.fromkeys(unet.PROJECTIONS, 1),
             config={"cross_attention_dim": 768},
         ),
-        Component(
-            name="text_encoder",
+        clip.text_encoder(
+            num_layers=12,
+            width=768,
             title="text encoder",
-            role="text encoder",
-            classes=("CLIPTextModel",),
-            targets=clip.TARGETS,
-            shapes=clip.attention_shapes(12, 768),
-            words=clip.WORDS,
-            path=clip.PATH,
-            level=clip.LEVEL,
-            trained=clip.TRAINED,
-            modules=clip.MODULES,
             path_prefixes=clip.path_prefixes("clip_l"),
             # Files with lora_te1_ lose their text encoder in kohya without a word.
             kohya_prefixes=("lora_te_", "lora_te1_"),
