@@ -1,4 +1,6 @@
-"""What other libraries' errors say, short enough to be part of a sentence of ours."""
+"""What other libraries' errors say, short enough to be part of a sentence of ours; and which names differ."""
+
+from collections.abc import Mapping
 
 
 def first_line(error: BaseException) -> str:
@@ -26,3 +28,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def differing_names(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    """Names, sorted, that one of two mappings lacks or that have another value there."""
+    return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))

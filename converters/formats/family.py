@@ -15,9 +15,13 @@ _REFINER = "stable-diffusion-xl-v1-refiner"
 _SD3 = "stable-diffusion-3"
 OTHER_MODELS = frozenset({_REFINER, _SD3})
 """Models that have modules of a family's names, with other widths, and are none of it."""
-# The refiner reads OpenCLIP's bigG alone, and its levels with attentions are 768 and 1536 wide; (layer, widths).
-_REFINER_LAYERS = ((re.compile(r"attn2\.to_[kv]$"), {1280}), (re.compile(r"attn1\.to_[qkv]$"), {768, 1536}))
-_FLUX_WIDTH = 3072
+# Model -> (our layer name, widths of what it reads), which no published model of a family has.
+_OTHER_LAYERS = {
+    # It reads OpenCLIP's bigG alone, and its levels with attentions are 768 and 1536 wide.
+    _REFINER: ((re.compile(r"attn2\.to_[kv]$"), {1280}), (re.compile(r"attn1\.to_[qkv]$"), {768, 1536})),
+    # Its blocks have the names of FLUX's double ones, which are 3072 wide.
+    _SD3: ((re.compile(r"transformer\.transformer_blocks\.\d+\.attn\."), {1536, 2432}),),
+}
 
 
 def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
@@ -28,7 +32,7 @@ def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
     """
     layers = list(layers)
     fitting = _fitting(layers)
-    other = _REFINER if _has_refiner_widths(layers) else _SD3 if _has_only_sd3_layers(layers) else ""
+    other = next((model for model, marks in _OTHER_LAYERS.items() if _has_any(layers, marks)), "")
     if other:
         return other
     certain = marked_bases(layers)
@@ -74,17 +78,8 @@ def _states_refiner(metadata: Mapping[str, str]) -> bool:
     return any(metadata.get(key, "").startswith(("sdxl_refiner", _REFINER)) for key in _STATING)
 
 
-def _has_refiner_widths(layers: Iterable[Layer]) -> bool:
-    return any(
-        pattern.search(ours) and width in widths for _, ours, width in layers for pattern, widths in _REFINER_LAYERS
-    )
-
-
-def _has_only_sd3_layers(layers: Iterable[Layer]) -> bool:
-    """Whether it is diffusers' LoRA of Stable Diffusion 3, whose blocks have the names of FLUX's double ones."""
-    own = [(name, ours, width) for name, ours, width in layers if ours.startswith("transformer.")]
-    is_flux = any("single_" in ours or "double_blocks" in name or width == _FLUX_WIDTH for name, ours, width in own)
-    return any(".attn." in ours for _, ours, _ in own) and not is_flux
+def _has_any(layers: Iterable[Layer], marks: Iterable[tuple[re.Pattern[str], set[int]]]) -> bool:
+    return any(pattern.search(ours) and width in widths for _, ours, width in layers for pattern, widths in marks)
 
 
 def _has_widths(layers: Sequence[Layer], family: Family) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hypernet.errors import differing_names
 from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def load_transformer(path: Path, config_folder: Path, dtype: torch.dtype) -> "Fl
     expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if found != expected:
-        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        names = differing_names(found, expected)
         raise ValueError(
             f"{len(names)} of its weights are not those of {config_folder / 'config.json'}, e.g. {names[0]}; pass "
             f"--components with the folder that the file belongs to"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from converters import read_lora
+from hypernet.errors import differing_names
 from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path
@@ -47,7 +48,7 @@ class LoraStart:
         theirs = {name: (A.shape[1], B.shape[0]) for name, (A, B) in self.factors.items()}
         ours = dict(zip(space.layer_names, space.shapes, strict=True))
         if theirs != ours:
-            differing = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+            differing = differing_names(theirs, ours)
             raise ValueError(
                 f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. {differing[0]} is "
                 f"missing in one of them or has another shape; adapt the layers it was learned on, or pass --start none"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypernet.errors import differing_names
 from hypernet.recipe import TrainConfig
 from lidb_peft.sealed import read_tree, same_kind, write_tree
 
@@ -64,8 +65,7 @@ class TrainingState:
         path = folder / STATE_FILE
         state = _read(path)
         _check_config(path, state["config"], state["world"], config, world)
-        their_data = state["data"]
-        changed = sorted(name for name in {*their_data, *self.data} if their_data.get(name) != self.data.get(name))
+        changed = differing_names(state["data"], self.data)
         if changed:
             raise ValueError(f"{path} was trained on other {' and '.join(changed)} than there are now, by their names, "
                              f"photos or order; resume with the same ones, or train anew")  # fmt: skip
@@ -73,7 +73,7 @@ class TrainingState:
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
         ours = {name: tuple(value.shape) for name, value in parameters.items()}
         if theirs != ours:
-            names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+            names = differing_names(theirs, ours)
             raise ValueError(
                 f"{path} is of another hypernetwork: {len(names)} of its weights are missing here or have another "
                 f"shape, e.g. {names[0]}; resume with the hypernetwork in {folder}"

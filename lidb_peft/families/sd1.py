@@ -1,37 +1,22 @@
 """Stable Diffusion 1.x, and what has its architecture."""
 
 from . import clip, unet
-from .family import Component, Family, Mark, Version
+from .family import Family, Mark, Version
 
 CROSS_KEY = r"attn2[._](processor[._])?to_k(_lora)?$"
 """A layer that reads the prompt, whose width tells Stable Diffusion's families, by any name."""
-
-UNET_ORIGINALS = unet.sgm_names(4, attended=(0, 1, 2))
 
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1",
     a1111_version="SD1",
     components=(
-        Component(
-            name="unet",
-            title="UNet",
-            role="denoiser",
-            classes=("UNet2DConditionModel",),
-            targets=unet.TARGETS,
+        unet.denoiser(
             shapes=unet.attention_shapes((320, 640, 1280, 1280), (1, 1, 1, 0), 768),
-            words=unet.WORDS,
-            path=unet.PATH,
-            blocks=unet.BLOCKS,
-            trained=unet.TRAINED,
-            modules=unet.MODULES,
-            kohya_prefixes=("lora_unet_", *unet.OTHER_KOHYA_PREFIXES),
-            path_prefixes=unet.PATH_PREFIXES,
-            originals=UNET_ORIGINALS,
+            cross_width=768,
+            originals=unet.sgm_names(4, attended=(0, 1, 2)),
             kohya_attribute="down_blocks",
-            checkpoint_prefixes=("model.diffusion_model.",),
             convolutions=unet.CONVOLUTIONS | dict.fromkeys(unet.PROJECTIONS, 1),
-            config={"cross_attention_dim": 768},
         ),
         clip.text_encoder(
             num_layers=12,

@@ -1,7 +1,7 @@
 """Stable Diffusion XL: a UNet of three levels that reads two text encoders."""
 
 from . import clip, unet
-from .family import Component, Family, Mark, Version
+from .family import Family, Mark, Version
 from .sd1 import CROSS_KEY
 
 SDXL = Family(
@@ -9,26 +9,13 @@ SDXL = Family(
     title="Stable Diffusion XL",
     a1111_version="SDXL",
     components=(
-        Component(
-            name="unet",
-            title="UNet",
-            role="denoiser",
-            classes=("UNet2DConditionModel",),
-            targets=unet.TARGETS,
+        unet.denoiser(
             shapes=unet.attention_shapes((320, 640, 1280), (0, 2, 10), 2048),
-            words=unet.WORDS,
-            path=unet.PATH,
-            blocks=unet.BLOCKS,
-            trained=unet.TRAINED,
-            modules=unet.MODULES,
-            kohya_prefixes=("lora_unet_", *unet.OTHER_KOHYA_PREFIXES),
-            path_prefixes=unet.PATH_PREFIXES,
+            cross_width=2048,
             originals=unet.sgm_names(3, attended=(1, 2)),
             kohya_uses_originals=True,
             kohya_attribute="input_blocks",
-            checkpoint_prefixes=("model.diffusion_model.",),
             convolutions=unet.CONVOLUTIONS,
-            config={"cross_attention_dim": 2048},
         ),
         clip.text_encoder(
             num_layers=12,

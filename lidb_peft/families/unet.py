@@ -1,6 +1,8 @@
 """The UNets of Stable Diffusion: their modules by diffusers' names, and by those of the first authors (sgm)."""
 
-from .family import Shapes
+from typing import Any
+
+from .family import Component, Shapes
 
 TARGETS = frozenset({"to_q", "to_k", "to_v", "to_out.0"})
 _WORDS = """
@@ -61,6 +63,21 @@ def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_w
                 prefix = f"{path}.transformer_blocks.{block}.{attention}"
                 shapes |= {f"{prefix}.{name}": (read, width) for name, read in inputs.items()}
     return shapes
+
+
+def denoiser(shapes: Shapes, cross_width: int, **own: Any) -> Component:
+    """Return the component of a UNet; ``own`` is what its family alone says of it.
+
+    Args:
+        shapes: of the published model, as `attention_shapes` gives them.
+        cross_width: width of the prompt embeddings, by which the published models are told.
+    """
+    return Component(
+        name="unet", title="UNet", role="denoiser", classes=("UNet2DConditionModel",), targets=TARGETS, shapes=shapes,
+        words=WORDS, path=PATH, blocks=BLOCKS, trained=TRAINED, modules=MODULES,
+        kohya_prefixes=("lora_unet_", *OTHER_KOHYA_PREFIXES), path_prefixes=PATH_PREFIXES,
+        checkpoint_prefixes=("model.diffusion_model.",), config={"cross_attention_dim": cross_width}, **own,
+    )  # fmt: skip
 
 
 def sgm_names(num_levels: int, attended: tuple[int, ...]) -> tuple[tuple[str, str], ...]:

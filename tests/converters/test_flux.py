@@ -417,3 +417,17 @@ def test_a_theta_of_flux_becomes_a_lora_without_the_base(tmp_path, real_models):
     for name in (space.layer_names[0], space.layer_names[-1]):
         (lora_A, lora_B), layer = expected[name], lora.layers[name]
         torch.testing.assert_close(layer.lora_B[:64] @ layer.lora_A * layer.scale, lora_B[:64] @ lora_A)
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "base"),
+    [(WIDTH, 0, "flux1"), (3072, 18, "flux1"), (2048, 0, "flux1"), (1536, 0, ""), (2432, 0, "")],
+)
+def test_double_blocks_alone_are_flux_unless_they_are_as_wide_as_stable_diffusion_3(tmp_path, width, block, base):
+    name, path = f"transformer.transformer_blocks.{block}.attn.to_q", tmp_path / "a.safetensors"
+    save_file({f"{name}.lora_A.weight": random(2, width), f"{name}.lora_B.weight": random(width, 2)}, path)
+    if base:
+        assert read_lora(path).family == base
+    else:
+        with pytest.raises(ValueError, match=r"is a LoRA of stable-diffusion-3, which is none of Stable Diffusion 1"):
+            read_lora(path)
