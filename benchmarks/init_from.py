@@ -22,6 +22,7 @@ from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.losses import base_losses
 from hypernet.fitting.noise import draw_noise, noise_photos
+from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import TARGET_STEPS
 from lidb_peft import LiDBSpace
@@ -60,7 +61,7 @@ def main() -> None:
     space = LiDBSpace(base.adapted, miniature_lidb_config())
     people = SPLITS["validation"][: arguments.people]
     subjects = shown_subjects(base, people)
-    predict, _ = predicted_start(arguments.hypernet, space, base.device)
+    predict, _ = predicted_start(read_config(arguments.hypernet), space, base.device)
     starts = {"theta_0": space.theta_0.expand(len(people), -1, -1), "prediction": predict(shown_photos(people))}
     recipe = replace(MINIATURE_RECIPE, theta_lr=arguments.lr)
     losses = {name: [] for name in starts}

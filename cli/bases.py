@@ -1,11 +1,11 @@
-"""Options that commands share, and opening what ``--base`` names."""
+"""Options that commands share."""
 
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from hypernet.bases.config import BaseConfig
 from hypernet.recipe import (
     ATTENTIONS,
     AUTO,
@@ -16,13 +16,6 @@ from hypernet.recipe import (
     PersonalizeConfig,
 )
 from testbed import MINIATURE_RECIPE
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-    from hypernet.bases.base import BaseModel
-
-DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 
 
 class MemorySize(click.ParamType):
@@ -91,15 +84,15 @@ _LOADING = {
 
 
 def loading_options(command):
-    """Add the options of `open_base`; `pop_loading` takes their values out of a command's arguments."""
+    """Add the options of `BaseConfig`, ``--base`` aside; `pop_base` takes their values out of a command's arguments."""
     for option in reversed(_LOADING.values()):
         command = option(command)
     return command
 
 
-def pop_loading(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take what `loading_options` gave out of ``arguments``, as `open_base` takes it."""
-    return {name: arguments.pop(name) for name in _LOADING}
+def pop_base(arguments: dict[str, Any]) -> BaseConfig:
+    """Take what `base_option` and `loading_options` gave out of ``arguments``."""
+    return BaseConfig(**{name: arguments.pop(name) for name in ("base", *_LOADING)})
 
 
 hypernet_option = click.option(
@@ -159,44 +152,3 @@ checkpointing_option = recipe_option(
     "--gradient-checkpointing", "gradient_checkpointing", click.Choice(AUTO),
     "Use less memory but be slower; auto turns it on if a step does not fit into the GPU's memory.",
 )  # fmt: skip
-
-
-def chosen_detector(name: str, crop: bool) -> str:
-    """What ``--face-detector`` means here, which is told if ``auto`` chose it; as it is if no face is looked for."""
-    from hypernet.inputs.people import check_detector
-
-    chosen = check_detector(crop, name)
-    if chosen != name:
-        click.echo(f"faces are looked for with {DETECTOR_NAMES[chosen]}", err=True)
-    return chosen
-
-
-def open_base(
-    name: str, device: str, precision: str, max_vram: int | None = None, revision: str | None = None, **options: Any
-) -> "BaseModel":
-    """Load the base that ``--base`` names, and say what was chosen.
-
-    Args:
-        max_vram: bytes that may be taken of the CUDA device.
-        revision: of a base that is on the hub.
-        options: the others of `load_base`.
-    """
-    from hypernet.bases.loading import load_base
-    from hypernet.devices import choose_device, describe_choice, limit_memory
-
-    if max_vram is not None:
-        limit_memory(choose_device(device), max_vram)
-    source = name if revision is None else f"{name}@{revision}"
-    if revision is not None and (name == "testbed" or Path(name).exists()):
-        raise click.UsageError(f"--revision is for a base on the Hugging Face hub, and {name} is here")
-    base = load_base(source, device, precision, **options)
-    click.echo(f"base {name} on {describe_choice(base.device, base.dtype)}", err=True)
-    return base
-
-
-def join_and_open(name: str, device: str, precision: str, **options: Any) -> tuple["PartialState", "BaseModel"]:
-    """Meet the processes that a launcher started, if one did, and `open_base` on this one's own device."""
-    from hypernet.devices import choose_device, join_processes
-
-    state = join_processes(choose_device(device))
-    return state, open_base(name, device if state.num_processes == 1 else str(state.device), precision, **options)

@@ -25,15 +25,15 @@ def command(device: str, precision: str, out: Path, overwrite: bool) -> None:
     """
     import json
 
-    from cli.bases import open_base
     from cli.progress import progress_bars
+    from hypernet.bases.loading import load_base
     from hypernet.bundles import find_bundle
     from hypernet.check import check
     from lidb_peft.files import atomic_path
     from lidb_peft.outputs import check_output
 
     check_output(out, suffix=".json", overwrite=overwrite)
-    base = open_base("testbed", device, precision)
+    base = load_base("testbed", device, precision)
     with progress_bars() as report_progress:
         report = check(
             base, find_bundle("testbed").lidb_config, lambda done, total: report_progress("check", done, total)

@@ -52,9 +52,9 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
     models, v_prediction = None, None
     if base is not None:
         check_not_an_input(out, [base])
-        from cli.bases import open_base
+        from hypernet.bases.loading import load_base
 
-        opened = open_base(base, device="cpu", precision="fp32")
+        opened = load_base(base, device="cpu", precision="fp32")
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
     options = {"dtype": dtype, "family": family, "trigger": trigger, "v_prediction": v_prediction,

@@ -8,7 +8,6 @@ from cli.bases import (
     base_option,
     components_option,
     device_option,
-    open_base,
     precision_option,
     quantize_option,
     seed_option,
@@ -54,10 +53,11 @@ def command(
     hdb generate "a face at night" --base testbed
     """
     from cli.progress import progress_bars
+    from hypernet.bases.loading import load_base
     from hypernet.sampling import check_pictures, generate_to_file
 
     check_pictures(out, base, lora, overwrite)
-    model = open_base(base, device, precision, components=components, quantize=quantize)
+    model = load_base(base, device, precision, components=components, quantize=quantize)
     with progress_bars() as report:
         generate_to_file(
             model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,

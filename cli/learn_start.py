@@ -10,8 +10,7 @@ from cli.bases import (
     hypernet_option,
     loading_options,
     no_crop_option,
-    open_base,
-    pop_loading,
+    pop_base,
     recipe_option,
     seed_option,
 )
@@ -43,7 +42,7 @@ def _option(field: str, kind: click.ParamType, text: str):
 @no_crop_option
 @seed_option
 @loading_options
-def command(images, base, hypernet, out, rounds, people, inner_steps, rate, no_crop, seed, **options) -> None:
+def command(images, hypernet, out, rounds, people, inner_steps, rate, no_crop, seed, **options) -> None:
     """Learn where finetunings start: a LoRA from which a few steps reach anybody, and hdb personalize --start takes it.
 
     IMAGES is as for hdb preoptimize; some hundred people suffice. Options that hdb personalize has too should be as
@@ -55,26 +54,26 @@ def command(images, base, hypernet, out, rounds, people, inner_steps, rate, no_c
     hdb learn-start faces/ --hypernet hypernet/best --out hypernet/best/start.safetensors
     """
     from cli.progress import progress_bars
+    from hypernet.bases.loading import as_base
     from hypernet.fitting.starts import save_start
-    from hypernet.inputs.people import check_detector, open_people
+    from hypernet.inputs.people import open_people, with_detector
     from hypernet.network.hypernetwork import HyperNetwork
     from hypernet.network.prediction import predicted_recipe
     from hypernet.personalization import recipe_space
     from hypernet.training.start import learn_start, resumable_start, rounds_of
     from lidb_peft.outputs import check_output
 
-    loading = pop_loading(options)
+    chosen = pop_base(options)
+    base = chosen.base
     check_output(out, [images, *(file for file in [base] if Path(file).is_file())])  # a base's folder may have a start
     config = StartConfig(rounds, people, inner_steps, rate, seed)
     bundle, source = find_bundle(base), hypernetwork_source(hypernet or "auto", base)
     network = None if source is None else HyperNetwork.from_pretrained(source).requires_grad_(False)
     recipe = bundle.recipe if network is None else predicted_recipe(network.config, bundle.recipe)
     given = {name: value for name, value in options.items() if value is not None}
-    recipe = replace(recipe, **given, crop=not no_crop)
-    if recipe.crop:
-        check_detector()
+    recipe = with_detector(replace(recipe, **given, crop=not no_crop))
     found = open_people(images)
-    model = open_base(base, **loading)
+    model = as_base(chosen)
     space = recipe_space(model, recipe, bundle.lidb_config) if network is None else network.space_on(model.adapted)
     of_round = rounds_of(found, model, recipe, config, network)
     bases = None if network is None else network.bases

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -63,6 +64,13 @@ def check_shadowing() -> None:
                     f"{place} hides this program's package {name}, because Python finds it first; rename it, or "
                     f"run hdb in another folder"
                 )
+
+
+class _Told(logging.Handler):
+    """What the library says that it chose, such as the device, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
 
 
 class LazyGroup(click.Group):
@@ -134,6 +142,9 @@ def main() -> None:
     atexit.register(gc.freeze)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    log = logging.getLogger("hypernet")
+    log.setLevel(logging.INFO)
+    log.propagate, log.handlers = False, [_Told()]
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
 
 

@@ -9,13 +9,11 @@ from cli.bases import (
     base_option,
     batch_option,
     checkpointing_option,
-    chosen_detector,
     face_detector_option,
     hypernet_option,
     loading_options,
-    open_base,
     optimizer_option,
-    pop_loading,
+    pop_base,
     recipe_option,
     seed_option,
     start_option,
@@ -73,7 +71,6 @@ def command(
     photos,
     each,
     batch,
-    base,
     hypernet,
     out,
     previews,
@@ -97,26 +94,25 @@ def command(
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
     _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta)
-    loading = pop_loading(options)
+    base = pop_base(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
         from cli.progress import progress_bars
+        from hypernet.bases.loading import as_base
         from hypernet.inputs.people import open_people
         from hypernet.personalization import make_person
         from hypernet.personalization_each import make_people
-        from hypernet.request import choose_recipe, request_people, request_person
+        from hypernet.request import request_people, request_person
 
     given = {name: value for name, value in options.items() if value is not None}
-    given |= {"crop": not no_crop, "face_detector": chosen_detector(face_detector, not no_crop)}
-    choice = choose_recipe(base, from_theta=from_theta, hypernet=hypernet or "auto", options=given)
-    recipe, _, network = choice
-    if network is not None:
-        click.echo(f"starting at the prediction of the hypernetwork {network.name_or_path}", err=True)
-    common = choice._asdict() | {
+    given |= {"crop": not no_crop, "face_detector": face_detector}
+    common = {
+        "hypernet": hypernet or "auto",
         "previews": None if no_preview else previews,
         "start": None if start == "none" else start,
         "base": base,
         "overwrite": overwrite,
+        "options": given,
     }
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
@@ -128,16 +124,17 @@ def command(
     with timed(seconds, "import"):
         from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
-        model = open_base(base, **loading)
+        model = as_base(base)
     with progress_bars(per_hour="" if each is None else "people") as report:
         result = (make_person if each is None else make_people)(request, model, report)
     (_tell_person if each is None else _tell_people)(result, out)
     seconds |= result.seconds
     click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+    trigger = request.config.trigger
     where, name = (out.name, out.stem) if each is None else ("the files", "NAME")
-    click.echo(f'use it: put {where} into models/Lora and write "{recipe.trigger} <lora:{name}:1>"')
+    click.echo(f'use it: put {where} into models/Lora and write "{trigger} <lora:{name}:1>"')
     if each is not None:
-        click.echo(f'all of them answer to "{recipe.trigger}": take one at a time')
+        click.echo(f'all of them answer to "{trigger}": take one at a time')
 
 
 def _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta) -> None:

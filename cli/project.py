@@ -30,10 +30,10 @@ def command(source, out, minus, base, overwrite) -> None:
     check_output(out, [source, minus, base], overwrite=overwrite)
     options = {}
     if base is not None:
-        from cli.bases import open_base
+        from hypernet.bases.loading import load_base
         from hypernet.bundles import find_bundle
 
-        model = open_base(base, device="cpu", precision="fp32")
+        model = load_base(base, device="cpu", precision="fp32")
         options = {"models": model.adapted, "config": find_bundle(base).lidb_config}
     found = project_to_file(source, out, minus, overwrite=overwrite, **options)
     click.echo(f"wrote {out}")

@@ -7,18 +7,15 @@ from click.core import ParameterSource
 
 from cli.bases import (
     base_option,
-    chosen_detector,
     face_detector_option,
-    join_and_open,
     loading_options,
     no_crop_option,
-    pop_loading,
+    pop_base,
     prompt_option,
     seed_option,
     token_option,
 )
 from cli.options import ConfiguredCommand
-from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.recipe import AUTO, DEFAULT_BASE, DEFAULT_ENCODER, PRESERVED, TRAIN_CHOICES, TrainConfig
 
 OF_A_FRESH_ONE = ("encoder", "train_encoder", "learned_bases", "rounds", "hidden_size", "token", "prompt")
@@ -95,8 +92,7 @@ def _switch(flag: str, text: str):
 @seed_option
 @loading_options
 def command(
-    images, base, out, targets, resume, init_from, weights, validation_images, trackers, no_crop, face_detector,
-    **options,
+    images, out, targets, resume, init_from, weights, validation_images, trackers, no_crop, **options
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
 
@@ -112,42 +108,29 @@ def command(
     accelerate launch --num_processes 8 -m lidb_peft train faces/ --out hypernet
     """
     from cli.progress import progress_bars
-    from hypernet.fitting.targets import SKIPPED_FILE
-    from hypernet.inputs.people import open_people
-    from hypernet.network.hypernetwork import read_config
-    from hypernet.training.loop import train
-    from hypernet.training.setup import BEST, LAST, check_folder, open_network
+    from hypernet.data_sets import train
 
     if init_from is not None:
         _check_nothing_of_a_fresh_one()
-    fresh = {name: options.pop(name) for name in OF_A_FRESH_ONE}
-    weights = float(targets is not None) if weights is None else weights
-    loading = pop_loading(options)
-    detector = chosen_detector(face_detector, not no_crop)
+    chosen, encoder = pop_base(options), options.pop("encoder")
+    fresh = {name: options.pop(name) for name in OF_A_FRESH_ONE if name != "encoder"}
     options["gradient_checkpointing"] = options["gradient_checkpointing"] == "on"
-    config = TrainConfig(**options, weights=weights, crop=not no_crop, face_detector=detector)
-    check_folder(out, resume, [images, validation_images, targets, base, init_from, loading["components"]])
-    people = open_people(images)
-    held_out = validation_images and open_people(validation_images)
-    source = hypernetwork_source(init_from or "none", base)
-    if source is not None and not resume:
-        read_config(source)  # before a base is loaded, which may be a download of gigabytes
-    state, model = join_and_open(base, **loading)
-    network, space = open_network(
-        out if resume else None, source, base=model, lidb_config=find_bundle(base).lidb_config,
-        base_model_name=base, seed=config.seed, **fresh,
-    )  # fmt: skip
+    weights = float(targets is not None) if weights is None else weights
+    config = TrainConfig(**options, weights=weights, crop=not no_crop)
     with progress_bars() as report:
-        result = train(people, model, network, out, config, targets, held_out, resume, trackers, report, space)
-    if state.is_main_process:
+        result = train(
+            images, out, chosen, config, targets=targets, hypernet=init_from or "none", encoder=encoder,
+            network_options=fresh, held_out=validation_images, resume=resume, trackers=trackers, progress=report,
+        )  # fmt: skip
+    if result.is_main_process:
         loss = "no step was left" if result.loss is None else f"loss {result.loss:.4f}"
-        best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({out / BEST})"
+        best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({result.folder})"
         click.echo(f"trained {result.steps} steps: {loss}{best}")
         if result.skipped:
-            click.echo(f"skipped {len(result.skipped)} photos or people, listed in {out / SKIPPED_FILE}")
-        click.echo(f"wrote {out / LAST}")
-        on = "" if base == DEFAULT_BASE else f" --base {base}"
-        click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {out / (LAST if result.best is None else BEST)}")
+            click.echo(f"skipped {len(result.skipped)} photos or people, listed in {result.skipped_file}")
+        click.echo(f"wrote {result.last}")
+        on = "" if chosen.base == DEFAULT_BASE else f" --base {chosen.base}"
+        click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {result.folder}")
 
 
 def _check_nothing_of_a_fresh_one() -> None:

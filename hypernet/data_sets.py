@@ -1,15 +1,24 @@
-"""From a folder of people to targets, and to a hypernetwork: ``hdb preoptimize`` and ``hdb train`` as one call each."""
+"""From a folder of people to targets, and to a hypernetwork: ``hdb preoptimize`` and ``hdb train`` as one call each.
 
+What is asked for becomes a request, resolved and checked before a base model is loaded; what acts on it takes it as it
+is.
+"""
+
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import as_base, base_name, load_base
-from hypernet.bundles import Bundle, find_bundle, hypernetwork_source
-from hypernet.devices import choose_device, join_processes
+from hypernet.bases.config import BaseConfig
+from hypernet.bases.loading import Base, as_base, base_inputs, base_name
+from hypernet.bundles import find_bundle, hypernetwork_source
+from hypernet.devices import choose_device, join_processes, wait_for_others
 from hypernet.fitting import preoptimize as preoptimization
-from hypernet.inputs.people import People, open_people
+from hypernet.inputs.people import People, open_people, with_detector
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import (
     DEFAULT_BASE,
@@ -22,22 +31,76 @@ from hypernet.recipe import (
     changed,
 )
 from hypernet.training import loop
-from hypernet.training.setup import open_network
+from hypernet.training.setup import check_folder, open_network
 from lidb_peft import LiDBConfig, LiDBSpace
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TargetsRequest:
+    """Targets to make.
+
+    Attributes:
+        people: of `open_people`.
+        out: folder of the store.
+        base: a base model, loaded or not.
+        config: how to fit.
+        lidb_config: theta's bases and dimensions.
+        network: fits start at its predictions; None starts them at theta_0.
+    """
+
+    people: People
+    out: Path
+    base: Base
+    config: PreoptimizeConfig
+    lidb_config: LiDBConfig
+    network: HyperNetworkConfig | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A hypernetwork to train.
+
+    Attributes:
+        people, held_out: of `open_people`; without the second a fraction of the first is held out.
+        out: folder of the training.
+        base: a base model, loaded or not.
+        config: how to train.
+        lidb_config: of a fresh hypernetwork's predictions.
+        targets: folder of the target store; None does without.
+        network: the hypernetwork to start from; None makes a fresh one around ``encoder`` with ``network_options``.
+        resume: resume the training in ``out``.
+        trackers: that accelerate knows.
+    """
+
+    people: People
+    out: Path
+    base: Base
+    config: TrainConfig
+    lidb_config: LiDBConfig
+    targets: Path | None = None
+    held_out: People | None = None
+    network: HyperNetworkConfig | None = None
+    encoder: str = DEFAULT_ENCODER
+    network_options: dict[str, Any] | None = None
+    resume: bool = False
+    trackers: tuple[str, ...] = ()
+
 
 def preoptimize(
     people: People | str | Path,
     out: str | Path = "targets",
-    base: BaseModel | str | Path = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     hypernet: str | Path = "none",
     batch: int | None = None,
     progress: StageProgress | None = None,
+    streaming: bool = False,
     **options: Any,
 ) -> preoptimization.Preoptimized:
     """Fit LiDB weights to each person of a data set, many at once: targets to train a hypernetwork on.
@@ -53,29 +116,53 @@ def preoptimize(
         hypernet: id or folder of a hypernetwork whose predictions the fits start at.
         batch: people fitted at once; None is as many as a GPU's memory allows, and a few on a CPU.
         progress: called with (stage, people done, this process' people or None if that is not known).
+        streaming: stream a data set instead of copying it into the cache first.
         options: fields of the recipe to change, such as ``theta_steps=50``.
 
     Raises:
         ValueError, OSError: as `open_targets` and `preoptimize` of `hypernet.fitting.preoptimize`.
     """
-    opened = people if isinstance(people, People) else open_people(people)
-    state, base, bundle = _on_own_device(base)
+    bundle = find_bundle(base_name(base))
     recipe = changed(config or bundle.recipe, {"theta_steps": TARGET_STEPS} | options if config is None else options)
-    settings = PreoptimizeConfig(recipe, batch)
-    space = LiDBSpace(base.adapted, lidb_config or bundle.lidb_config)
-    source = hypernetwork_source(hypernet, base.name)
-    start, start_name = (None, "theta_0") if source is None else predicted_start(source, space, base.device)
-    with state.main_process_first():  # which makes the store
-        store = preoptimization.open_targets(out, base, space, opened, settings, start_name)
-    return preoptimization.preoptimize(
-        opened, base, space, store, settings, start, state.process_index, state.num_processes, progress
+    source = people.source if isinstance(people, People) else str(people)
+    preoptimization.check_store(out, [source, *base_inputs(base), str(hypernet)])
+    request = TargetsRequest(
+        config=PreoptimizeConfig(with_detector(recipe), batch),
+        network=_network_config(hypernet, base),
+        people=open_people(people, streaming) if isinstance(people, str | Path) else people,
+        out=Path(out), base=base, lidb_config=lidb_config or bundle.lidb_config,
+    )  # fmt: skip
+    return make_targets(request, progress)
+
+
+def make_targets(request: TargetsRequest, progress: StageProgress | None = None) -> preoptimization.Preoptimized:
+    """Make the targets that are asked for, or this process' share of them; see `preoptimize`."""
+    state, base = _on_own_device(request.base)
+    people, config = request.people, request.config
+    space = LiDBSpace(base.adapted, request.lidb_config)
+    start, start_name = (
+        (None, "theta_0") if request.network is None else predicted_start(request.network, space, base.device)
     )
+    with state.main_process_first():  # which makes the store
+        store = preoptimization.open_targets(request.out, base, space, people, config, start_name)
+    count = people.count()
+    _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch or store.batch)
+    result = preoptimization.preoptimize(
+        people, base, space, store, config, start, state.process_index, state.num_processes,
+        progress if state.is_main_process else None,
+    )  # fmt: skip
+    wait_for_others(state)
+    result.process, result.num_processes = state.process_index, state.num_processes
+    result.num_targets, result.num_skipped, result.batch = len(store), len(store.skipped()), store.batch
+    result.missing = 0 if count is None else -(-count // store.batch) - len(store.shards())
+    result.skipped_file = store.skipped_file
+    return result
 
 
 def train(
     people: People | str | Path,
     out: str | Path = "hypernetwork",
-    base: BaseModel | str | Path = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     config: TrainConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     targets: str | Path | None = None,
@@ -111,22 +198,42 @@ def train(
         ValueError, OSError: as `hypernet.training.loop.train` and `hypernet.training.setup.open_network`.
     """
     if config is None:
-        config = TrainConfig(weights=float(targets is not None))
-    config = changed(config, options)
-    opened, held_out = (open_people(data) if isinstance(data, str | Path) else data for data in (people, held_out))
-    name = base_name(base)
-    _, base, bundle = _on_own_device(base)
-    network, _ = open_network(
-        Path(out) if resume else None, hypernetwork_source(hypernet, base.name), str(encoder), base,
-        lidb_config or bundle.lidb_config, name, config.seed, **(network_options or {}),
+        options = {"weights": float(targets is not None)} | options
+    config = with_detector(changed(config or TrainConfig(), options))
+    sources = [data.source if isinstance(data, People) else data for data in (people, held_out)]
+    check_folder(Path(out), resume, [*sources, targets, *base_inputs(base), str(hypernet)])
+    request = TrainRequest(
+        *(open_people(people) if isinstance(people, str | Path) else people, Path(out), base, config),
+        lidb_config=lidb_config or find_bundle(base_name(base)).lidb_config,
+        targets=None if targets is None else Path(targets),
+        held_out=open_people(held_out) if isinstance(held_out, str | Path) else held_out,
+        network=_network_config(hypernet, base),
+        encoder=str(encoder), network_options=network_options, resume=resume, trackers=tuple(trackers),
     )  # fmt: skip
-    return loop.train(opened, base, network, out, config, targets, held_out, resume, trackers, progress)
+    return train_network(request, progress)
 
 
-def _on_own_device(base: BaseModel | str | Path) -> "tuple[PartialState, BaseModel, Bundle]":
+def train_network(request: TrainRequest, progress: StageProgress | None = None) -> loop.Trained:
+    """Train as is asked for, with the other processes if there are any; see `train`."""
+    _, base = _on_own_device(request.base)
+    network, space = open_network(
+        request.out if request.resume else None, request.network, request.encoder, base, request.lidb_config,
+        base_name(request.base), request.config.seed, **(request.network_options or {}),
+    )  # fmt: skip
+    return loop.train(
+        request.people, base, network, request.out, request.config, request.targets, request.held_out, request.resume,
+        request.trackers, progress, space,
+    )  # fmt: skip
+
+
+def _network_config(hypernet: str | Path, base: Base) -> HyperNetworkConfig | None:
+    """Read what a hypernetwork is before a base is loaded, which may be a download of gigabytes."""
+    source = hypernetwork_source(hypernet, base_name(base))
+    return None if source is None else read_config(source)
+
+
+def _on_own_device(base: Base) -> "tuple[PartialState, BaseModel]":
     """Meet the processes that a launcher has started, if one has, and load the base on this one's own device."""
-    bundle = find_bundle(base_name(base))
-    state = join_processes(base.device if isinstance(base, BaseModel) else choose_device())
-    if not isinstance(base, BaseModel) and state.num_processes > 1:
-        base = load_base(base, str(state.device))
-    return state, as_base(base), bundle
+    device = base.device if isinstance(base, BaseModel | BaseConfig) else "auto"
+    state = join_processes(choose_device(str(device)))
+    return state, as_base(base, None if state.num_processes == 1 else str(state.device))

@@ -1,5 +1,6 @@
 """Which device and which precision: `auto` chooses and says what it chose; anything else is taken or refused."""
 
+import atexit
 import gc
 import os
 import sys
@@ -71,6 +72,7 @@ def join_processes(device: torch.device) -> "PartialState":
     if state.num_processes > 1:  # from now on one may wait for another that works
         distributed_c10d._set_pg_timeout(WAIT)
         distributed_c10d._get_default_store().set_timeout(WAIT)
+        atexit.register(state.destroy_process_group)  # or torch warns
     return state
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from converters import KohyaMetadata, prepare_conversion, write_lora
 from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import as_base, base_name
+from hypernet.bases.loading import Base, as_base
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
@@ -30,7 +30,7 @@ from hypernet.network.prediction import Hypernet, load_network, predict_people
 from hypernet.pictures import Pictures
 from hypernet.prompts import check_trained_prompt, warn_of_prompts
 from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig, Progress, StageProgress
-from hypernet.request import NO_THETA_FILE, PersonRequest, Request, choose_recipe, request_person
+from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
 from hypernet.sampling import generate
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
@@ -155,7 +155,7 @@ class Personalization:
 
 def personalize(
     photos: PhotoLike | Iterable[PhotoLike],
-    base: BaseModel | str | Path = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     from_theta: str | Path | None = None,
@@ -186,14 +186,15 @@ def personalize(
         ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
             the message names it.
     """
-    choice = choose_recipe(base, config, lidb_config, from_theta, hypernet, options)
-    request = request_person(photos, from_theta=from_theta, start=start, **choice._asdict())
+    request = request_person(
+        photos, None, config, None, from_theta, hypernet, lidb_config, start=start, base=base, options=options
+    )
     return make_person(request, as_base(base), progress)
 
 
 def personalize_to_files(
     photos: PhotoLike | Iterable[PhotoLike],
-    base: BaseModel | str | Path,
+    base: Base,
     out: str | Path,
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
@@ -218,17 +219,8 @@ def personalize_to_files(
     Raises:
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
-    choice = choose_recipe(base, config, lidb_config, from_theta, hypernet, options)
     request = request_person(
-        photos,
-        out,
-        save_theta=save_theta,
-        from_theta=from_theta,
-        previews=previews,
-        start=start,
-        base=base_name(base),
-        overwrite=overwrite,
-        **choice._asdict(),
+        photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base, overwrite, options
     )
     return make_person(request, as_base(base), progress)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import as_base, base_name
+from hypernet.bases.loading import Base, as_base
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.starts import AUTO_START
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, open_people, prepare_person
@@ -22,7 +22,7 @@ from hypernet.network.prediction import Hypernet
 from hypernet.personalization import OpenedRequest
 from hypernet.pictures import Pictures
 from hypernet.recipe import DEFAULT_BASE, FitConfig, PersonalizeConfig, StageProgress
-from hypernet.request import PeopleRequest, choose_recipe, request_people
+from hypernet.request import PeopleRequest, request_people
 from hypernet.timing import timed
 from lidb_peft import LiDBConfig
 from lidb_peft.files import locked_folder
@@ -63,7 +63,7 @@ class PersonalizedEach:
 
 def personalize_each(
     people: People | str | Path,
-    base: BaseModel | str | Path = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     out: str | Path = "loras",
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
@@ -93,17 +93,9 @@ def personalize_each(
         BlockingIOError: another run is at work in ``out``.
         ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
     """
-    choice = choose_recipe(base, config, lidb_config, None, hypernet, options)
     opened = people if isinstance(people, People) else open_people(people)
     request = request_people(
-        opened,
-        out,
-        previews=previews,
-        batch=batch,
-        start=start,
-        base=base_name(base),
-        overwrite=overwrite,
-        **choice._asdict(),
+        opened, out, config, hypernet, lidb_config, previews, batch, start, base, overwrite, options
     )
     return make_people(request, as_base(base), progress)
 

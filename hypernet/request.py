@@ -4,18 +4,18 @@ A request is made before a base model is loaded, which may be a download of giga
 parts, the light checks first. `hypernet.personalization` and `hypernet.personalization_each` act on it as it is.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from converters.sidecar import check_companions
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import base_name
+from hypernet.bases.loading import Base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
-from hypernet.inputs.people import People, check_detector
+from hypernet.inputs.people import People, with_detector
 from hypernet.inputs.photos import OpenPhoto, open_photos
 from hypernet.inputs.pictures import PhotoLike, list_photos
 from hypernet.network.config import HyperNetworkConfig
@@ -25,6 +25,7 @@ from hypernet.recipe import PRESERVED, TARGET_STEPS, PersonalizeConfig, changed
 from lidb_peft import LiDBConfig, ThetaFile, load_theta
 from lidb_peft.outputs import check_distinct, check_output, check_output_folder
 
+_log = logging.getLogger(__name__)
 NO_THETA_FILE = (
     "the hypernetwork has learned its bases, and a theta file holds none, only a seed; leave --save-theta out, for the "
     "LoRA holds everything, or fit theta with --hypernet none"
@@ -108,41 +109,6 @@ class PeopleRequest(Request):
     batch: int | None = None
 
 
-class Choice(NamedTuple):
-    """What the defaults of a base model come to, as `request_person` and `request_people` take it."""
-
-    config: PersonalizeConfig
-    lidb_config: LiDBConfig
-    hypernet: HyperNetwork | HyperNetworkConfig | None
-
-
-def choose_recipe(
-    base: BaseModel | str | Path,
-    config: PersonalizeConfig | None = None,
-    lidb_config: LiDBConfig | None = None,
-    from_theta: str | Path | None = None,
-    hypernet: Hypernet | None = "auto",
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> Choice:
-    """Choose what `hypernet.personalize` is not told; nothing is loaded for it but a hypernetwork's config.
-
-    Raises:
-        ValueError, OSError: ``options`` are no fields of the recipe, or the hypernetwork is unusable.
-    """
-    name = base_name(base)
-    bundle = find_bundle(name)
-    if hypernet == "auto" and (config is not None or from_theta is not None):
-        hypernet = None
-    if isinstance(hypernet, str | Path):
-        source = hypernetwork_source(hypernet, name)
-        hypernet = None if source is None else read_config(source)
-    recipe = bundle.recipe if config is None else config
-    network = _config_of(hypernet)
-    if config is None and network is not None:
-        recipe = predicted_recipe(network, recipe)
-    return Choice(changed(recipe, options), lidb_config or bundle.lidb_config, hypernet)
-
-
 def request_person(
     photos: PhotoLike | Iterable[PhotoLike],
     out: str | Path | None = None,
@@ -153,25 +119,27 @@ def request_person(
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = None,
     start: str | Path | None = AUTO_START,
-    base: str = "",
+    base: Base = "",
     overwrite: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> PersonRequest:
     """Resolve what `hypernet.personalization.personalize_to_files` takes.
 
     Args:
-        base: the name of the base model, which may be a file or folder and is not written over.
+        base: whose defaults apply; it may be a file or folder and is not written over. Nothing of it is loaded.
+        options: fields of the config to change.
 
     Raises:
         ValueError, OSError: a photo, theta file or hypernetwork is unusable, they do not go with each other or with
-            ``config``, or an output cannot be written.
+            ``config``, an option is none, or an output cannot be written.
     """
-    common = _resolve(config, from_theta, hypernet, lidb_config, previews, start, overwrite)
+    common = _resolve(base, config, from_theta, hypernet, lidb_config, previews, start, overwrite, options)
     out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
     photos = list_photos(photos)
     _check_theta_is_made(save_theta, from_theta, common["config"], _config_of(common["network"]))
     inputs = [
         *(photo for photo in photos if isinstance(photo, str | Path)),
-        base,
+        *base_inputs(base),
         from_theta,
         start,
         _folder_of(common),
@@ -196,24 +164,27 @@ def request_people(
     previews: Sequence[str] | None = None,
     batch: int | None = None,
     start: str | Path | None = AUTO_START,
-    base: str = "",
+    base: Base = "",
     overwrite: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> PeopleRequest:
     """Resolve what `hypernet.personalization_each.personalize_each` takes.
 
     Args:
-        base: as for `request_person`.
+        base, options: as for `request_person`.
 
     Raises:
         ValueError: ``config`` does not go with the hypernetwork, or faces are to be found and cannot be.
         ValueError, OSError: ``out`` is in the data set's own folder, or as `check_output_folder`.
     """
-    common, out = _resolve(config, None, hypernet, lidb_config, previews, start, overwrite), Path(out)
-    check_output_folder(out, [people.source, base, start, _folder_of(common)], may_hold_inputs=True)
+    out = Path(out)
+    common = _resolve(base, config, None, hypernet, lidb_config, previews, start, overwrite, options)
+    check_output_folder(out, [people.source, *base_inputs(base), start, _folder_of(common)], may_hold_inputs=True)
     return PeopleRequest(**common, people=people, out=out, batch=batch)
 
 
 def _resolve(
+    base: Base,
     config: PersonalizeConfig | None,
     from_theta: str | Path | None,
     hypernet: Hypernet | None,
@@ -221,22 +192,34 @@ def _resolve(
     previews: Sequence[str] | None,
     start: str | Path | None,
     overwrite: bool,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The fields of `Request` but for the theta file; the recipe is checked against where theta starts."""
-    network = read_config(hypernet) if isinstance(hypernet, str | Path) else hypernet
+    name = base_name(base)
+    bundle = find_bundle(name)
+    if hypernet == "auto" and (config is not None or from_theta is not None):
+        hypernet = None
+    if isinstance(hypernet, str | Path):
+        source = hypernetwork_source(hypernet, name)
+        hypernet = None if source is None else read_config(source)
+        if hypernet is not None:
+            _log.info("starting at the prediction of the hypernetwork %s", source)
+    network = hypernet
+    if config is None:
+        config = bundle.recipe if network is None else predicted_recipe(_config_of(network), bundle.recipe)
+    config = changed(config, options)
     if from_theta is not None and network is not None:
         raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
     if network is not None:
         config = check_recipe(_config_of(network), config)
-    config = config or PersonalizeConfig()
-    config = replace(config, face_detector=check_detector(config.crop, config.face_detector))
+    config = with_detector(config)
     if network is None and from_theta is None and not config.theta_steps and not config.steps:
         raise ValueError(
             "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"
         )
     return {
         "config": config,
-        "lidb_config": lidb_config or LiDBConfig(),
+        "lidb_config": lidb_config or bundle.lidb_config,
         "network": network,
         "previews": None if previews is None else tuple(previews),
         "start": _read_start(start, config, network is not None),

@@ -31,7 +31,6 @@ OF_ONE_KIND = {"unet", "time_ids", "alphas_cumprod", "added_cond_kwargs", "img_i
 NAMES_FAMILIES = {
     Path("hypernet/bases/stable_diffusion.py"): "the base models of Stable Diffusion 1, 2 and XL",
     Path("hypernet/bases/flux.py"): "the base model of FLUX.1",
-    Path("converters/formats/family.py"): "tells Stable Diffusion 3, which is no family here, from FLUX.1",
     Path("testbed/train.py"): "makes the miniature, which is a Stable Diffusion",
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

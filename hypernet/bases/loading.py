@@ -1,7 +1,9 @@
 """From a Hugging Face id, a diffusers folder or a single-file checkpoint to a base model: whole, or one sentence."""
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,12 @@ from torch import nn
 
 from hypernet.bases.base import BaseModel
 from hypernet.bases.checkpoints import check_channels, check_checkpoint, marker
+from hypernet.bases.config import BaseConfig
 from hypernet.bases.flux import Flux
 from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_family
 from hypernet.bases.stable_diffusion import StableDiffusion
-from hypernet.bundles import base_source
-from hypernet.devices import choose_device, choose_dtype, tune_device
+from hypernet.bundles import BUNDLES, base_source
+from hypernet.devices import choose_device, choose_dtype, describe_choice, limit_memory, tune_device
 from hypernet.errors import first_sentence
 from hypernet.hub import split_revision
 from hypernet.quiet import quiet_loading
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 CLASSES: tuple[type[BaseModel], ...] = (StableDiffusion, Flux)
 """Of base models; a new one is listed here."""
 
+Base = BaseModel | BaseConfig | str | Path
+"""A loaded base model, or which one to load: `load_base` takes it with all defaults if it is but a name."""
+
+_log = logging.getLogger(__name__)
+
 
 def load_base(
     source: str | Path = DEFAULT_BASE,
@@ -40,6 +48,8 @@ def load_base(
     train_text_encoder: bool = False,
     quantize: str | None = None,
     guidance_scale: float | None = None,
+    revision: str | None = None,
+    max_vram: int | None = None,
 ) -> BaseModel:
     """Load a frozen base model; weights are read from safetensors only and never unpickled.
 
@@ -51,6 +61,8 @@ def load_base(
         train_text_encoder: adapt CLIP too, where a family does not anyway: FLUX.1.
         quantize: hold the transformer's blocks in ``nf4`` or ``int8``: FLUX.1.
         guidance_scale: what a distilled model is told while it is fitted, 1 if not given: FLUX.1 dev.
+        revision: branch, tag or commit of a base on the hub.
+        max_vram: how many bytes torch may take of the CUDA device.
 
     Raises:
         ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that
@@ -59,7 +71,13 @@ def load_base(
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
-    source, torch_device = base_source(source), choose_device(device)
+    torch_device = choose_device(device)
+    if max_vram is not None:
+        limit_memory(torch_device, max_vram)
+    name = str(source)
+    if revision is not None and (name in BUNDLES or Path(name).exists()):
+        raise ValueError(f"--revision is for a base on the Hugging Face hub, and {name} is here; leave it out")
+    source = base_source(name) if revision is None else f"{name}@{revision}"
     tune_device(torch_device)
     if compile:
         _check_compiler(torch_device)
@@ -72,17 +90,27 @@ def load_base(
         _use_xformers(base.denoiser)
     if compile:
         base.denoiser.compile()
+    _log.info("base %s on %s", name, describe_choice(base.device, base.dtype))
     return base
 
 
-def as_base(base: BaseModel | str | Path) -> BaseModel:
-    """A base that is loaded already, or `load_base` of what is named."""
-    return base if isinstance(base, BaseModel) else load_base(base)
+def as_base(base: Base, device: str | None = None) -> BaseModel:
+    """A base that is loaded already, or `load_base` of what is named, onto ``device`` if that is given."""
+    if isinstance(base, BaseModel):
+        return base
+    config = base if isinstance(base, BaseConfig) else BaseConfig(str(base))
+    options = asdict(config if device is None else replace(config, device=device))
+    return load_base(options.pop("base"), **options)
 
 
-def base_name(base: BaseModel | str | Path) -> str:
+def base_name(base: Base) -> str:
     """What a base is called, loaded or not."""
-    return base.name if isinstance(base, BaseModel) else str(base)
+    return base.name if isinstance(base, BaseModel) else base.base if isinstance(base, BaseConfig) else str(base)
+
+
+def base_inputs(base: Base) -> list[str]:
+    """What a base is read from, for `lidb_peft.outputs`: files and folders among it are not written over."""
+    return [base_name(base), *([base.components] if isinstance(base, BaseConfig) and base.components else [])]
 
 
 def _check_finite(source: str, base: BaseModel) -> None:

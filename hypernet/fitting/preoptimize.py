@@ -22,7 +22,7 @@ from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import DivergedError, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
-from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, check_detector, prepare_person
+from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person, with_detector
 from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig, StageProgress
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Preoptimized:
-    """What one process did.
+    """What one process did, and what is in the store after all of them have done their share.
 
     Attributes:
         fitted: people.
@@ -43,6 +43,10 @@ class Preoptimized:
         found: shards that were there already.
         loss: mean final denoising loss.
         seconds: how long it took.
+        process, num_processes: which of how many processes it was.
+        num_targets, num_skipped: people in the store, and photos and people that all runs left out.
+        missing: shards that are not in the store, of ``batch`` people each.
+        skipped_file: what was left out and why, one a line.
     """
 
     fitted: int = 0
@@ -50,6 +54,13 @@ class Preoptimized:
     found: int = 0
     loss: float = 0.0
     seconds: float = 0.0
+    process: int = 0
+    num_processes: int = 1
+    num_targets: int = 0
+    num_skipped: int = 0
+    missing: int = 0
+    batch: int = 0
+    skipped_file: Path = Path(SKIPPED_FILE)
 
     @property
     def per_hour(self) -> float:
@@ -122,8 +133,7 @@ def preoptimize(
         BlockingIOError: another run is at work in the store.
         OSError: a shard cannot be written; those before it stay.
     """
-    detector = check_detector(config.recipe.crop, config.recipe.face_detector)
-    config = replace(config, recipe=replace(config.recipe, face_detector=detector))
+    config = replace(config, recipe=with_detector(config.recipe))
     with locked_folder(store.folder, "hdb preoptimize") if rank == 0 else nullcontext():
         return _preoptimize(people, base, space, store, config, start, rank, world, progress)
 

@@ -216,9 +216,13 @@ class TargetStore:
         """Everything that was left out, in the order of the data set."""
         return [entry for index in self.shards() for entry in self.read(index).skipped]
 
+    @property
+    def skipped_file(self) -> Path:
+        return self.folder / SKIPPED_FILE
+
     def list_skipped(self) -> Path:
         """Write what was left out to ``skipped.jsonl``, a name and a reason on each line; safe in every process."""
-        path, listed = self.folder / SKIPPED_FILE, None
+        path, listed = self.skipped_file, None
         while listed != (listed := self.shards()):  # another process may have added one while this one wrote
             write_skipped(path, self.skipped())
         return path

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -24,12 +25,17 @@ from torch import Tensor
 from hypernet.errors import first_line
 from hypernet.inputs.faces import choose_detector
 from hypernet.inputs.photos import RASTER_FORMATS, Photo, decode_image, prepare_photo, read_image
+from hypernet.recipe import PersonalizeConfig, TrainConfig
 from lidb_peft.files import atomic_path
 from lidb_peft.safe_read import printable
 
 if TYPE_CHECKING:
     import datasets
 
+Cropping = TypeVar("Cropping", PersonalizeConfig, TrainConfig)
+
+DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
+_log = logging.getLogger(__name__)
 _NOT_PILLOWS = {".heic", ".heif"}
 _WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going through 20 GB takes no minutes
 
@@ -328,3 +334,12 @@ def check_detector(crop: bool, detector: str) -> str:
         ValueError: as there.
     """
     return choose_detector(detector) if crop else detector
+
+
+def with_detector(config: Cropping) -> Cropping:
+    """Return a config whose ``face_detector`` is what `check_detector` finds, which is told if it chose."""
+    chosen = check_detector(config.crop, config.face_detector)
+    if chosen == config.face_detector:
+        return config
+    _log.info("faces are looked for with %s", DETECTOR_NAMES[chosen])
+    return replace(config, face_detector=chosen)

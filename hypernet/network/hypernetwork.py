@@ -217,16 +217,20 @@ class HyperNetwork(PreTrainedModel):
     def from_pretrained(cls, source: str | Path, **options: Any) -> "HyperNetwork":
         """Load a hypernetwork from a folder or the hub, in float32 and evaluation mode.
 
+        Args:
+            options: of transformers' own method; ``config`` is what `read_config` has read of ``source``.
+
         Raises:
             FileNotFoundError: it is neither here nor on the hub.
             ValueError: it is damaged, no hypernetwork, or its weights do not fit its config.
         """
-        folder = _checked_folder(source)
+        config = options.pop("config", None) or read_config(source)
         try:
             with _told_if_missing(source), quiet_loading():
                 model, info = super().from_pretrained(
-                    folder, use_safetensors=True, output_loading_info=True, **_float32(), **options
-                )
+                    _folder(source), config=config, use_safetensors=True, output_loading_info=True, **_float32(),
+                    **options,
+                )  # fmt: skip
         except RuntimeError as error:
             raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
@@ -246,10 +250,7 @@ def read_config(source: str | Path) -> HyperNetworkConfig:
         FileNotFoundError: it is neither here nor on the hub.
         ValueError: it is damaged, or no hypernetwork.
     """
-    found = read_json_object(_checked_folder(source) / "config.json", "get the hypernetwork again")
-    config = HyperNetworkConfig.from_dict(found)
-    config.name_or_path = str(source)
-    return config
+    return _check_files(str(source), _folder(source))
 
 
 def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
@@ -260,20 +261,19 @@ def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
     )  # fmt: skip
 
 
-def _checked_folder(source: str | Path) -> Path:
-    """Return the folder of a hypernetwork, from the hub if it is none here, checked before transformers reads it."""
+def _folder(source: str | Path) -> Path:
+    """Return the folder of a hypernetwork, from the hub if it is none here."""
     folder = Path(source)
     if folder.is_file():
         raise NotADirectoryError(f"{source} is a file; name the folder of a hypernetwork")
     if not folder.is_dir():
         with _told_if_missing(source):
             folder = hub_folder(str(source), HYPERNETWORK_FILES)
-    _check_files(str(source), folder)
     return folder
 
 
-def _check_files(source: str, folder: Path) -> None:
-    """Find a folder's damage by the files' headers, before transformers does and says so in its own words."""
+def _check_files(source: str, folder: Path) -> HyperNetworkConfig:
+    """Read the config, and find a folder's damage by the files' headers, before transformers says so in its words."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a hypernetwork: it has no config.json; name the folder that has it")
     found = read_json_object(folder / "config.json", "get the hypernetwork again")
@@ -288,6 +288,7 @@ def _check_files(source: str, folder: Path) -> None:
     config.name_or_path = source
     check_size(source, config, sum(stored))
     _ = config.lidb  # a kind of bases may be unknown here
+    return config
 
 
 def _check_type(source: str | Path, config: dict[str, Any]) -> None:

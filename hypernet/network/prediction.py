@@ -51,13 +51,13 @@ def predict_people(
     return thetas, {label: basis.detach().to("cpu", copy=True) for label, basis in network.bases.items()}
 
 
-def predicted_start(source: str | Path, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
+def predicted_start(config: HyperNetworkConfig, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
     """Load a hypernetwork to start many fits at its predictions; return that and a name for the manifest.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it predicts no thetas of ``space``.
     """
-    network = HyperNetwork.from_pretrained(source)
+    source, network = config.name_or_path, load_network(config)
     network.check_space(space)
     if network.bases is not None:
         raise ValueError(f"{source} has learned bases, on which no target is fitted; pass one with frozen bases")

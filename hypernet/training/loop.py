@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from transformers import get_scheduler
 from hypernet.bases.base import BaseModel
 from hypernet.errors import first_sentence
 from hypernet.fitting.losses import layer_scale
-from hypernet.fitting.targets import SKIPPED_FILE
-from hypernet.inputs.people import People, Skipped, check_detector, write_skipped
+from hypernet.fitting.targets import SKIPPED_FILE, TargetStore
+from hypernet.inputs.people import People, Skipped, with_detector, write_skipped
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
@@ -58,6 +58,8 @@ class Trained:
         loss: on the people it was trained on, at the end; None if no step was left to do.
         best: the lowest on held-out people; None without validation.
         skipped: the photos and people that were left out, name -> reason.
+        last, skipped_file: where the last hypernetwork is, and what was left out.
+        is_main_process: of the processes that trained together.
     """
 
     folder: Path
@@ -65,6 +67,15 @@ class Trained:
     loss: float | None = None
     best: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    is_main_process: bool = True
+
+    @property
+    def last(self) -> Path:
+        return self.folder.with_name(LAST)
+
+    @property
+    def skipped_file(self) -> Path:
+        return self.folder.with_name(SKIPPED_FILE)
 
 
 def train(
@@ -105,29 +116,47 @@ def train(
         BlockingIOError: another training is at work in ``out``.
         OSError: a checkpoint cannot be written; the one before stays.
     """
-    out = Path(out)
-    config = replace(config, face_detector=check_detector(config.crop, config.face_detector))
+    out, config = Path(out), with_detector(config)
     check_folder(out, resume, [people.source, held_out and held_out.source, targets, base.name])
     space = space or network.space_on(base.adapted)
     store = targets_to_learn(targets, space, base, network, config)
+    examples, validating = _examples(people, held_out, base, space, config, store)
+    accelerator = make_accelerator(base, config, out, trackers)
+    scale = None if store is None else layer_scale(space, some_targets(store), config.compare)
+    sources = {"people": people, "held-out people": held_out, "targets": store}
+    data = {name: source.fingerprint for name, source in sources.items() if source is not None}
+    run = _Run(accelerator, Objective(base, space, network, config, scale), examples, validating, out, data)
+    with _at_work(accelerator, base, config, out, resume):
+        run.start(resume)
+        run.go(progress)
+        accelerator.end_training()
+    return run.result
+
+
+def _examples(
+    people: People, held_out: People | None, base: BaseModel, space: LiDBSpace, config: TrainConfig,
+    store: TargetStore | None,
+) -> tuple[Examples, Examples | None]:  # fmt: skip
+    """What is trained on, and what is validated on, if anything is.
+
+    Raises:
+        ValueError: nothing could be measured on the held-out people, or as `choose_people`.
+    """
     if held_out is not None and not config.needs_base:
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
                          "or hold out a fraction")  # fmt: skip
     training, validating = choose_people(people, config, store, held_out)
-    sources = {"people": people, "held-out people": held_out, "targets": store}
-    data = {name: source.fingerprint for name, source in sources.items() if source is not None}
-    accelerator = make_accelerator(base, config, out, trackers)
-    scale = None if store is None else layer_scale(space, some_targets(store), config.compare)
-    run = _Run(
-        accelerator,
-        Objective(base, space, network, config, scale),
-        Examples(training, base.size_px, config, store, space.theta_0.shape, config.timesteps_per_step),
-        validating and Examples(
-            validating, base.size_px, config, store if held_out is None else None, space.theta_0.shape, TIMESTEPS, True
-        ),
-        out,
-        data,
-    )  # fmt: skip
+    shape = space.theta_0.shape
+    examples = Examples(training, base.size_px, config, store, shape, config.timesteps_per_step)
+    if not validating:
+        return examples, None
+    theirs = store if held_out is None else None
+    return examples, Examples(validating, base.size_px, config, theirs, shape, TIMESTEPS, True)
+
+
+@contextmanager
+def _at_work(accelerator: Accelerator, base: BaseModel, config: TrainConfig, out: Path, resume: bool) -> Iterator[None]:
+    """Hold the folder, and what the base needs for training, until the training ends in whatever way."""
     is_main = accelerator.is_main_process
     with (
         _told_of_the_dead(accelerator.num_processes),
@@ -137,12 +166,9 @@ def train(
         if is_main:
             check_start(out, resume)  # another may have begun, and ended, since
         try:
-            run.start(resume)
-            run.go(progress)
+            yield
         finally:
             base.release_vae()
-        accelerator.end_training()
-    return run.result
 
 
 class _Run:
@@ -160,7 +186,7 @@ class _Run:
         self.accelerator, self.objective, self.out = accelerator, objective, out
         self.training, self.validating = training, validating
         self.config, self.network = objective.config, objective.network
-        self.result = Trained(out / LAST)
+        self.result = Trained(out / LAST, is_main_process=accelerator.is_main_process)
         if self.config.gradient_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = accelerator.prepare(objective)

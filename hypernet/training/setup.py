@@ -12,7 +12,9 @@ from torch import Tensor
 from hypernet.bases.base import BaseModel
 from hypernet.devices import WAIT, use_device
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
+from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.network.prediction import load_network
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
 from hypernet.training.state import has_state
@@ -68,7 +70,7 @@ def some_targets(store: TargetStore) -> Tensor:
 
 def open_network(
     trained: Path | None,
-    start: str | None,
+    start: HyperNetworkConfig | None,
     encoder: str,
     base: BaseModel,
     lidb_config: LiDBConfig,
@@ -80,8 +82,7 @@ def open_network(
 
     Args:
         trained: folder of the training to go on with; None begins one.
-        start: id or folder of the hypernetwork that it begins, or began, with; None makes a fresh one around
-            ``encoder``.
+        start: of the hypernetwork that it begins, or began, with; None makes a fresh one around ``encoder``.
         lidb_config: of a fresh one's predictions.
         options: of a fresh one's `HyperNetworkConfig`.
 
@@ -91,7 +92,7 @@ def open_network(
     """
     if trained is None:
         if start is not None:
-            network = HyperNetwork.from_pretrained(start)
+            network = load_network(start)
             return network, network.space_on(base.adapted)
         space = LiDBSpace(base.adapted, lidb_config)
         return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options), space

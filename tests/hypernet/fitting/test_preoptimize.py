@@ -19,6 +19,7 @@ from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import People, PreparedPerson, identity_key, open_people
 from hypernet.inputs.photos import load_photo
+from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 
@@ -280,18 +281,18 @@ def test_a_hypernetwork_starts_fits_and_names_itself_by_its_weights(space, tmp_p
     small = {"hidden_size": 16, "num_attention_heads": 2, "rounds": 1}
     network = HyperNetwork(HyperNetworkConfig.for_space(space, encoder, **small)).eval()
     network.save_pretrained(tmp_path / "first")
-    start, name = predicted_start(tmp_path / "first", space, torch.device("cpu"))
+    start, name = predicted_start(read_config(tmp_path / "first"), space, torch.device("cpu"))
     pixels = torch.zeros(2, 3, 32, 32)
     with torch.no_grad():  # the decoder's layers take another path, and round otherwise
         assert torch.equal(start(pixels), network(pixels))
     HyperNetwork(network.config, seed=1).save_pretrained(tmp_path / "first")
-    other = predicted_start(tmp_path / "first", space, torch.device("cpu"))[1]
+    other = predicted_start(read_config(tmp_path / "first"), space, torch.device("cpu"))[1]
     assert name.startswith("first ")
     assert name != other
     learned = HyperNetworkConfig.for_space(space, encoder, learned_bases=True, **small)
     HyperNetwork(learned).save_pretrained(tmp_path / "learned")
     with pytest.raises(ValueError, match="learned bases"):
-        predicted_start(tmp_path / "learned", space, torch.device("cpu"))
+        predicted_start(read_config(tmp_path / "learned"), space, torch.device("cpu"))
 
 
 # ---- how many at once, and how far it is ----

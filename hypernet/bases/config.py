@@ -1,0 +1,37 @@
+"""Which base model, and how it is loaded: a plain config, light to import, so that `hdb --help` shows its defaults."""
+
+from dataclasses import dataclass
+
+from hypernet.recipe import DEFAULT_BASE
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which base model, and how it is loaded; see `hypernet.bases.loading.load_base`.
+
+    Attributes:
+        base: a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or ``testbed``, the bundled miniature.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: the base model's dtype, ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        attention: attention backend of the denoiser, ``sdpa``, which is torch's own, or ``xformers``; ``auto`` is
+            ``sdpa``.
+        compile: compile the denoiser at its first use, which takes minutes and pays for thousands of people.
+        components: where ``base`` is a file of a transformer alone, a diffusers folder with the other components.
+        quantize: hold FLUX.1's transformer in ``nf4`` or ``int8``, by bitsandbytes.
+        train_text_encoder: adapt FLUX.1's CLIP too; Stable Diffusion's always is.
+        guidance_scale: what FLUX.1 dev, which is distilled from guidance, is told while it is fitted, 1 if not given.
+        revision: of a base on the Hugging Face hub, a branch, tag or commit; None follows main.
+        max_vram: limit the GPU memory that torch may use to so many bytes; what CUDA itself needs comes on top.
+    """
+
+    base: str = DEFAULT_BASE
+    device: str = "auto"
+    precision: str = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    components: str | None = None
+    quantize: str | None = None
+    train_text_encoder: bool = False
+    guidance_scale: float | None = None
+    revision: str | None = None
+    max_vram: int | None = None
