@@ -1,5 +1,6 @@
 """`hdb merge`."""
 
+import re
 from pathlib import Path
 
 import click
@@ -16,20 +17,21 @@ from cli.results import (
 
 
 class WeightedPath(click.ParamType):
-    """``PATH`` or ``PATH=WEIGHT``, as ``(path, weight)``; the weight is 1 where there is none."""
+    """``PATH`` or ``PATH=WEIGHTS``, as the path and the text of the weights, which is 1 where there is none."""
 
     name = "lora"
 
-    def convert(self, value, parameter, context) -> tuple[Path, float]:
-        path, _, weight = value.rpartition("=")
-        try:
-            return (Path(path), float(weight)) if path else (Path(value), 1.0)
-        except ValueError:
-            return Path(value), 1.0
+    def convert(self, value, parameter, context) -> tuple[Path, str]:
+        ends = [match.start() for match in re.finditer("=", value) if match.start()]
+        if Path(value).exists() or not ends:
+            return Path(value), "1"
+        fitting = [end for end in ends if Path(value[:end]).exists() or value[:end].lower().endswith(".safetensors")]
+        end = min(fitting, default=ends[0])
+        return Path(value[:end]), value[end + 1 :]
 
 
 @click.command(name="merge")
-@click.argument("loras", metavar="LORA[=WEIGHT]...", nargs=-1, required=True, type=WeightedPath())
+@click.argument("loras", metavar="LORA[=WEIGHTS]...", nargs=-1, required=True, type=WeightedPath())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA or model to write.")
 @rank_options()
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
@@ -38,33 +40,39 @@ class WeightedPath(click.ParamType):
 @family_option
 @overwrite_option
 def command(loras, out, into, dtype, family, overwrite, **ranks) -> None:
-    """Add up LoRAs, each times its WEIGHT, into one LoRA or into a model.
+    """Add up LoRAs, each times its WEIGHTS, into one LoRA or into a model.
 
     A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
-    memory, and keeps its own dtype.
+    memory, and keeps its own dtype. WEIGHTS are one number, or as in A1111's prompts te=, unet=, and by blocks lbw=
+    (a list of 17 or 26 numbers, of SDXL 12 or 20, of FLUX 61) or names: IN04=0, OUT=0.5, M00=1, BASE=0.
 
     \b
     hdb merge anna.safetensors=0.8 ink.safetensors=0.5 --out both.safetensors
     hdb merge anna.safetensors ink.safetensors --rank 16 --out both.safetensors
     hdb merge anna.safetensors=0.6 --out weaker.safetensors
+    hdb merge anna.safetensors=0.8:te=0.5:IN01=0 ink.safetensors=unet=0.4:te=0 --out both.safetensors
+    hdb merge ink.safetensors=1:lbw=1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1 --out ink-out.safetensors
     hdb merge anna.safetensors --into sd15.safetensors --out anna-model.safetensors
     """
     rule = pop_rank_rule(ranks)
-    if into is not None and (rule is not None or dtype is not None or family):
-        raise click.UsageError("--rank, --dtype and --family are for a LoRA; leave them out with --into")
     import torch
 
     from converters import read_lora
     from converters.arithmetic.algebra import merge
     from converters.arithmetic.checkpoint import check_model_output, merge_into
+    from converters.arithmetic.weights import LoraWeight, weigh
     from converters.convert import check_target
 
-    sources = [path for path, _ in loras]
+    sources, weights = [path for path, _ in loras], [LoraWeight.parse(text) for _, text in loras]
+    needs_family = not all(weight.is_uniform for weight in weights)
+    if into is not None and (rule is not None or dtype is not None or (family and not needs_family)):
+        raise click.UsageError("--rank, --dtype and --family are for a LoRA; leave them out with --into")
     if into is None:
         check_target(out, sources, overwrite=overwrite)
     else:
         check_model_output(out, into, sources, overwrite)
-    parts = [(read_lora(path, full_updates=into is not None), weight) for path, weight in loras]
+    read = [read_lora(path, full_updates=into is not None) for path in sources]
+    parts = [part for lora, weight in zip(read, weights, strict=True) for part in weigh(lora, weight, family)]
     if into is not None:
         merged = merge(parts, dtype=torch.float32)[0]
         merge_into(into, merged, out, overwrite)

@@ -9,6 +9,7 @@ own way; ComfyUI's and OneTrainer's are the first authors' paths. The tables are
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -197,6 +198,23 @@ def from_checkpoint_name(name: str) -> tuple[str, ...]:
     """Return the layers that `read_checkpoint_name` finds, () if none."""
     place = read_checkpoint_name(name)
     return () if place is None else place.layers
+
+
+@lru_cache(maxsize=10_000)
+def block_name(layer: str, family: str) -> str:
+    """Return what block weights and statistics call the block of one of our layers, ``IN04``; "" if it is in none."""
+    found = get_family(family)
+    name, _, path = layer.removesuffix(".bias").partition(".")
+    component = found.component(name)
+    if component is None:
+        return ""
+    with suppress(ValueError):  # a text encoder, which is one block, goes by our paths too
+        path = _original_place(path, found, component).name
+    for pattern, form in component.block_names:
+        match = re.match(pattern, path)
+        if match:
+            return form.format(*map(int, match.groups()))
+    return ""
 
 
 def is_original_name(name: str) -> bool:

@@ -16,6 +16,8 @@ TRAINED = ("encoder.layers.",)
 _LAYER = r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]"
 MODULES = rf"text_model\.(encoder\.layers\.\d+\.({_LAYER})|final_layer_norm|embeddings\.(token|position)_embedding)"
 PROJECTION = "text_projection"
+BLOCK = "BASE"
+"""What block weights call the text encoders of Stable Diffusion, all of them."""
 # (ours, OpenCLIP's) inside a transformer layer; the first three are one weight.
 OPENCLIP = tuple(
     Stacked(tuple(f"encoder.layers.{{}}.{path}" for path in ours), f"transformer.resblocks.{{}}.{original}")
@@ -49,7 +51,7 @@ def text_encoder(num_layers: int, width: int, **own: Any) -> Component:
     Args:
         num_layers, width: of the published model.
     """
-    shared = {"name": "text_encoder", "classes": ("CLIPTextModel",), "modules": MODULES}
+    shared = {"name": "text_encoder", "classes": ("CLIPTextModel",), "modules": MODULES, "block_names": (("", BLOCK),)}
     return Component(
         role="text encoder", targets=TARGETS, shapes=attention_shapes(num_layers, width), words=WORDS, path=PATH,
         level=LEVEL, trained=TRAINED, **shared | own,

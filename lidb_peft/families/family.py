@@ -40,6 +40,8 @@ class Component:
         words: every word of its module paths that is no number; kohya's names join them by underscores.
         path: regular expression that finds a path of this component, and of no other of its role.
         blocks: regular expression for the block in a layer's name, as files spell it; "" for one that is shown whole.
+        block_names: pairs (regular expression, format of its numbers): what block weights and statistics call the block
+            of an original path that begins so.
         trained: what is in the paths of the layers that kohya trains by default, and every reader loads.
         num_blocks: name of a list of blocks -> how many the published models have; for those with paths that other
             families' models have too.
@@ -70,6 +72,7 @@ class Component:
     trained: tuple[str, ...]
     kohya_prefixes: tuple[str, ...]
     blocks: str = ""
+    block_names: tuple[tuple[str, str], ...] = ()
     num_blocks: Mapping[str, int] = field(default_factory=dict)
     level: str = ""
     modules: str = ""
@@ -84,6 +87,11 @@ class Component:
     kohya_convolutions: frozenset[str] = frozenset()
     config: Mapping[str, object] = field(default_factory=dict)
     is_adapted: bool = True
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """What people call it where they weigh the parts of a LoRA, as in A1111's ``<lora:name:te=0.5:unet=1>``."""
+        return (self.name, "unet" if self.role == "denoiser" else "te")
 
     @property
     def tokenizer(self) -> str:
@@ -151,6 +159,8 @@ class Family:
         reads_mixed_ranks: readers of its LoRAs take each layer's own rank and alpha; else one file has one of each.
         has_old_diffusers_names: diffusers had such models before 0.20.
         kohya_blocks: blocks of kohya's block-wise learning rates: those going down, and as many up, and in the middle.
+        block_lists: the blocks of each list of block weights that sd-webui-lora-block-weight and kohya's
+            ``svd_merge_lora.py`` take, which its length tells.
     """
 
     name: str
@@ -174,6 +184,7 @@ class Family:
     metadata: Mapping[str, str] = field(default_factory=dict)
     is_hidden_unless_stated: bool = False
     kohya_blocks: tuple[int, int] | None = None
+    block_lists: tuple[tuple[str, ...], ...] = ()
 
     @property
     def denoiser(self) -> Component:

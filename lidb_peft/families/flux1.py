@@ -74,6 +74,12 @@ FLUX1 = Family(
             words=frozenset(_WORDS.split()),
             path=r"(^|\.)((single_)?transformer|double|single)_blocks\.\d+\.",
             blocks=r"((single_)?transformer|double|single)_blocks[._]\d+",
+            block_names=(
+                (r"double_blocks\.(\d+)\.", "D{:02}"),
+                (r"single_blocks\.(\d+)\.", "S{:02}"),
+                (r"final_layer\.", "OUT"),
+                ("", "IN"),
+            ),
             trained=("transformer_blocks.",),
             num_blocks={"transformer_blocks": _NUM_DOUBLE, "single_transformer_blocks": _NUM_SINGLE},
             kohya_prefixes=("lora_unet_", "lora_transformer_", "lycoris_"),
@@ -91,6 +97,7 @@ FLUX1 = Family(
             path_prefixes=clip.path_prefixes("clip_l"),
             kohya_prefixes=("lora_te1_", "lora_te_"),
             checkpoint_prefixes=("text_encoders.clip_l.transformer.",),
+            block_names=(("", "CLIP"),),
             is_adapted=False,
         ),
         Component(
@@ -106,6 +113,7 @@ FLUX1 = Family(
             kohya_prefixes=("lora_te3_", "lora_te2_"),
             path_prefixes=clip.path_prefixes("t5xxl"),
             checkpoint_prefixes=("text_encoders.t5xxl.transformer.",),
+            block_names=(("", "T5"),),
             is_adapted=False,
         ),
     ),
@@ -131,5 +139,15 @@ FLUX1 = Family(
     checkpoint_parts={},
     has_guidance_embeds=True,
     reads_mixed_ranks=True,
+    block_lists=(
+        (
+            "CLIP",
+            "T5",
+            "IN",
+            *(f"D{i:02}" for i in range(_NUM_DOUBLE)),
+            *(f"S{i:02}" for i in range(_NUM_SINGLE)),
+            "OUT",
+        ),
+    ),
     has_old_diffusers_names=False,
 )

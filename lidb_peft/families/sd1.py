@@ -46,4 +46,5 @@ SD1 = Family(
     checkpoint_marker="model.diffusion_model.input_blocks.0.0.weight",
     checkpoint_parts={"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"},
     kohya_blocks=(12, 1),
+    block_lists=unet.block_lists(12, going_down=(1, 2, 4, 5, 7, 8), going_up=tuple(range(3, 12))),
 )

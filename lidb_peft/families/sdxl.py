@@ -65,4 +65,5 @@ SDXL = Family(
         "conditioner.embedders.1.model.": "second text encoder",
     },
     kohya_blocks=(9, 3),
+    block_lists=unet.block_lists(9, going_down=(4, 5, 7, 8), going_up=tuple(range(6))),
 )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from . import clip
 from .family import Component, Shapes
 
 TARGETS = frozenset({"to_q", "to_k", "to_v", "to_out.0"})
@@ -27,6 +28,11 @@ CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, 
 PROJECTIONS = frozenset({"proj_in", "proj_out"})
 PATH = r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\."
 BLOCKS = r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block"
+BLOCK_NAMES = (
+    (r"input_blocks\.(\d+)\.", "IN{:02}"),
+    (r"middle_block\.", "M00"),
+    (r"output_blocks\.(\d+)\.", "OUT{:02}"),
+)
 TRAINED = (".attentions.",)
 _LAYERS_A_LEVEL = 2
 # (diffusers, sgm) inside a ResNet block.
@@ -74,7 +80,7 @@ def denoiser(shapes: Shapes, cross_width: int, **own: Any) -> Component:
     """
     return Component(
         name="unet", title="UNet", role="denoiser", classes=("UNet2DConditionModel",), targets=TARGETS, shapes=shapes,
-        words=WORDS, path=PATH, blocks=BLOCKS, trained=TRAINED, modules=MODULES,
+        words=WORDS, path=PATH, blocks=BLOCKS, block_names=BLOCK_NAMES, trained=TRAINED, modules=MODULES,
         kohya_prefixes=("lora_unet_", *OTHER_KOHYA_PREFIXES), path_prefixes=PATH_PREFIXES,
         checkpoint_prefixes=("model.diffusion_model.",), config={"cross_attention_dim": cross_width}, **own,
     )  # fmt: skip
@@ -118,3 +124,9 @@ def sgm_names(num_levels: int, attended: tuple[int, ...]) -> tuple[tuple[str, st
             others.append((f"up_blocks.{level}.upsamplers.0.conv", upsampler))
     parts = [(f"{ours}.{a}", f"{sgm}.{b}") for ours, sgm in resnets for a, b in _RESNET_PARTS]
     return (*others, *parts)
+
+
+def block_lists(num_blocks: int, going_down: tuple[int, ...], going_up: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the blocks of the two lists of block weights: those with attentions, as given, and all."""
+    chosen = ((going_down, going_up), (range(num_blocks), range(num_blocks)))
+    return tuple((clip.BLOCK, *(f"IN{i:02}" for i in down), "M00", *(f"OUT{i:02}" for i in up)) for down, up in chosen)

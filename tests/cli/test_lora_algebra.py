@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,27 @@ def test_merge_adds_up_by_weight(hdb, made):
     assert max(relative_errors(merged, merge([(read_lora(me), 1.75)], dtype=torch.float32)[0]).values()) < 1e-5
     output = hdb.run("merge", f"{me}=2", me, "--out", "both.safetensors", "--rank", 9)
     assert "rank 9: layers miss 0.0%" in output
+
+
+def test_merge_by_part_and_by_block(hdb, made):
+    me = made / "me.safetensors"
+    hdb.run("merge", f"{me}=0.5:te=0:M00=2:out=0", "--out", "part.safetensors", "--dtype", "fp32")
+    found, whole = read_lora("part.safetensors"), read_lora(me)
+    blocks = {name: name.split(".")[1] for name in whole.layers}
+    assert found.layers.keys() == {name for name in whole.layers if blocks[name] in ("down_blocks", "mid_block")}
+    weighted = {name: replace(layer, alpha=layer.alpha * (0.5 if blocks[name] == "down_blocks" else 1.0))
+                for name, layer in whole.layers.items() if name in found.layers}  # fmt: skip
+    assert max(relative_errors(found, replace(whole, layers=weighted)).values()) < 1e-5
+    numbers = ",".join(["0"] * 16 + ["1"])
+    hdb.run("merge", f"{me}:lbw={numbers}".replace("tensors:", "tensors=1:"), "--out", "last.safetensors")
+    assert {name[:25] for name in read_lora("last.safetensors").layers} == {"unet.up_blocks.3.attentio"}
+    assert "lbw has 2 numbers; for Stable Diffusion 1 it has 17 or 26" in hdb.fail(
+        "merge", f"{me}=1:lbw=1,0", "--out", "b.safetensors"
+    )
+    hdb.run("merge", f"{me}=te=0", "--into", miniature_path(), "--out", "denoiser-only")
+    changed = load_file("denoiser-only/text_encoder/model.safetensors")
+    stored = load_file(miniature_path() / "text_encoder/model.safetensors")
+    assert all(torch.equal(changed[name], tensor) for name, tensor in stored.items())
 
 
 def test_merge_into_a_folder_and_extract_it_again(hdb, made):

@@ -95,7 +95,7 @@ def test_every_option_that_names_a_path_is_known_to_read_or_to_write():
     for command in COMMANDS:
         for parameter in importlib.import_module(COMMANDS[command]).command.params:
             words = set((parameter.metavar or "").split("|"))
-            if isinstance(parameter.type, click.Path) or words & {"DIR", "FILE", "IMAGES", "LORA[=WEIGHT]..."}:
+            if isinstance(parameter.type, click.Path) or words & {"DIR", "FILE", "IMAGES", "LORA[=WEIGHTS]..."}:
                 assert parameter.name in READ.get(command, ()) or (command, parameter.name) in OUTPUTS, parameter.name
 
 
