@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+from lidb_peft.safe_read import printable
+
+_MAX_CHARS = 1000
+
 
 def first_line(error: BaseException) -> str:
-    """The error's kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The error's kind if it says nothing; what it quotes of a file is made printable."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], _MAX_CHARS)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .safe_read import printable
+
 BASIS_VERSION = 1
 BASIS_KINDS = ("orthogonal",)
 # Older files hold LAPACK's bases, which may differ in a last bit; one of another stream differs in the first digit.
@@ -149,7 +151,7 @@ def check_basis(key: BasisKey, fingerprint: str, probes: Tensor, source: str) ->
     """
     if fingerprint != basis_fingerprint(key):
         raise ValueError(
-            f"{source} was made with another {key.label} basis (fingerprint {fingerprint}, here "
+            f"{source} was made with another {key.label} basis (fingerprint {printable(fingerprint)}, here "
             f"{basis_fingerprint(key)}); load it with the version of lidb-peft that wrote it"
         )
     ours = basis_probes(get_basis(key, torch.device("cpu")))

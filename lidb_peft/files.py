@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside the target, flushed, renamed.
 
 What a killed process has left half written is told by its lock, which the system takes back, and is removed by the next
-process that writes into the same folder.
+process that writes into the same folder; a folder that was about to be replaced gets its name back.
 """
 
 import json
@@ -32,7 +32,8 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 _DTYPES = tuple(_DTYPE_NAMES)
 _SUFFIX = ".hdb-tmp"
-_TEMPORARY = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}", re.DOTALL)
+_ASIDE = ".hdb-old"  # of a folder that holds one that is being replaced
+_TEMPORARY = re.compile(rf"\..*\.[a-z0-9_]{{8}}({re.escape(_SUFFIX)}|{re.escape(_ASIDE)})", re.DOTALL)
 _MAX_PREFIX_CHARS = 30
 _LOCK = ".hdb-lock"
 _cleaned: set[str] = set()  # folders in which this process has looked for what others left
@@ -84,13 +85,15 @@ def atomic_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterato
     """Yield an empty folder; rename it to ``target`` when the block ends well.
 
     Args:
-        overwrite: a folder ``target`` may be there, and is replaced as a whole.
+        overwrite: a folder ``target`` may be there, and is replaced as a whole: moved aside, and gone once the new one
+            is in its place. A process that is killed between the two leaves it to `_remove_leftovers`.
 
     Raises:
         FileExistsError: ``target`` exists.
         OSError: as `check_writable`.
     """
     target = Path(target)
+    _remove_leftovers(target.parent)  # which may give ``target`` its name back
     is_there = target.exists()
     if is_there and not (overwrite and target.is_dir()):
         raise FileExistsError(f"{target} exists; name a new folder, or remove it first")
@@ -102,9 +105,9 @@ def atomic_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterato
                 _flush(file)
         temporary.chmod(0o777 & ~_umask())
         if is_there:
-            with _temporary(target, _make_folder) as earlier:
-                os.replace(target, earlier)  # an empty folder may be renamed onto
-                os.replace(temporary, target)
+            with _temporary(target, _make_aside) as aside:
+                os.rename(target, aside / target.name)
+                os.rename(temporary, target)
         else:
             os.rename(temporary, target)
 
@@ -196,6 +199,10 @@ def _make_folder(target: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=_SUFFIX, dir=target.parent))
 
 
+def _make_aside(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=_ASIDE, dir=target.parent))
+
+
 def _prefix(target: Path) -> str:
     return f".{target.name[:_MAX_PREFIX_CHARS]}."  # with what is added, the whole could be longer than a name may be
 
@@ -232,7 +239,8 @@ def _lock(path: Path) -> int | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left half written in ``folder``; looked for once."""
+    """Remove what killed processes have left half written in ``folder``, and undo what they had half replaced; looked
+    for once."""
     place = os.path.realpath(folder)
     if place in _cleaned or not os.path.isdir(place):
         return
@@ -249,10 +257,19 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _remove(temporary: Path) -> None:
+    if temporary.name.endswith(_ASIDE):
+        _put_back(temporary)
     if temporary.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
         temporary.unlink(missing_ok=True)
+
+
+def _put_back(aside: Path) -> None:
+    """Give what was moved aside its name back, if the new folder has not come."""
+    for folder in aside.iterdir():
+        if not os.path.lexists(aside.parent / folder.name):
+            os.rename(folder, aside.parent / folder.name)
 
 
 def _flush(file: Path) -> None:

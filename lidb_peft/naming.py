@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import LiDBConfig
 from .families import FAMILIES
+from .safe_read import printable
 
 _ALL_TARGETS = frozenset().union(*(family.targets for family in FAMILIES.values()))
 
@@ -99,5 +100,6 @@ def find_layers(component: str, model: nn.Module, config: LiDBConfig) -> dict[st
             raise ValueError(f"{component}.{name} is a {type(module).__name__}; target_modules must name linear layers")
         found[layer_name(component, name)] = module
     if not found:
-        raise ValueError(f"no layer of {component} matches target_modules {config.target_modules}; correct the names")
+        named = printable(repr(config.target_modules))
+        raise ValueError(f"no layer of {component} matches target_modules {named}; correct the names")
     return {name: found[name] for name in sorted(found, key=natural_key)}

@@ -17,6 +17,7 @@ from .config import LiDBConfig
 from .layout import distinct_basis_keys
 from .naming import clean_module_name, natural_key
 from .patterns import check_patterns
+from .safe_read import printable
 from .space import LiDBSpace
 
 _SETTINGS = {"r": int, "down_dim": int, "up_dim": int, "scale": float, "seed": int, "basis": str}
@@ -80,7 +81,7 @@ def record_config(record: Mapping[str, str], source: str) -> LiDBConfig:
                 check_patterns(targets[name], f"its {name}")
         return LiDBConfig(**values, **{name: targets[name] for name in _TARGETS if name in targets})
     except _MALFORMED as error:
-        raise ValueError(f"{source} describes no LiDB this version knows: {error}") from error
+        raise ValueError(f"{source} describes no LiDB this version knows: {printable(str(error))}") from error
 
 
 def read_number(record: Mapping[str, str], name: str, kind: type, source: str) -> int | float | str:
@@ -92,7 +93,8 @@ def read_number(record: Mapping[str, str], name: str, kind: type, source: str) -
     try:
         return kind(record[name])
     except ValueError as error:
-        raise ValueError(f"{source} says {name} is {record[name]!r}, which is not a number; it is damaged") from error
+        found = printable(repr(record[name]))
+        raise ValueError(f"{source} says {name} is {found}, which is not a number; it is damaged") from error
 
 
 def check_record(record: Mapping[str, str], space: LiDBSpace, source: str) -> None:
@@ -113,15 +115,16 @@ def check_record(record: Mapping[str, str], space: LiDBSpace, source: str) -> No
     if differences:
         raise ValueError(f"{source} was made with {', '.join(differences)}; use its own settings")
     if record["layers_hash"] != space.layers_hash:
-        of = f", that of {record['base_model_name']}" if record["base_model_name"] else ""
+        of = f", that of {printable(record['base_model_name'])}" if record["base_model_name"] else ""
+        theirs = f"{printable(record['num_layers'])} layers (hash {printable(record['layers_hash'])})"
         raise ValueError(
-            f"{source} belongs to another list of {record['num_layers']} layers (hash {record['layers_hash']}) than "
+            f"{source} belongs to another list of {theirs} than "
             f"this model's {space.num_layers} (hash {space.layers_hash}); use the architecture it was made for{of}"
         )
     _check_bases(record, space, source)
     fingerprint = _fingerprint(space)
     if record["base_fingerprint"] and fingerprint and not same_base(record["base_fingerprint"], fingerprint):
-        name = record["base_model_name"] or "another base model"
+        name = printable(record["base_model_name"]) or "another base model"
         warnings.warn(
             f"{source} was made on {name}, whose weights differ from this model's; expect a weaker likeness",
             stacklevel=3,
@@ -141,7 +144,9 @@ def _check_bases(record: Mapping[str, str], space: LiDBSpace, source: str) -> No
         bases = json.loads(record["bases"])
         parsed = {label: (str(b[0]), torch.tensor([float(v) for v in b[1:]])) for label, b in bases.items()}
     except _MALFORMED as error:
-        raise ValueError(f"{source} has no readable record of its bases ({error}); it is damaged") from error
+        raise ValueError(
+            f"{source} has no readable record of its bases ({printable(str(error))}); it is damaged"
+        ) from error
     for key in distinct_basis_keys(space.shapes, space.config):
         if key.label not in parsed:
             raise ValueError(f"{source} has no record of the {key.label} basis; it is damaged")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .files import safetensors_chunks, write_safetensors
-from .safe_read import read_tensors
+from .safe_read import printable, read_tensors
 
 _CHECKSUM = "sha256"
 _TREE = "tree"
@@ -64,7 +64,7 @@ def read_tree(path: str | os.PathLike) -> dict[str, object]:
     try:
         tree = _restore(json.loads(metadata[_TREE]), tensors)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: what it holds is no tree ({error})") from error
+        raise ValueError(f"{path} is damaged: what it holds is no tree ({printable(str(error))})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is damaged: what it holds is no tree")
     return tree
@@ -101,7 +101,7 @@ def _restore(value: object, tensors: Mapping[str, Tensor]) -> object:
     if kind == "tensor":
         return tensors[content]
     if kind != "dict":
-        raise ValueError(f"a {kind!r} is not known")
+        raise ValueError(f"{printable(repr(kind))} is not known")
     return {key: _restore(own, tensors) for key, own in content}
 
 

@@ -75,7 +75,7 @@ def load_theta(path: str | os.PathLike, space: LiDBSpace | None = None) -> Theta
     path = Path(path)
     stored, record = _read(path)
     if record["format"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {record['format']}; this version of lidb-peft reads 1")
+        raise ValueError(f"{path} has format version {printable(record['format'])}; this version of lidb-peft reads 1")
     config = record_config(record, str(path))
     num_layers = read_number(record, "num_layers", int, str(path))
     expected = (num_layers, config.r * (config.down_dim + config.up_dim))

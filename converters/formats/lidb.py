@@ -183,7 +183,7 @@ def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
         for shapes in _choices(family.shapes, file.config):
             if layers_hash(shapes) == file.layers_hash:
                 return family.name, shapes
-    of = f" of {file.base_model_name}" if file.base_model_name else ""
+    of = f" of {printable(file.base_model_name)}" if file.base_model_name else ""
     raise ValueError(f"{path} belongs to layers{of} that are none of {', '.join(FAMILIES)}'s; {_WHICH_BASE}")
 
 

@@ -140,7 +140,8 @@ def _read_source(
         for name in place.layers:
             if name in found.names:
                 raise ValueError(
-                    f"{source.file} holds layer {name} twice, as {found.names[name]} and as {module.name}; remove one"
+                    f"{source.file} holds layer {name} twice, as {printable(found.names[name])} and as "
+                    f"{printable(module.name)}; remove one"
                 )
             found.names[name] = module.name
         _read_layer(source.file, place, module, tensors, configs, found, drop_nan, alpha)

@@ -16,6 +16,7 @@ from hypernet.errors import differing_names
 from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_path
+from lidb_peft.safe_read import printable
 
 AUTO_START = "auto"
 START_FILE = "start.safetensors"
@@ -50,7 +51,7 @@ class LoraStart:
         if theirs != ours:
             differing = differing_names(theirs, ours)
             raise ValueError(
-                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. {differing[0]} is "
+                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. {printable(differing[0])} is "
                 f"missing in one of them or has another shape; adapt the layers it was learned on, or pass --start none"
             )
         flat = torch.empty(space.lora_size(self.rank))

@@ -23,7 +23,7 @@ from hypernet.recipe import NUM_TIMESTEPS
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path
 from lidb_peft.record import missing_fields, same_base
-from lidb_peft.safe_read import read_json_object
+from lidb_peft.safe_read import printable, read_json_object
 from lidb_peft.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION = 2
@@ -110,7 +110,7 @@ class TargetStore:
         theirs, ours = record["base_fingerprint"], base_fingerprint(space.models)
         if theirs and ours and not same_base(theirs, ours):
             raise ValueError(
-                f"{folder} holds targets of {record['base_model_name'] or 'another base model'}, whose weights differ "
+                f"{folder} holds targets of {printable(record['base_model_name']) or 'another base model'}, whose weights differ "
                 f"from this model's; use the base they were fitted on, or fit new ones with hdb preoptimize"
             )
         check_record(record, space, str(folder))
@@ -127,7 +127,7 @@ class TargetStore:
         theirs, fit = _EARLIER_FIT | self.manifest["fit"], json.loads(json.dumps(dict(fit)))
         differing = [name for name in fit if theirs.get(name) != fit[name]]
         if differing:
-            found = ", ".join(f"{name} {theirs.get(name)!r} (here {fit[name]!r})" for name in differing)
+            found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {fit[name]!r})" for name in differing)
             raise ValueError(
                 f"{self.folder} holds targets of another fit, with {found}; go on with its own settings, or choose "
                 f"another folder"
@@ -174,7 +174,9 @@ class TargetStore:
             )
             counts = {tensors[name].shape[0] for name in ("theta", "losses")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path} is damaged or no shard of targets ({error}); {_REMEDY}") from error
+            raise ValueError(
+                f"{path} is damaged or no shard of targets ({printable(str(error))}); {_REMEDY}"
+            ) from error
         if text.get("run", self.run) != self.run:
             raise ValueError(f"{path} is of another run than {self.folder / _MANIFEST}, fitted otherwise or on another "
                              f"base; {_REMEDY}")  # fmt: skip
@@ -236,11 +238,11 @@ def _read_manifest(folder: Path) -> dict:
     manifest = read_json_object(path, "choose another folder, or write it again as it was")
     if manifest.get("format") not in (FORMAT_VERSION, _UNSEALED_FORMAT):
         raise ValueError(
-            f"{path} has format {manifest.get('format')!r}; this version of lidb-peft reads {FORMAT_VERSION}"
+            f"{path} has format {printable(repr(manifest.get('format')))}; this version of lidb-peft reads {FORMAT_VERSION}"
         )
     record, batch = manifest.get("space"), manifest.get("batch")
     if not isinstance(record, dict) or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
         raise ValueError(f"{path} does not say what its targets belong to; it is damaged or of something else")
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"{path} says batch is {batch!r}; expected a number of people; it is damaged")
+        raise ValueError(f"{path} says batch is {printable(repr(batch))}; expected a number of people; it is damaged")
     return manifest

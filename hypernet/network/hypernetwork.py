@@ -26,7 +26,7 @@ from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_files
 from lidb_peft.layout import distinct_basis_keys, starting_theta, theta_mask
-from lidb_peft.safe_read import check_indices, read_header, read_json_object
+from lidb_peft.safe_read import check_indices, examples, printable, read_header, read_json_object
 
 HEAD_STD = 1e-3
 POSITION_STD = 0.02
@@ -235,8 +235,9 @@ class HyperNetwork(PreTrainedModel):
             raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(
-                f"{source} holds other weights than its config.json says: missing {sorted(info['missing_keys'])}, "
-                f"unexpected {sorted(info['unexpected_keys'])}"
+                f"{source} holds other weights than its config.json says: missing "
+                f"{examples(sorted(info['missing_keys'])) or 'none'}, unexpected "
+                f"{examples(sorted(info['unexpected_keys'])) or 'none'}"
             )
         model.name_or_path = model.config.name_or_path = str(source)
         model._set_trainable()
@@ -294,7 +295,9 @@ def _check_files(source: str, folder: Path) -> HyperNetworkConfig:
 def _check_type(source: str | Path, config: dict[str, Any]) -> None:
     found = config.get("model_type")
     if found != HyperNetworkConfig.model_type:
-        raise ValueError(f"{source} holds a model of type {found!r}; expected {HyperNetworkConfig.model_type!r}")
+        raise ValueError(
+            f"{source} holds a model of type {printable(repr(found))}; expected {HyperNetworkConfig.model_type!r}"
+        )
 
 
 @contextmanager

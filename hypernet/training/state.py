@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hypernet.errors import differing_names
 from hypernet.recipe import TrainConfig
+from lidb_peft.safe_read import printable
 from lidb_peft.sealed import read_tree, same_kind, write_tree
 
 STATE_FILE = "training.safetensors"
@@ -67,7 +68,7 @@ class TrainingState:
         _check_config(path, state["config"], state["world"], config, world)
         changed = differing_names(state["data"], self.data)
         if changed:
-            raise ValueError(f"{path} was trained on other {' and '.join(changed)} than there are now, by their names, "
+            raise ValueError(f"{path} was trained on other {printable(' and '.join(changed))} than there are now, by their names, "
                              f"photos or order; resume with the same ones, or train anew")  # fmt: skip
         parameters = dict(_trainable(self.network))
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
@@ -76,10 +77,10 @@ class TrainingState:
             names = differing_names(theirs, ours)
             raise ValueError(
                 f"{path} is of another hypernetwork: {len(names)} of its weights are missing here or have another "
-                f"shape, e.g. {names[0]}; resume with the hypernetwork in {folder}"
+                f"shape, e.g. {printable(names[0])}; resume with the hypernetwork in {folder}"
             )
         if set(state["parts"]) != set(self.parts):
-            raise ValueError(f"{path} holds {sorted(state['parts'])}; expected {sorted(self.parts)}: resume on the "
+            raise ValueError(f"{path} holds {printable(str(list(state['parts'])))}; expected {sorted(self.parts)}: resume on the "
                              f"kind of device, and with the precision, that it was written with")  # fmt: skip
         for name, part in self.parts.items():
             _load_part(path, part, state["parts"][name])
@@ -112,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{path} ").removeprefix("is damaged: ")
         raise ValueError(f"{path} is damaged: {reason}; {anew}") from error
     if state.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {state.get('format')!r}, and this version of lidb-peft reads "
+        raise ValueError(f"{path} has format {printable(repr(state.get('format')))}, and this version of lidb-peft reads "
                          f"{FORMAT_VERSION}; {anew}")  # fmt: skip
     kinds = {"config": dict, "world": int, "data": dict, "step": int, "best": float, "network": dict, "parts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
@@ -133,7 +134,7 @@ def _load_part(path: Path, part: Any, theirs: Any) -> None:
         part.load_state_dict(theirs)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is damaged: its {type(part).__name__} cannot be loaded ({error}); train anew"
+            f"{path} is damaged: its {type(part).__name__} cannot be loaded ({printable(str(error))}); train anew"
         ) from error
 
 
@@ -146,7 +147,7 @@ def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: 
     free = _FREE if config.crop else _FREE | {"face_detector"}
     differing = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
     if differing:
-        found = ", ".join(f"{name} {theirs.get(name)!r} (here {ours[name]!r})" for name in differing)
+        found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {ours[name]!r})" for name in differing)
         raise ValueError(f"{path} was trained with {found}; resume with its own settings")
     their_people = their_world * theirs["batch"] * theirs["accumulation"]
     if their_people != (people := world * config.batch * config.accumulation):

@@ -30,7 +30,7 @@ from PIL import Image
 from lidb_peft.safe_read import read_header
 
 LONGEST_S = 300.0
-TEMPORARY = (".hdb-tmp", ".hdb-lock")
+TEMPORARY = (".hdb-tmp", ".hdb-old", ".hdb-lock")
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 BASE = ("--base", "testbed", "--hypernet", "none", "--no-crop")

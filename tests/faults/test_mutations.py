@@ -94,6 +94,9 @@ def mutate(path: Path, chance: random.Random) -> None:
         _replace_one(tree, chance)
         file.write_text(json.dumps(tree))
         return
+    if file.suffix == ".safetensors" and chance.random() < 0.3:
+        file.write_bytes(_with_other_words(bytes(blob), chance))
+        return
     for _ in range(chance.choice([1, 1, 2, 8])):
         at = chance.randrange(len(blob)) if blob else 0
         kind = chance.randrange(4)
@@ -106,6 +109,28 @@ def mutate(path: Path, chance: random.Random) -> None:
         else:
             del blob[at:]
     file.write_bytes(blob)
+
+
+def _with_other_words(blob: bytes, chance: random.Random) -> bytes:
+    """A safetensors file that is whole and says something else: a name, or a text among its metadata, is another."""
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    metadata = header.get("__metadata__", {})
+    place = chance.choice([header, metadata] if metadata else [header])
+    key = chance.choice(sorted(place))
+    word = chance.choice([word for word in (*JUNK, key + "\x1b[2J", key + "\ud800") if isinstance(word, str)])
+    if place is metadata and chance.random() < 0.7:
+        try:  # JSON in it stays JSON
+            tree = json.loads(metadata[key])
+            _replace_one(tree, chance)
+            word = json.dumps(tree)
+        except ValueError:
+            pass
+        metadata[key] = word
+    elif key != "__metadata__":
+        place[word] = place.pop(key)
+    text = json.dumps(header, ensure_ascii=chance.random() < 0.5).encode("utf-8", errors="surrogatepass")
+    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
 
 
 def _replace_one(tree: object, chance: random.Random) -> None:

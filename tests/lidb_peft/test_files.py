@@ -103,6 +103,57 @@ def test_the_next_process_removes_what_a_killed_one_left_and_nothing_else(tmp_pa
     assert sorted(file.name for file in tmp_path.rglob("*")) == [".a.notes.tmp", "c", "d"]
 
 
+REPLACING = """
+import os, sys
+from lidb_peft.files import atomic_folder
+folder, die_before = sys.argv[1], int(sys.argv[2])
+renames = 0
+def hook(event, arguments):
+    global renames
+    if event in ("os.rename", "os.rmdir"):
+        renames += 1
+        if renames == die_before:
+            os.kill(os.getpid(), 9)
+with atomic_folder(f"{folder}/out", overwrite=True) as new:
+    for name in "ab":
+        (new / name).write_text("new")
+    sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no kill -9")
+@pytest.mark.parametrize(("die_before", "expected"), [(1, "old"), (2, "old"), (3, "new"), (9, "new")])
+def test_a_folder_whose_replacing_is_killed_is_the_old_or_the_new_one(tmp_path, monkeypatch, die_before, expected):
+    (tmp_path / "out").mkdir()
+    for name in "ab":
+        (tmp_path / "out" / name).write_text("old")
+    command = [sys.executable, "-c", REPLACING, str(tmp_path), str(die_before)]
+    code = subprocess.run(
+        command, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ).returncode
+    assert code == (0 if die_before == 9 else -9)
+    monkeypatch.setattr(files, "_cleaned", set())
+    write_safetensors(tmp_path / "other", {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"a": expected, "b": expected}
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(source).endswith(".hdb-tmp"):
+            raise PermissionError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError), atomic_folder(tmp_path / "out", overwrite=True) as new:
+        (new / "new").write_text("new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "out"]
+
+
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     with (
         locked_folder(tmp_path / "new", "a training"),
