@@ -51,8 +51,9 @@ class LoraStart:
         if theirs != ours:
             differing = differing_names(theirs, ours)
             raise ValueError(
-                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. {printable(differing[0])} is "
-                f"missing in one of them or has another shape; adapt the layers it was learned on, or pass --start none"
+                f"{self.source} starts {len(theirs)} layers and {len(ours)} are finetuned; e.g. "
+                f"{printable(differing[0])} is missing in one of them or has another shape; adapt the layers it was "
+                f"learned on, or pass --start none"
             )
         flat = torch.empty(space.lora_size(self.rank))
         places = space.lora_factors(flat, self.rank)  # views

@@ -109,9 +109,10 @@ class TargetStore:
         record = self.manifest["space"]
         theirs, ours = record["base_fingerprint"], base_fingerprint(space.models)
         if theirs and ours and not same_base(theirs, ours):
+            name = printable(record["base_model_name"]) or "another base model"
             raise ValueError(
-                f"{folder} holds targets of {printable(record['base_model_name']) or 'another base model'}, whose weights differ "
-                f"from this model's; use the base they were fitted on, or fit new ones with hdb preoptimize"
+                f"{folder} holds targets of {name}, whose weights differ from this model's; use the base they "
+                f"were fitted on, or fit new ones with hdb preoptimize"
             )
         check_record(record, space, str(folder))
         self._read: dict[int, Shard] = {}
@@ -236,10 +237,10 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"{folder} is not a target store: it has no {_MANIFEST}; name a folder that hdb preoptimize "
                          f"wrote")  # fmt: skip
     manifest = read_json_object(path, "choose another folder, or write it again as it was")
-    if manifest.get("format") not in (FORMAT_VERSION, _UNSEALED_FORMAT):
-        raise ValueError(
-            f"{path} has format {printable(repr(manifest.get('format')))}; this version of lidb-peft reads {FORMAT_VERSION}"
-        )
+    version = manifest.get("format")
+    if version not in (FORMAT_VERSION, _UNSEALED_FORMAT):
+        shown = printable(repr(version))
+        raise ValueError(f"{path} has format {shown}; this version of lidb-peft reads {FORMAT_VERSION}")
     record, batch = manifest.get("space"), manifest.get("batch")
     if not isinstance(record, dict) or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
         raise ValueError(f"{path} does not say what its targets belong to; it is damaged or of something else")

@@ -68,8 +68,8 @@ class TrainingState:
         _check_config(path, state["config"], state["world"], config, world)
         changed = differing_names(state["data"], self.data)
         if changed:
-            raise ValueError(f"{path} was trained on other {printable(' and '.join(changed))} than there are now, by their names, "
-                             f"photos or order; resume with the same ones, or train anew")  # fmt: skip
+            raise ValueError(f"{path} was trained on other {printable(' and '.join(changed))} than there are now, by "
+                             f"their names, photos or order; resume with the same ones, or train anew")  # fmt: skip
         parameters = dict(_trainable(self.network))
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
         ours = {name: tuple(value.shape) for name, value in parameters.items()}
@@ -80,8 +80,9 @@ class TrainingState:
                 f"shape, e.g. {printable(names[0])}; resume with the hypernetwork in {folder}"
             )
         if set(state["parts"]) != set(self.parts):
-            raise ValueError(f"{path} holds {printable(str(list(state['parts'])))}; expected {sorted(self.parts)}: resume on the "
-                             f"kind of device, and with the precision, that it was written with")  # fmt: skip
+            found = printable(str(list(state["parts"])))
+            raise ValueError(f"{path} holds {found}; expected {sorted(self.parts)}: resume on the kind "
+                             f"of device, and with the precision, that it was written with")  # fmt: skip
         for name, part in self.parts.items():
             _load_part(path, part, state["parts"][name])
         with torch.no_grad():
@@ -113,8 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{path} ").removeprefix("is damaged: ")
         raise ValueError(f"{path} is damaged: {reason}; {anew}") from error
     if state.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {printable(repr(state.get('format')))}, and this version of lidb-peft reads "
-                         f"{FORMAT_VERSION}; {anew}")  # fmt: skip
+        found = printable(repr(state.get("format")))
+        raise ValueError(f"{path} has format {found}, and this version of lidb-peft reads {FORMAT_VERSION}; {anew}")
     kinds = {"config": dict, "world": int, "data": dict, "step": int, "best": float, "network": dict, "parts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     wrong += [] if all(isinstance(value, Tensor) for value in (state.get("network") or {}).values()) else ["network"]
