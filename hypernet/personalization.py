@@ -18,7 +18,7 @@ from torch import Tensor
 from converters import KohyaMetadata, prepare_conversion, write_lora
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import Base, as_base
-from hypernet.fitting.engine import fit_lora, fit_theta
+from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
@@ -272,7 +272,10 @@ class OpenedRequest:
         start, start_source: the flat LoRA that finetunings start from, and its file; None and "" draw fresh ones.
         network: the hypernetwork that predicts where fits start, loaded; None if there is none.
         seconds: time of each stage; it becomes every result's.
+        kept: the step of the people before, for the next ones; None keeps none.
     """
+
+    kept: KeptStep | None = None
 
     def __init__(self, request: Request, base: BaseModel, seconds: dict[str, float] | None = None) -> None:
         """Open a request.
@@ -343,8 +346,9 @@ class OpenedRequest:
         if config.theta_steps:
             with timed(self.seconds, "fit theta"):
                 theta, losses["fit theta"] = fit_theta(
-                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, "fit theta"), bases, failed
-                )
+                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, "fit theta"), bases, failed,
+                    self.kept,
+                )  # fmt: skip
         theta = theta.expand(len(people), *space.theta_0.shape)
         if failed:  # what is not finite is not gone on from
             theta = theta.clone()
@@ -356,6 +360,7 @@ class OpenedRequest:
                 finetuned, losses["finetune LoRA"] = fit_lora(
                     base, space, subjects, config.lora_fit, config.rank, None if is_identity else theta,
                     _of_stage(progress, "finetune LoRA"), bases, self.start, failed,
+                    self.kept,
                 )  # fmt: skip
         return [
             ValueError(failed[i]) if i in failed else Personalization(

@@ -16,6 +16,7 @@ from typing import Any
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import Base, as_base
 from hypernet.fitting.batch_size import choose_batch
+from hypernet.fitting.engine import KeptStep
 from hypernet.fitting.starts import AUTO_START
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, open_people, prepare_person
 from hypernet.network.prediction import Hypernet
@@ -112,6 +113,8 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
         return lambda stage, done, total: report(num_people / (stages * total))
 
     pictures = Pictures(base, opened.space, config, previews)
+    if previews is None and bool(config.theta_steps) != bool(config.steps):  # else its memory is wanted meanwhile
+        opened.kept = KeptStep()
     with locked_folder(request.out, "hdb personalize --each"):
         for rows in _groups(_named(request, result, report), batch):
             there = set() if request.overwrite else {file for _, file in rows if file.exists()}

@@ -7,8 +7,9 @@ gradients are clipped per identity and Adam works number by number.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +61,21 @@ class DivergedError(ValueError):
         self.failed, self.fitted, self.losses = failed, fitted, losses
 
 
+@dataclass
+class KeptStep:
+    """The step of the last fit, for the next people of as many photos and the same prompts, with its CUDA graph.
+
+    Capturing takes three steps kernel by kernel and as long as some 40 replayed ones. The graph keeps the memory of
+    the step's activations, so drop this before something else needs that, such as drawing.
+    """
+
+    key: tuple = ()
+    step: "_Step | None" = None
+
+    def release(self) -> None:
+        self.key, self.step = (), None
+
+
 def fit_theta(
     base: BaseModel,
     space: LiDBSpace,
@@ -69,6 +85,7 @@ def fit_theta(
     progress: Progress | None = None,
     bases: Mapping[str, Tensor] | None = None,
     failed: dict[int, str] | None = None,
+    kept: KeptStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit one theta per subject, all from the same starting vector.
 
@@ -76,6 +93,7 @@ def fit_theta(
         start: ``(N, L, row)`` or ``(L, row)``; default ``space.theta_0``.
         bases: learned ones, by label, that theta is fitted in; None takes the frozen ones.
         failed: takes the subjects whose fit diverged, row -> reason; their results are not finite. None raises instead.
+        kept: of the fit before, and for the next one; None keeps nothing.
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
@@ -88,7 +106,8 @@ def fit_theta(
     _check_thetas(space, start, len(subjects))
     start = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32)
     bases = _frozen(bases, base.device)
-    return _fit(base, space, subjects, config, start, lambda values: [space.expand(values, bases)], progress, failed)
+    trained = _Trained(start, lambda values: space.expand(values, bases), bases)
+    return _fit(base, space, subjects, config, trained, progress, failed, kept)
 
 
 def fit_lora(
@@ -102,6 +121,7 @@ def fit_lora(
     bases: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     failed: dict[int, str] | None = None,
+    kept: KeptStep | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject beside its frozen theta.
 
@@ -110,7 +130,7 @@ def fit_lora(
         bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
         start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
             draws each subject a fresh one, which changes nothing yet.
-        failed: as for `fit_theta`.
+        failed, kept: as for `fit_theta`.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -119,7 +139,7 @@ def fit_lora(
     Raises:
         ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
-    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start, failed)
+    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start, failed, kept)
     results = []
     for i in range(len(subjects)):
         factors = space.lora_factors(lora[i], rank)
@@ -141,6 +161,7 @@ def fit_flat_lora(
     bases: Mapping[str, Tensor] | None = None,
     start: Tensor | None = None,
     failed: dict[int, str] | None = None,
+    kept: KeptStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit as `fit_lora` does; returns the LoRAs alone, flat ``(N, lora_size(rank))``, and the losses, on the CPU.
 
@@ -163,12 +184,25 @@ def fit_flat_lora(
             f"{space.lora_size(rank)} numbers"
         )
     bases = _frozen(bases, base.device)
-    frozen = [] if theta is None else [space.expand(theta.to(base.device, torch.float32), bases)]
+    frozen = None if theta is None else space.expand(theta.to(base.device, torch.float32), bases)
+    trained = _Trained(first.to(base.device), lambda values: space.split_lora(values, rank), frozen=frozen)
+    return _fit(base, space, subjects, config, trained, progress, failed, kept)
 
-    def parts(values: Tensor) -> list[Stacks]:
-        return [*frozen, space.split_lora(values, rank)]
 
-    return _fit(base, space, subjects, config, first.to(base.device), parts, progress, failed)
+class _Trained(NamedTuple):
+    """What a fit trains.
+
+    Attributes:
+        start: one flat buffer of parameters, ``(N, ...)``.
+        to_factors: maps it to the factors to apply.
+        bases: learned ones that ``to_factors`` reads.
+        frozen: factors that are applied beside.
+    """
+
+    start: Tensor
+    to_factors: Callable[[Tensor], Stacks]
+    bases: Mapping[str, Tensor] | None = None
+    frozen: Stacks | None = None
 
 
 _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -176,13 +210,10 @@ _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def _fit(
-    base, space, subjects, config: FitConfig, start: Tensor, parts, progress, failed: dict[int, str] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Optimise one flat buffer of parameters ``(N, ...)``; ``parts`` maps it to the factors to apply.
-
-    Returns:
-        What became of ``start``, and losses ``(steps, N)``, on the CPU.
-    """
+    base, space, subjects, config: FitConfig, trained: _Trained, progress, failed: dict[int, str] | None,
+    kept: KeptStep | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Optimise; returns what became of ``trained.start``, and losses ``(steps, N)``, on the CPU."""
     is_auto = config.gradient_checkpointing == "auto"
     size = len(subjects) * config.timesteps_per_step
     # An Apple GPU's memory is the machine's own, which swaps long before anything fails.
@@ -190,11 +221,15 @@ def _fit(
     attempts = (True,) if at_once else (False, True)
     for recomputes in attempts if is_auto else (config.gradient_checkpointing == "on",):
         try:
-            fitted, losses = _optimize(base, space, subjects, config, start.clone(), parts, recomputes, progress)
+            fitted, losses = _optimize(base, space, subjects, config, trained, recomputes, progress, kept)
         except (RuntimeError, MemoryError) as error:
+            if kept is not None:
+                kept.release()
             if recomputes or not is_auto or not is_out_of_memory(error):
                 raise
         else:
+            if kept is None and base.device.type == "cuda":
+                torch.cuda.empty_cache()  # drawing, and other programs, take it from here
             _note_failures(base, subjects, config, fitted, losses, failed)
             return fitted, losses
         release_memory(base.device)  # only here has the failed attempt let go of its tensors
@@ -207,17 +242,16 @@ def _fit(
 
 
 def _optimize(
-    base, space, subjects, config: FitConfig, parameters: Tensor, parts, recomputes: bool, progress
+    base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool, progress, kept: KeptStep | None
 ) -> tuple[Tensor, Tensor]:
-    parameters.requires_grad_(True)
     history = []
     with base.checkpointed(recomputes):
-        step = _Step(base, space, subjects, config, parameters, parts, recomputes)
+        step = _take_step(base, space, subjects, config, trained, recomputes, kept)
         for number in range(config.steps):
             history.append(step(config.lr * (1 - 0.9 * number / config.steps)))
             if progress is not None:
                 progress(number + 1, config.steps)
-    fitted = parameters.detach().cpu()
+    fitted = step.parameters.detach().cpu().clone()  # which on a CPU is the buffer that a kept step goes on with
     return fitted, torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
 
 
@@ -248,6 +282,40 @@ def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses
     return f"the fit diverged at step {step} of {config.steps}; {remedy}"
 
 
+def _take_step(
+    base: BaseModel, space: LiDBSpace, subjects, config: FitConfig, trained: _Trained, recomputes: bool,
+    kept: KeptStep | None,
+) -> "_Step":  # fmt: skip
+    """A new step, or the kept one if it reads and writes the very same tensors."""
+    if kept is None:
+        return _Step(base, space, subjects, config, trained, recomputes)
+    key = _key(base, space, subjects, config, trained, recomputes)
+    if kept.step is None or kept.key != key:
+        kept.release()  # before another takes as much memory
+        kept.step = _Step(base, space, subjects, config, trained, recomputes)
+        kept.key = key if kept.step.steps_inside else ()  # the state of bitsandbytes' optimiser is its own
+    else:
+        kept.step.restart(subjects, config, trained)
+    return kept.step
+
+
+def _key(base: BaseModel, space: LiDBSpace, subjects, config: FitConfig, trained: _Trained, recomputes: bool) -> tuple:
+    """All that a step is made for: shapes, texts and settings, and the addresses of weights, which may have moved."""
+    weights = [tensor for model in base.adapted.values() for tensor in (*model.parameters(), *model.buffers())]
+    weights += list((trained.bases or {}).values())
+    return (
+        id(base),
+        id(space),
+        replace(config, steps=0, lr=1.0, seed=0),
+        recomputes,
+        trained.start.shape,
+        trained.frozen is None,
+        sum(len(subject.moments) for subject in subjects),
+        tuple((subject.prompt, subject.class_prompt) for subject in subjects),
+        tuple(tensor.data_ptr() for tensor in weights),
+    )
+
+
 class _Step:
     """One step of N identities.
 
@@ -255,24 +323,39 @@ class _Step:
     place, so that it can be replayed.
     """
 
-    def __init__(
-        self, base, space, subjects, config: FitConfig, parameters: Tensor, parts, recomputes: bool = False
-    ) -> None:
+    def __init__(self, base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool = False) -> None:
         self.base, self.space, self.config = base, space, config
-        self.parameters, self.parts = parameters, parts
+        self.parameters = trained.start.clone().requires_grad_(True)
+        self.trained = trained
         self.moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
-        self.num_photos = [len(subject.moments) for subject in subjects]
         self.prompts = _prepare_prompts(base, subjects)
         self.preservation = _make_preservation(base, subjects, config)
-        self.generators = [_generator(config.seed, subject.key, "noise") for subject in subjects]
+        self._begin(subjects, config.seed)
         self.loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
         options = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-        self.optimizer = make_adamw(config.optimizer, [parameters], config.lr, capturable=True, **options)
+        self.optimizer = make_adamw(config.optimizer, [self.parameters], config.lr, capturable=True, **options)
         self.steps_inside = isinstance(self.optimizer, torch.optim.AdamW)  # bitsandbytes' cannot be captured
         # Recomputing saves and restores random states, which a capture does not take.
         graph = "off" if recomputes and config.graph == "auto" else config.graph
         self.replay = Replay(base.device, graph)
         self.inputs: list[Tensor] = []
+
+    def _begin(self, subjects: Sequence[Subject], seed: int) -> None:
+        self.num_photos = [len(subject.moments) for subject in subjects]
+        self.generators = [_generator(seed, subject.key, "noise") for subject in subjects]
+
+    @torch.no_grad()
+    def restart(self, subjects: Sequence[Subject], config: FitConfig, trained: _Trained) -> None:
+        """Begin anew with other people, in the tensors that are there."""
+        self._begin(subjects, config.seed)
+        self.moments.copy_(torch.cat([subject.moments for subject in subjects]))
+        self.parameters.copy_(trained.start)
+        if trained.frozen is not None:
+            for place, factors in zip(_tensors(self.trained.frozen), _tensors(trained.frozen), strict=True):
+                place.copy_(factors)
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
     def __call__(self, lr: float) -> Tensor:
         """Take a step; returns each identity's denoising loss, ``(N,)``."""
@@ -308,7 +391,8 @@ class _Step:
         rows, noise, choice = self.inputs[0], Noise(*self.inputs[1:4]), self.inputs[4:]
         noisy_latents, target = noise_photos(base, self.moments[rows], noise)
         preserved = self.preservation and self.preservation.preserve(noisy_latents, noise.timesteps, Choice(*choice))
-        with self.space.apply(*self.parts(self.parameters)):
+        beside = [] if self.trained.frozen is None else [self.trained.frozen]
+        with self.space.apply(*beside, self.trained.to_factors(self.parameters)):
             denoising, change = base_losses(
                 base, self.prompts, noisy_latents, noise.timesteps, target, config.background, preserved
             )
@@ -320,6 +404,10 @@ class _Step:
         if self.steps_inside:
             self.optimizer.step()
         return denoising.detach()
+
+
+def _tensors(stacks: Stacks) -> tuple[Tensor, ...]:
+    return (*stacks.lora_A, *stacks.lora_B)
 
 
 def _prepare_prompts(base: BaseModel, subjects: Sequence[Subject]) -> Prompts:

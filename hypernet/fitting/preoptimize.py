@@ -19,7 +19,7 @@ from hypernet.bases.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
-from hypernet.fitting.engine import DivergedError, fit_theta
+from hypernet.fitting.engine import DivergedError, KeptStep, fit_theta
 from hypernet.fitting.subjects import make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person, with_detector
@@ -152,10 +152,11 @@ def _preoptimize(
     result, total_loss, began = Preoptimized(), 0.0, time.perf_counter()
     report = _people_done(store, people.count(), rank, world, progress)
     missing = _missing_shards(people, store, base.size_px, config.recipe, rank, world, result)
+    kept = KeptStep()
     try:
         for index, prepared in _ahead(missing):
             shard, thetas, losses = _make_shard(
-                base, space, prepared, config, config.batch or store.batch, start, report
+                base, space, prepared, config, config.batch or store.batch, start, report, kept
             )
             store.write(index, shard, thetas, losses)
             result.fitted += len(shard.keys)
@@ -249,6 +250,7 @@ def _make_shard(
     batch: int,
     start: Start | None,
     report: Callable[[float], None],
+    kept: KeptStep,
 ) -> tuple[Shard, Tensor, Tensor]:
     """A shard, its thetas ``(n, L, row)`` and their final losses ``(n,)``; ``report`` gets the rows done."""
     people = prepared.people
@@ -257,7 +259,7 @@ def _make_shard(
     report(len(prepared.rows) - len(people))
     for first in range(0, len(people), batch):
         own, failed = people[first : first + batch], {}
-        theta, loss = _fit_people(base, space, own, config, start, report, failed)
+        theta, loss = _fit_people(base, space, own, config, start, report, failed, kept)
         good = [row for row in range(len(own)) if row not in failed]
         thetas.append(theta[good])
         losses.append(loss[good])
@@ -300,6 +302,7 @@ def _fit_people(
     start: Start | None,
     report: Callable[[float], None],
     failed: dict[int, str],
+    kept: KeptStep,
 ) -> tuple[Tensor, Tensor]:
     """Thetas ``(n, L, row)`` and final losses ``(n,)``: the mean of the last tenth of the steps; see `fit_theta`."""
     subjects = make_subjects(base, people, config.recipe.trigger, config.recipe.class_prompt)
@@ -309,8 +312,9 @@ def _fit_people(
         first = torch.stack([own.mean(0) for own in thetas.split([len(person.photos) for person in people])])
     try:
         theta, losses = fit_theta(
-            base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps)
-        )
+            base, space, subjects, config.recipe.theta_fit, first, lambda _, steps: report(len(people) / steps),
+            kept=kept,
+        )  # fmt: skip
     except DivergedError as error:  # one person's costs one person
         failed.update(error.failed)
         theta, losses = error.fitted, error.losses

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from hypernet.errors import first_line
+from hypernet.inputs.face import Face
 from hypernet.inputs.faces import choose_detector
-from hypernet.inputs.photos import RASTER_FORMATS, Photo, decode_image, prepare_photo, read_image
+from hypernet.inputs.photos import RASTER_FORMATS, NoFaceError, OpenPhoto, Photo, decode_image, look_at, read_image
 from hypernet.recipe import PersonalizeConfig, TrainConfig
 from lidb_peft.files import atomic_path
 from lidb_peft.safe_read import printable
@@ -253,10 +254,17 @@ def _readable(source: str) -> Iterator[None]:
         raise ValueError(f"{source} is damaged or no data set ({first_line(error.__cause__ or error)})") from error
 
 
+Faces = MutableMapping[bytes, tuple[Face, ...]]
+"""By the digest of a photo's bytes, the faces that were found in it."""
+
+
 def prepare_person(
-    person: Person, size_px: int, crop: bool, detector: str = "auto"
+    person: Person, size_px: int, crop: bool, detector: str = "auto", known: Faces | None = None
 ) -> tuple[PreparedPerson | None, list[Skipped]]:
     """Decode a person's photos and prepare them as `hypernet.inputs.photos.prepare_photo` does.
+
+    Args:
+        known: faces of earlier looks, which are not looked for again; takes those that are found.
 
     Returns:
         The person on the photos that can be used, None if none can be; and the photos that cannot.
@@ -270,10 +278,24 @@ def prepare_person(
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
             image = decode_image(file, photo.name) if file else read_image(photo.data)
-            photos.append(prepare_photo(image, size_px, crop, photo.name, detector))
+            photos.append(_look_once(image, photo, crop, detector, known).prepare(size_px))
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
     return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
+
+
+def _look_once(image: Image.Image, photo: RawPhoto, crop: bool, detector: str, known: Faces | None) -> OpenPhoto:
+    """`look_at`, but for faces that are ``known``: looking for them takes longer than all the rest."""
+    if known is None or not crop:
+        return look_at(image, crop, photo.name, detector)
+    digest = _photo_digest(photo.data)
+    try:
+        opened = look_at(image, crop, photo.name, detector, known.get(digest))
+    except NoFaceError:
+        known[digest] = ()
+        raise
+    known[digest] = opened.faces
+    return opened
 
 
 def _photo_digest(data: bytes | str) -> bytes:

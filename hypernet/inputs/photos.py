@@ -165,7 +165,13 @@ def open_photos(
     return tuple(opened), tuple(left_out)
 
 
-def look_at(image: Image.Image, crop: bool = True, name: str = "the photo", detector: str = "auto") -> OpenPhoto:
+def look_at(
+    image: Image.Image,
+    crop: bool = True,
+    name: str = "the photo",
+    detector: str = "auto",
+    known: tuple[Face, ...] | None = None,
+) -> OpenPhoto:
     """Find the face in a photo.
 
     Args:
@@ -174,6 +180,7 @@ def look_at(image: Image.Image, crop: bool = True, name: str = "the photo", dete
             otherwise its centre will be taken.
         name: what messages call the photo.
         detector: of faces, see `hypernet.inputs.faces.choose_detector`.
+        known: the faces, of an earlier look; None looks for them.
 
     Raises:
         NoFaceError: ``crop`` finds no face.
@@ -186,7 +193,7 @@ def look_at(image: Image.Image, crop: bool = True, name: str = "the photo", dete
         )
     if not crop:
         return OpenPhoto(name, image)
-    faces = find_faces(image, detector)
+    faces = find_faces(image, detector) if known is None else known
     if not faces:
         raise NoFaceError(
             f"{name}: no face found; use a photo in which the face is upright, looks at the camera and is well lit, "

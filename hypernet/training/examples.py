@@ -4,7 +4,7 @@ All of it follows from the seed, the number of the step and the person: not from
 so a run is resumed by its step number alone, and processes that share a batch train as one would.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from hypernet.fitting.targets import TargetStore
+from hypernet.inputs.face import Face
 from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, prepare_person
 from hypernet.recipe import TrainConfig
 
@@ -64,8 +65,16 @@ class Batch:
     copies: int
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        """The batch on a device, but for ``denoised``: photos whose latents are kept are not needed there."""
+        return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"), without=("denoised",))
+
+    def pin_memory(self) -> "Batch":
+        """What a `DataLoader` calls, so that copies to a GPU wait for nothing."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor], without: Sequence[str] = ()) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if name not in without})
 
     def generators(self) -> list[torch.Generator]:
         """Each person's own, always at the start of its stream."""
@@ -95,6 +104,7 @@ class Examples(Dataset):
         """
         self.people, self.size_px, self.config, self.targets = people, size_px, config, targets
         self.theta_shape, self.copies, self.is_validation = theta_shape, copies, is_validation
+        self._faces: dict[bytes, tuple[Face, ...]] = {}  # each worker has its own
 
     def __len__(self) -> int:
         return len(self.people.dataset)
@@ -105,7 +115,9 @@ class Examples(Dataset):
             return self._blank()
         # Through People, which reads lazily: one row is decoded, not the data set.
         (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
-        prepared, skipped = prepare_person(person, self.size_px, self.config.crop, self.config.face_detector)
+        prepared, skipped = prepare_person(
+            person, self.size_px, self.config.crop, self.config.face_detector, self._faces
+        )
         if prepared is None:
             return self._blank(*skipped)
         if self.targets is not None and prepared.key not in self.targets:

@@ -199,9 +199,15 @@ class _Run:
         if accelerator.scaler is not None:
             parts["scaler"] = accelerator.scaler
         self.state = TrainingState(self.network, data, parts)
-        self.validation = validating and validation_loader(validating, accelerator.process_index, self.world)
+        self.validation = validating and validation_loader(
+            validating, accelerator.process_index, self.world, self.is_cuda
+        )
         self.running = torch.zeros(len(SUMMED), device=accelerator.device)
         self.used = 0  # people since the last checkpoint
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.accelerator.device.type == "cuda"
 
     @property
     def world(self) -> int:
@@ -236,7 +242,7 @@ class _Run:
         places = training_places(config, len(self.training), state.step, self.accelerator.process_index, self.world)
         loader = DataLoader(
             self.training, batch_sampler=places, collate_fn=self.training.collate, num_workers=config.workers,
-            generator=torch.Generator(),  # the global one is left alone
+            generator=torch.Generator(), pin_memory=self.is_cuda,  # the global generator is left alone
         )  # fmt: skip
         for batch in loader:
             self._learn(batch)

@@ -16,13 +16,13 @@ PICTURE_STEPS = 20
 STYLED = "a pencil drawing of {}"
 
 
-def validation_loader(examples: Examples, rank: int, world: int) -> DataLoader:
+def validation_loader(examples: Examples, rank: int, world: int, is_cuda: bool = False) -> DataLoader:
     """Loads process ``rank``'s share of the people, again and again; its workers stay, for they take long to start."""
     config = examples.config
     places = list(validation_places(config, len(examples), rank, world))
     return DataLoader(
         examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.workers,
-        persistent_workers=config.workers > 0, generator=torch.Generator(),
+        persistent_workers=config.workers > 0, generator=torch.Generator(), pin_memory=is_cuda,
     )  # fmt: skip
 
 

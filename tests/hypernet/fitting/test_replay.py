@@ -111,12 +111,74 @@ def test_a_replayed_fit_equals_a_fit_step_by_step(base, space, people, preservat
         assert all(torch.equal(lora[name][side], expected[name][side]) for name in expected for side in (0, 1))
 
 
+@pytest.fixture
+def captures(monkeypatch):
+    """The replays that are made, each of which captures once."""
+    made = []
+
+    class Counted(Emulated):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(engine, "Replay", Counted)
+    return made
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_kept_step_is_replayed_for_the_next_people_as_if_captured_for_them(base, space, new_subject, captures):
+    """Their photos, noise, theta and first LoRA are in it, and nothing of the people before."""
+    config = replace(CONFIG, steps=WARM_UP + 2)
+    subjects = [[new_subject(f"a{batch}", 2), new_subject(f"b{batch}", 1)] for batch in range(3)]
+    batches = [[replace(subject, class_prompt="a face") for subject in own] for own in subjects]
+    thetas = [space.theta_0 + 0.1 * batch * space.mask for batch in range(3)]
+    kept = engine.KeptStep()
+    for batch, (people, theta) in enumerate(zip(batches, thetas, strict=True)):
+        own = replace(config, seed=batch, lr=1e-2 / (1 + batch), steps=config.steps + batch)
+        found, losses = fit_lora(base, space, people, own, 2, theta, kept=kept)
+        expected, expected_losses = fit_lora(base, space, people, own, 2, theta)
+        assert torch.equal(losses, expected_losses)
+        for lora, right in zip(found, expected, strict=True):
+            assert all(torch.equal(lora[name][side], right[name][side]) for name in right for side in (0, 1))
+    assert len(captures) == 1 + len(batches)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_step_is_made_anew_where_the_kept_one_does_not_fit(base, space, people, new_subject, captures):
+    kept = engine.KeptStep()
+    fit_theta(base, space, people, CONFIG, kept=kept)
+    fit_theta(base, space, people, CONFIG, kept=kept)
+    assert len(captures) == 1
+    fit_theta(base, space, people[:1], CONFIG, kept=kept)  # fewer
+    fit_theta(base, space, people[:1], replace(CONFIG, background=1.0), kept=kept)
+    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(CONFIG, background=1.0), kept=kept)
+    assert len(captures) == 4
+    weight = next(base.unet.parameters())
+    before = weight.data
+    weight.data = before.clone()  # as when photos were encoded in the place of the models
+    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(CONFIG, background=1.0), kept=kept)
+    weight.data = before
+    assert len(captures) == 5
+    kept.release()
+    assert kept.step is None
+
+
+def test_a_kept_step_forgets_a_fit_that_was_not_finite(base, space, people):
+    kept, failed = engine.KeptStep(), {}
+    config = replace(CONFIG, preservation=0.0)
+    broken = replace(people[0], moments=torch.full_like(people[0].moments, float("nan")))
+    fit_theta(base, space, [broken, people[1]], config, failed=failed, kept=kept)
+    assert list(failed) == [0]
+    theta, _ = fit_theta(base, space, people, config, kept=kept)
+    assert torch.equal(theta, fit_theta(base, space, people, config)[0])
+
+
 def test_a_step_reads_nothing_that_is_not_on_the_device(base, space, people):
     """A copy from the CPU waits for the device, and a capture refuses it; meta tensors stand for a device here."""
     meta = replace(base, **{name: copy.deepcopy(model).to("meta") for name, model in base.adapted.items()})
     meta_space = LiDBSpace(meta.adapted, space.config)
-    theta = space.theta_0.expand(2, -1, -1).to("meta").clone().requires_grad_(True)
-    step = engine._Step(meta, meta_space, people, CONFIG, theta, lambda values: [meta_space.expand(values)])
+    theta = space.theta_0.expand(2, -1, -1).to("meta")
+    step = engine._Step(meta, meta_space, people, CONFIG, engine._Trained(theta, meta_space.expand))
     step.steps_inside = False  # AdamW itself counts its steps on the CPU unless it is on CUDA
     step(1e-3)
     with Watching() as watching:

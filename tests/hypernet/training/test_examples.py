@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hypernet.inputs import photos
+from hypernet.inputs.face import Face
 from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig
 from hypernet.training.examples import BLANK, Examples, augment, choose_people, training_places, validation_places
@@ -79,6 +81,31 @@ def test_what_cannot_be_used_is_a_blank_with_a_reason(face_folder):
     assert [entry.name for entry in batch.skipped] == ["1.png"]
     assert batch.seen.shape == (3, 3, 32, 32)
     assert batch.targets is None
+
+
+def test_a_face_is_looked_for_once_however_often_its_photo_comes(face_folder, monkeypatch):
+    found = {"0.png": [Face(8.0, 8.0, 16.0, 0.9)], "1.png": []}
+    looked_at = []
+
+    def find(image, detector):
+        looked_at.append(image.size)
+        return found["0.png"] if len(looked_at) == 1 else found["1.png"]
+
+    monkeypatch.setattr(photos, "find_faces", find)
+    examples = Examples(open_people(face_folder), 32, replace(CONFIG, crop=True, face_detector="yunet"))
+    drawn = [[examples[step, row] for row in (0, 1)] for step in range(3)]
+    assert len(looked_at) == 2
+    assert [[bool(example.name) for example in pair] for pair in drawn] == [[True, False]] * 3
+    assert all("no face found" in pair[1].skipped[0].reason for pair in drawn)
+    again = Examples(open_people(face_folder), 32, replace(CONFIG, crop=True, face_detector="yunet"))
+    looked_at.clear()
+    assert torch.equal(again[2, 0].seen, drawn[2][0].seen)
+
+
+def test_photos_whose_latents_are_kept_are_not_brought_to_the_device(face_folder):
+    examples = Examples(open_people(face_folder), 32, CONFIG)
+    batch = examples.collate([examples[0, 0]]).to(torch.device("meta"))
+    assert (batch.seen.device.type, batch.counts.device.type, batch.denoised.device.type) == ("meta", "meta", "cpu")
 
 
 def places(config, step=0, rank=0, world=1, count=5):
