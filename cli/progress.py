@@ -12,8 +12,14 @@ _LINE_EVERY_S = 20.0  # between the lines of a log
 _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
 
 
-def report_lines(clock: Callable[[], float] = time.monotonic) -> StageProgress:
-    """Return a callback that prints a line every so often: steps, time and time left."""
+def report_lines(
+    clock: Callable[[], float] = time.monotonic, read_loss: Callable[[], float | None] | None = None
+) -> StageProgress:
+    """Return a callback that prints a line every so often: steps, loss, time and time left.
+
+    Args:
+        read_loss: the loss so far, asked for when a line is due; None of it, or of the function, says none.
+    """
     began: dict[str, tuple[float, int]] = {}
     told: dict[str, float] = {}
 
@@ -30,7 +36,9 @@ def report_lines(clock: Callable[[], float] = time.monotonic) -> StageProgress:
             else f", {_as_time((now - start) * (total - done) / (done - first))} left"
         )
         of = "" if total is None else f" of {total}"
-        click.echo(f"{stage}: {done}{of} in {_as_time(now - start)}{left}", err=True)
+        loss = None if read_loss is None else read_loss()
+        at = "" if loss is None else f", loss {loss:.4f},"
+        click.echo(f"{stage}: {done}{of}{at} in {_as_time(now - start)}{left}", err=True)
 
     return report
 
@@ -42,11 +50,12 @@ def _as_time(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bars(per_hour: str = "") -> Iterator[StageProgress]:
+def progress_bars(per_hour: str = "", read_loss: Callable[[], float | None] | None = None) -> Iterator[StageProgress]:
     """Yield a callback ``(stage, done, total)`` that shows one bar per stage; off a terminal a line every so often.
 
     Args:
         per_hour: name of what is done, to show how many of it an hour.
+        read_loss: as for `report_lines`.
     """
     from rich.console import Console
     from rich.progress import (
@@ -70,7 +79,7 @@ def progress_bars(per_hour: str = "") -> Iterator[StageProgress]:
                TextColumn("left"), TimeRemainingColumn(), *([PerHourColumn()] if per_hour else []))  # fmt: skip
     console = Console(stderr=True)
     # In a log, under nohup and in a container bars are printed at the end only.
-    also = (lambda *_: None) if console.is_terminal else report_lines()
+    also = (lambda *_: None) if console.is_terminal else report_lines(read_loss=read_loss)
     with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER_S) as bars:
         tasks = {}
 

@@ -109,6 +109,7 @@ def command(
     """
     from cli.progress import progress_bars
     from hypernet.data_sets import train
+    from hypernet.training.loop import logged_loss
 
     if init_from is not None:
         _check_nothing_of_a_fresh_one()
@@ -117,7 +118,7 @@ def command(
     options["gradient_checkpointing"] = options["gradient_checkpointing"] == "on"
     weights = float(targets is not None) if weights is None else weights
     config = TrainConfig(**options, weights=weights, crop=not no_crop)
-    with progress_bars() as report:
+    with progress_bars(read_loss=lambda: logged_loss(out)) as report:
         result = train(
             images, out, chosen, config, targets=targets, hypernet=init_from or "none", encoder=encoder,
             network_options=fresh, held_out=validation_images, resume=resume, trackers=trackers, progress=report,

@@ -7,6 +7,7 @@ Diffusion 1.5 of random weights at full size. The report is JSON, for an issue.
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hypernet.bases.base import BaseModel
 from hypernet.bases.full_size import COUNTED_GB, random_sd15
-from hypernet.devices import describe_choice, free_bytes, release_memory
+from hypernet.devices import describe_choice, free_bytes, memory_limited, release_memory
 from hypernet.errors import first_sentence, is_out_of_memory
 from hypernet.fitting.engine import Subject, fit_flat_lora
 from hypernet.recipe import FitConfig, PersonalizeConfig, Progress
@@ -85,7 +86,8 @@ def check(base: BaseModel, lidb_config: LiDBConfig, progress: Progress | None = 
         ("out of memory is recovered from", lambda: _recovers(base, lidb_config)),
         ("a picture is finite", lambda: _draws(base)),
         ("step of the base given", lambda: _measure(base, lidb_config, {})),
-        ("step at full size", lambda: _full_size(base)),
+        ("step at full size", lambda: _measure(_full_size(base), LiDBConfig(), COUNTED_GB)),
+        ("checkpointing where the memory ends", lambda: _goes_on_checkpointed(_full_size(base))),
     ]
     for number, (name, run) in enumerate(checks, 1):
         report.findings.append(_found(name, run))
@@ -205,6 +207,7 @@ def _recovers(base: BaseModel, lidb_config: LiDBConfig) -> str:
     """Ask for more memory than there is, and fit again."""
     if base.device.type != "cuda":
         raise _Skipped(f"{base.device} shares the machine's memory, which is not filled here")
+    release_memory(base.device)
     before = torch.cuda.memory_allocated(base.device)
     try:
         torch.empty(64 * torch.cuda.get_device_properties(base.device).total_memory, dtype=torch.uint8,
@@ -230,8 +233,8 @@ def _draws(base: BaseModel) -> str:
     with torch.no_grad():
         picture = vae.decode((latents / vae.config.scaling_factor).to(base.device, vae.dtype)).sample
     base.release_vae()
-    assert torch.isfinite(picture).all(), f"the VAE in {vae.dtype} draws NaN; pass --precision fp32"
-    return f"decoded in {str(vae.dtype).removeprefix('torch.')}"
+    assert torch.isfinite(picture).all(), f"the VAE in {picture.dtype} draws NaN; pass --precision fp32"
+    return f"decoded in {str(picture.dtype).removeprefix('torch.')}"
 
 
 def _measure(base: BaseModel, lidb_config: LiDBConfig, counted: dict[str, float]) -> str:
@@ -266,10 +269,27 @@ def _seconds_a_step(base: BaseModel, space: LiDBSpace, subjects: Sequence[Subjec
     return (ends[-1] - ends[half - 1]) / (len(ends) - half)
 
 
-def _full_size(base: BaseModel) -> str:
+def _goes_on_checkpointed(base: BaseModel) -> str:
+    """Fit in less memory than a step takes without checkpointing, and more than one takes with it."""
+    space, subject, peaks = LiDBSpace(base.adapted, LiDBConfig()), _subjects(base, 1), {}
+    for checkpointing in ("on", "off"):
+        release_memory(base.device)
+        torch.cuda.reset_peak_memory_stats(base.device)
+        fit_flat_lora(base, space, subject, _fit_config(steps=2, gradient_checkpointing=checkpointing), _RANK)
+        peaks[checkpointing] = torch.cuda.max_memory_allocated(base.device)
+    release_memory(base.device)
+    with memory_limited(base.device, sum(peaks.values()) // 2), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, losses = fit_flat_lora(base, space, subject, _fit_config(steps=2, gradient_checkpointing="auto"), _RANK)
+    assert any("gradient checkpointing is on now" in str(one.message) for one in told), "no step ran out of memory"
+    assert torch.isfinite(losses).all(), "the losses are not finite"
+    return f"a step that takes {peaks['off'] / 1e9:.2f} GB went on in {peaks['on'] / 1e9:.2f}"
+
+
+def _full_size(base: BaseModel) -> BaseModel:
     if base.device.type != "cuda":
         raise _Skipped(f"full size is measured on CUDA; on {base.device} it would take minutes and gigabytes")
     free = free_bytes(base.device) / 1e9
     if free < _FULL_SIZE_GB:
         raise _Skipped(f"{free:.1f} GB are free, and {_FULL_SIZE_GB} are wanted")
-    return _measure(random_sd15(base), LiDBConfig(), COUNTED_GB)
+    return random_sd15(base)

@@ -4,6 +4,8 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -165,6 +167,20 @@ def limit_memory(device: torch.device, num_bytes: int) -> None:
     card = _card(device)
     torch.cuda.set_per_process_memory_fraction(num_bytes / total, card)
     _memory_limits[card] = num_bytes
+
+
+@contextmanager
+def memory_limited(device: torch.device, num_bytes: int) -> Iterator[None]:
+    """`limit_memory` for a block."""
+    card = _card(device)
+    before = _memory_limits.get(card)
+    limit_memory(device, num_bytes)
+    try:
+        yield
+    finally:
+        limit_memory(device, before or torch.cuda.get_device_properties(device).total_memory)
+        if before is None:
+            del _memory_limits[card]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from hypernet.bases.base import BaseModel
 from lidb_peft.safe_read import printable
 
-_A1111_SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>|\([^()]*:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]")
+_WEIGHT = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"
+_A1111_SYNTAX = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>]*>"
+    rf"|\([^()]*:{_WEIGHT}\)"  # (word:1.2)
+    r"|\(\([^()]*\)\)"  # ((word))
+    rf"|\[[^\[\]]*:{_WEIGHT}\]"  # [from:to:0.5]
+    r"|\[[^\[\]|]*\|[^\[\]]*\]"  # [one|other]
+    r"|\b(?:BREAK|AND)\b"
+)
 
 
 def check_trained_prompt(base: BaseModel, prompt: str, token: str) -> None:

@@ -150,6 +150,8 @@ def check_indices(folder: Path, remedy: str) -> None:
 def _parse_header(path: Path, raw: bytes, data_bytes: int) -> Header:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        if b"\\u" in raw:  # half of a character, which the safetensors library takes for no JSON
+            json.dumps(entries, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         # gzip's first bytes, for one, are a length that a large file can have.
         look_alike = name_look_alike((len(raw)).to_bytes(8, "little") + raw, 8 + len(raw) + data_bytes)

@@ -74,6 +74,9 @@ class StableDiffusion(BaseModel):
         )
         for model in (*base.adapted.values(), base.vae):
             model.requires_grad_(False).eval().to(device)
+        # The pipeline hands over latents in the UNet's dtype, see `pipeline`.
+        if base.vae.post_quant_conv is not None:
+            base.vae.post_quant_conv.register_forward_pre_hook(_as_weights)
         return base
 
     @property
@@ -164,7 +167,10 @@ class StableDiffusion(BaseModel):
     def pipeline(self) -> "Pipeline":
         import diffusers
 
-        parts = {"tokenizer": self.tokenizer, "scheduler": self.scheduler, "vae": self.vae.to(self.device)}
+        vae = self.vae.to(self.device)
+        if self.dtype == torch.float16:  # which many of these VAEs overflow in, and draw black
+            vae.type(torch.float32)
+        parts = {"tokenizer": self.tokenizer, "scheduler": self.scheduler, "vae": vae}
         if self.tokenizer_2 is not None:
             parts |= {"tokenizer_2": self.tokenizer_2, "force_zeros_for_empty_prompt": self.zeros_for_no_prompt}
         options = get_family(self.family).pipeline_options
@@ -175,6 +181,10 @@ class StableDiffusion(BaseModel):
 
     def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
         return {"prompt": list(texts), "guidance_scale": guidance}
+
+
+def _as_weights(module: nn.Conv2d, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return (arguments[0].to(module.weight.dtype),)
 
 
 def _check_components(source: str, pipeline: "Pipeline") -> None:

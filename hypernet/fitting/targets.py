@@ -242,7 +242,8 @@ def _read_manifest(folder: Path) -> dict:
         shown = printable(repr(version))
         raise ValueError(f"{path} has format {shown}; this version of lidb-peft reads {FORMAT_VERSION}")
     record, batch = manifest.get("space"), manifest.get("batch")
-    if not isinstance(record, dict) or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
+    is_record = isinstance(record, dict) and all(isinstance(value, str) for value in record.values())
+    if not is_record or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
         raise ValueError(f"{path} does not say what its targets belong to; it is damaged or of something else")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"{path} says batch is {printable(repr(batch))}; expected a number of people; it is damaged")

@@ -385,6 +385,14 @@ def _costs_a_warning(what: str) -> Iterator[None]:
         warnings.warn(f"{what}: {first_sentence(error)}", stacklevel=3)
 
 
+def logged_loss(folder: str | Path) -> float | None:
+    """The loss that a training in ``folder`` has logged last; None before it has logged any."""
+    path = Path(folder) / LOG_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    losses = (json.loads(line).get("loss") for line in reversed(lines) if line.endswith("}"))
+    return next((loss for loss in losses if loss is not None), None)
+
+
 def _logged_validation(path: Path, step: int) -> float | None:
     """The validation loss that is logged of a step; None if there is none."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

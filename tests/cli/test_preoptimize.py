@@ -73,3 +73,28 @@ def test_two_processes_make_the_shards_of_one(hdb, faces, start_pair):
     assert "process 2 of 2: fitted 1 people" in told[1][0]
     assert shards(hdb.folder / "shared") == shards(hdb.folder / "alone")
     assert json.loads((hdb.folder / "shared" / "manifest.json").read_text())["batch"] == 1
+
+
+DIES = """
+import os, sys
+from hypernet.fitting.targets import TargetStore
+if os.environ["RANK"] == "1":
+    TargetStore.write = lambda *arguments: os._exit(9)
+from cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_process_whose_fellow_dies_ends_its_own_share_and_says_that_some_is_missing(hdb, faces, start_pair):
+    arguments = ("preoptimize", faces, *QUICK, "--out", "shared", "--batch", 1)
+    pair = start_pair("-c", DIES, *arguments)
+    told = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [1, 9], told
+    assert "process 1 of 2: fitted 2 people" in told[0][0]
+    last = told[0][1].rstrip().splitlines()[-1]
+    assert last.startswith("Error: another process has died or hangs")
+    assert "what it was to do is missing" in last
+    assert set(shards(hdb.folder / "shared")) == {"shard-00000.safetensors", "shard-00002.safetensors"}
+    output = hdb.run(*arguments)
+    assert "fitted 1 people" in output
+    assert "found 2 shards of an earlier run" in output

@@ -15,6 +15,17 @@ def test_bars_say_how_many_an_hour_not_counting_what_was_there(capsys, monkeypat
     assert 0 < speed < 3600 / 0.05
 
 
+def test_a_line_says_the_loss_so_far_once_there_is_one(capsys):
+    now, losses = iter([0, 25, 50]), iter([None, 0.12345])
+    report = report_lines(clock=lambda: next(now), read_loss=lambda: next(losses))
+    for done in (0, 50, 100):
+        report("train", done, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 50 of 100 in 0:00:25, 0:00:25 left",
+        "train: 100 of 100, loss 0.1235, in 0:00:50, 0:00:00 left",
+    ]
+
+
 def test_off_a_terminal_a_line_every_so_often_says_steps_and_time_left(capsys):
     now = iter([0, 5, 25, 30, 50])
     report = report_lines(clock=lambda: next(now))

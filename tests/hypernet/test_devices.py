@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hypernet import devices
-from hypernet.devices import choose_device, choose_dtype, describe_choice, free_bytes, limit_memory
+from hypernet.devices import choose_device, choose_dtype, describe_choice, free_bytes, limit_memory, memory_limited
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -94,6 +94,11 @@ def test_a_memory_limit_is_a_smaller_card(cards, monkeypatch):
     )
     monkeypatch.setattr(devices, "_memory_limits", {})
     assert free_bytes(card) == 6 * GB
+    with memory_limited(card, 2 * GB):
+        assert free_bytes(card) == 1 * GB
+    assert free_bytes(card) == 6 * GB
+    assert fractions == [(0.2, 0), (1.0, 0)]
+    fractions.clear()
     limit_memory(card, 4 * GB)
     assert fractions == [(0.4, 0)]
     assert free_bytes(card) == free_bytes(torch.device("cuda:0")) == 3 * GB

@@ -15,7 +15,10 @@ def test_a_trained_prompt_that_loses_its_token_is_refused(base):
     check_trained_prompt(base, "a sks face", "sks")
 
 
-@pytest.mark.parametrize("syntax", ["(sks:1.3)", "<lora:ann:0.8>", "[sks: 0.5]"])
+@pytest.mark.parametrize(
+    "syntax",
+    ["(sks:1.3)", "<lora:ann:0.8>", "[sks: 0.5]", "(sks:-.5)", "((sks))", "[cat:dog:10]", "[cat|dog]", "BREAK", "AND"],
+)
 def test_the_syntax_of_automatic1111_is_told_apart(base, syntax):
     with pytest.raises(ValueError, match="Automatic1111's own syntax"):
         check_trained_prompt(base, f"a {syntax} face", "sks")
@@ -25,4 +28,12 @@ def test_the_syntax_of_automatic1111_is_told_apart(base, syntax):
 
 @pytest.mark.filterwarnings("error")
 def test_plain_prompts_are_passed_over(base):
-    warn_of_prompts(base, ["a sks face (smiling), at 10:30", "portrait [detail] of a sks face"])
+    warn_of_prompts(
+        base,
+        [
+            "a sks face (smiling), at 10:30",
+            "portrait [detail] of a sks face",
+            "rock and roll",
+            "A BREAKDOWN (1990: live)",
+        ],
+    )

@@ -99,6 +99,22 @@ def test_photos_are_encoded_in_float32_whatever_the_base_runs_in():
     assert torch.equal(moments, staying)
 
 
+def test_pictures_of_a_base_in_float16_are_decoded_in_float32(base):
+    """In which many a VAE overflows, and a picture is black."""
+    half = load_base(str(miniature_path()), device="cpu", precision="fp32")
+    for model in (*half.adapted.values(), half.vae):
+        model.half()
+    latents = torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(3)).half()
+    vae = half.pipeline().vae
+    with torch.no_grad():
+        picture = vae.decode(latents).sample
+        expected = copy.deepcopy(base.vae).float().decode(latents.float()).sample
+    assert picture.dtype == torch.float32
+    assert torch.allclose(picture, expected, atol=2e-2)
+    half.release_vae()
+    assert half.vae.dtype == torch.float16
+
+
 def test_the_background_counts_as_much_as_asked():
     prediction, target = torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 16, 16)
     prediction[0, :, 0, 0] = 3.0  # a corner

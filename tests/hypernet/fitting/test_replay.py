@@ -128,10 +128,10 @@ def captures(monkeypatch):
 @pytest.mark.usefixtures("fused")
 def test_a_kept_step_is_replayed_for_the_next_people_as_if_captured_for_them(base, space, new_subject, captures):
     """Their photos, noise, theta and first LoRA are in it, and nothing of the people before."""
-    config = replace(CONFIG, steps=WARM_UP + 2)
-    subjects = [[new_subject(f"a{batch}", 2), new_subject(f"b{batch}", 1)] for batch in range(3)]
+    config = replace(CONFIG, steps=WARM_UP + 2, timesteps_per_step=1)
+    subjects = [[new_subject(f"a{batch}", 2), new_subject(f"b{batch}", 1)] for batch in range(2)]
     batches = [[replace(subject, class_prompt="a face") for subject in own] for own in subjects]
-    thetas = [space.theta_0 + 0.1 * batch * space.mask for batch in range(3)]
+    thetas = [space.theta_0 + 0.1 * batch * space.mask for batch in range(2)]
     kept = engine.KeptStep()
     for batch, (people, theta) in enumerate(zip(batches, thetas, strict=True)):
         own = replace(config, seed=batch, lr=1e-2 / (1 + batch), steps=config.steps + batch)
@@ -145,18 +145,18 @@ def test_a_kept_step_is_replayed_for_the_next_people_as_if_captured_for_them(bas
 
 @pytest.mark.usefixtures("fused")
 def test_a_step_is_made_anew_where_the_kept_one_does_not_fit(base, space, people, new_subject, captures):
-    kept = engine.KeptStep()
-    fit_theta(base, space, people, CONFIG, kept=kept)
-    fit_theta(base, space, people, CONFIG, kept=kept)
+    config, kept = replace(CONFIG, steps=1, preservation=0.0), engine.KeptStep()
+    fit_theta(base, space, people, config, kept=kept)
+    fit_theta(base, space, people, config, kept=kept)
     assert len(captures) == 1
-    fit_theta(base, space, people[:1], CONFIG, kept=kept)  # fewer
-    fit_theta(base, space, people[:1], replace(CONFIG, background=1.0), kept=kept)
-    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(CONFIG, background=1.0), kept=kept)
+    fit_theta(base, space, people[:1], config, kept=kept)  # fewer
+    fit_theta(base, space, people[:1], replace(config, background=1.0), kept=kept)
+    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(config, background=1.0), kept=kept)
     assert len(captures) == 4
     weight = next(base.unet.parameters())
     before = weight.data
     weight.data = before.clone()  # as when photos were encoded in the place of the models
-    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(CONFIG, background=1.0), kept=kept)
+    fit_theta(base, space, [replace(people[0], prompt="a sks man")], replace(config, background=1.0), kept=kept)
     weight.data = before
     assert len(captures) == 5
     kept.release()
