@@ -1,6 +1,8 @@
 """`hdb generate`."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,16 +17,78 @@ from cli.bases import (
 from cli.results import overwrite_option
 
 
+class _Size(click.ParamType):
+    """``768x512`` in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+) ?[xX] ?(\d+)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no size; write it as 768x512, width first", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class _Numbers(click.ParamType):
+    """``0.6,0.8,1.0``."""
+
+    name = "number,..."
+
+    def __init__(self, kind: type = float) -> None:
+        self.kind = kind
+
+    def convert(self, value, param, ctx) -> tuple[Any, ...]:
+        if isinstance(value, tuple | list):
+            return tuple(map(self.kind, value))
+        try:
+            return tuple(self.kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} are no numbers; write them as 0.6,0.8,1.0", param, ctx)
+
+
+class _Sampler(click.ParamType):
+    name = "NAME"
+
+    def convert(self, value, param, ctx) -> str:
+        from hypernet.samplers import check_sampler
+
+        try:
+            return check_sampler(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+weights_option = click.option(
+    "--weights", type=_Numbers(), default="1.0", show_default=True,
+    help="Strengths of the LoRAs, such as 0.6,0.8,1.0: a column of the sheet for each.",
+)  # fmt: skip
+
+
 @click.command(name="generate")
 @click.argument("prompts", nargs=-1, required=True)
 @base_option
-@click.option("--lora", type=click.Path(path_type=Path), help="LoRA file to draw with, ours or anybody's.")
-@click.option("--weight", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--lora", "loras", type=click.Path(path_type=Path), multiple=True,
+              help="LoRA file to draw with, ours or anybody's; may be repeated: a row for each.")  # fmt: skip
+@weights_option
 @click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
               help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
+@click.option("--pictures", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write every picture by itself too, into this new folder.")  # fmt: skip
+@click.option("--negative", default="", help="What is not to be drawn.")
+@click.option("--size", type=_Size(), show_default="the base's own", help="Width and height in pixels.")
+@click.option("--sampler", type=_Sampler(), show_default="the base's own",
+              help="By Automatic1111's name, such as 'Euler a' or 'DPM++ 2M Karras'; a name that is none lists "
+              "them.")  # fmt: skip
 @click.option("--steps", "num_steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
 @click.option("--guidance", type=float, show_default="the base's own: 7.5, 3.5 for FLUX.1, testbed 3",
-              help="Guidance scale.")  # fmt: skip
+              help="Guidance scale, CFG scale in Automatic1111.")  # fmt: skip
+@click.option("--clip-skip", default=1, show_default=True, type=click.IntRange(1),
+              help="As in Automatic1111: 1 reads CLIP's last layer, 2 the last but one.")  # fmt: skip
+@click.option("--num-images", default=1, show_default=True, type=click.IntRange(1),
+              help="Pictures of each prompt, from seeds that count up from --seed.")  # fmt: skip
+@click.option("--seeds", type=_Numbers(int), help="Several random seeds, such as 1,2,3, instead of --seed.")
 @seed_option
 @device_option
 @precision_option
@@ -32,35 +96,33 @@ from cli.results import overwrite_option
 @quantize_option
 @overwrite_option
 def command(
-    prompts,
-    base,
-    lora,
-    weight,
-    out,
-    num_steps,
-    guidance,
-    seed,
-    device,
-    precision,
-    components,
-    quantize,
-    overwrite,
-) -> None:
-    """Draw PROMPTS, with or without a LoRA.
+    prompts, base, loras, weights, out, pictures, num_images, seeds, seed, device, precision, components, quantize,
+    overwrite, **drawing,
+) -> None:  # fmt: skip
+    """Draw PROMPTS, with or without LoRAs.
+
+    Several LoRAs, weights, prompts or seeds make a labelled sheet. What a picture was drawn with is in the PNG, as
+    Automatic1111 writes it; hdb inspect shows it.
 
     \b
     hdb generate "a sks face" "a pencil drawing of a sks face" --lora me.safetensors
-    hdb generate "a face at night" --base testbed
+    hdb generate "a sks face" --lora me-000040.safetensors --lora me.safetensors --weights 0.6,0.8,1.0
+    hdb generate "a sks face" --lora me.safetensors --sampler "DPM++ 2M Karras" --steps 20 --negative blurry
+    hdb generate "a face at night" --base testbed --num-images 4
     """
+    if seeds is not None and num_images > 1:
+        raise click.UsageError("--seeds and --num-images contradict each other; pass one of them")
     from cli.progress import progress_bars
     from hypernet.bases.loading import load_base
-    from hypernet.sampling import check_pictures, generate_to_file
+    from hypernet.sheets import DrawConfig, check_pictures, generate_to_file
 
-    check_pictures(out, base, lora, overwrite)
+    check_pictures(out, base, loras, pictures, overwrite)
+    config = DrawConfig(**drawing)
     model = load_base(base, device, precision, components=components, quantize=quantize)
     with progress_bars() as report:
-        generate_to_file(
-            model, prompts, out, lora=lora, weight=weight, seed=seed, num_steps=num_steps, guidance=guidance,
-            overwrite=overwrite, progress=lambda done, total: report("draw", done, total),
+        files = generate_to_file(
+            model, prompts, out, loras, weights, seeds or range(seed, seed + num_images), config, pictures, overwrite,
+            progress=lambda done, total: report("draw", done, total),
         )  # fmt: skip
-    click.echo(f"wrote {out}")
+    for file in files:
+        click.echo(f"wrote {file}")

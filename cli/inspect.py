@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _HAS_WARNINGS = 3
 _MAX_CHARS = 600
 _MAX_NUMBERS = 8
+_TOPIC_CHARS = 40
 
 
 @click.command(name="inspect")
@@ -21,18 +22,40 @@ _MAX_NUMBERS = 8
 def command(context: click.Context, file: Path, as_json: bool) -> None:
     """Say what a LoRA or LiDB file holds, whoever made it, and what would go wrong with it.
 
+    Of a PNG it says what the picture was drawn with, if that is in it, as Automatic1111 and hdb generate write it.
+
     The exit code is 0 for a sound file, 3 for one with warnings, and 1 for one that cannot be read.
 
     \b
     hdb inspect me.safetensors
     hdb inspect pytorch_lora_weights.safetensors --json
+    hdb inspect picture.png
     """
+    if file.suffix.lower() == ".png":
+        _inspect_picture(file, as_json)
+        return
     from converters import describe
 
     description = describe(file)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else as_text(description))
     if description.warnings:
         context.exit(_HAS_WARNINGS)
+
+
+def _inspect_picture(file: Path, as_json: bool) -> None:
+    from hypernet.infotext import read_picture
+    from lidb_peft.safe_read import printable
+
+    told = read_picture(file)
+    if told is None:
+        raise ValueError(f"{file} does not say what it was drawn with; only Automatic1111's text can be read")
+    rows = {"prompt": told.prompt, "negative prompt": told.negative, **told.fields}
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for topic, finding in rows.items():
+        if finding:
+            click.echo(f"{printable(topic, _TOPIC_CHARS):26}{printable(finding, _MAX_CHARS)}")
 
 
 def as_text(description: "FileDescription") -> str:

@@ -7,7 +7,7 @@ import click
 
 # Command -> older spelling -> today's. They work without being shown, and go with the next minor version.
 RENAMED = {
-    "generate": {"--num-steps": "--steps"},
+    "generate": {"--num-steps": "--steps", "--weight": "--weights"},
     "preoptimize": {"--timesteps": "--timesteps-per-step", "--init-from": "--hypernet", "--batch": "--batch-size"},
     "learn-start": {"--timesteps": "--timesteps-per-step"},
     "personalize": {"--batch": "--batch-size"},

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypernet.bases.loading import load_base
     from hypernet.data_sets import preoptimize, train
+    from hypernet.inputs.crops import find_crops
     from hypernet.network.hypernetwork import HyperNetwork
     from hypernet.personalization import personalize
     from hypernet.personalization_each import personalize_each
     from hypernet.sampling import generate
+    from hypernet.sheets import draw_sheet
 
 _PLACES = {
     "HyperNetwork": "hypernet.network.hypernetwork",
+    "draw_sheet": "hypernet.sheets",
+    "find_crops": "hypernet.inputs.crops",
     "generate": "hypernet.sampling",
     "load_base": "hypernet.bases.loading",
     "personalize": "hypernet.personalization",
@@ -28,6 +32,8 @@ _PLACES = {
 }
 __all__ = [
     "HyperNetwork",
+    "draw_sheet",
+    "find_crops",
     "generate",
     "load_base",
     "personalize",

@@ -4,7 +4,7 @@ theta starts at a hypernetwork's prediction, at a theta file, or at the shared s
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import Tensor
 from converters import KohyaMetadata, prepare_conversion, write_lora
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import Base, as_base
-from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta
+from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta, relaxed_factors
+from hypernet.fitting.running import Observer, RunningFit
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
@@ -33,9 +34,12 @@ from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig, Progress, StageProg
 from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
 from hypernet.sampling import generate
 from hypernet.timing import timed
+from hypernet.watching import StepReport, Watch
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
 from lidb_peft.record import recorded_models
 
+FIT_THETA, FINETUNE = "fit theta", "finetune LoRA"
+"""Stages of a fit."""
 _FEWEST_STEPS = 10  # of a fit whose loss tells more than its noise
 
 
@@ -52,7 +56,9 @@ class Personalization:
         seconds: time of each stage; people who are fitted together share it.
         losses: mean denoising loss of each step, ``(steps, 1)``, by stage.
         files: what was written.
-        left_out: photos without a face, a sentence for each.
+        left_out: photos that could not be used, a sentence for each.
+        snapshots: the factors after intermediate steps of the last stage, by step, in order.
+        stopped_at: the stage and step after which somebody stopped the fit; None if nobody did.
     """
 
     base: BaseModel
@@ -67,6 +73,8 @@ class Personalization:
     files: list[Path] = field(default_factory=list)
     start_source: str = ""
     left_out: Sequence[str] = ()
+    snapshots: dict[int, LoraFactors] = field(default_factory=dict)
+    stopped_at: tuple[str, int] | None = None
 
     @cached_property
     def theta_factors(self) -> LoraFactors:
@@ -121,18 +129,27 @@ class Personalization:
         preview: Image.Image | None = None,
         dtype: torch.dtype = torch.float16,
         to: str = "kohya",
+        step: int | None = None,
     ) -> None:
         """Write the LoRA: kohya safetensors with A1111's sidecar and, if given, a preview picture, or another format.
 
         Args:
             to: one of `converters.FORMATS` that hold a LoRA, such as ``diffusers``, or ``peft``, which is a folder.
+            step: write the one after this step, which must be among the snapshots.
+
+        Raises:
+            ValueError: there is no snapshot of ``step``.
         """
         metadata = lora_metadata(self.base, self.config.trigger, num_photos=len(self.photos))
+        factors = self.factors if step is None else self.snapshots.get(step)
+        if factors is None:
+            kept = ", ".join(map(str, self.snapshots)) or "none; pass save_every"
+            raise ValueError(f"there is no LoRA of step {step}; kept are those of {kept}")
         if to == "kohya":
-            self.files += write_lora(path, self.factors, metadata, dtype=dtype, preview=preview)
+            self.files += write_lora(path, factors, metadata, dtype=dtype, preview=preview)
             return
         with TemporaryDirectory() as folder:
-            kohya, *_ = write_lora(Path(folder) / "lora.safetensors", self.factors, metadata, dtype=dtype)
+            kohya, *_ = write_lora(Path(folder) / "lora.safetensors", factors, metadata, dtype=dtype)
             self.files += prepare_conversion(kohya, path, to).write()
 
     def save_theta(self, path: str | Path) -> None:
@@ -162,6 +179,10 @@ def personalize(
     hypernet: Hypernet | None = "auto",
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
+    save_every: int | None = None,
+    preview_every: int | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Personalization:
     """Personalise a base model on photos of one person.
@@ -180,6 +201,10 @@ def personalize(
             given.
         start: a LoRA file that the finetuning starts from, as `hypernet.training.start` learns it; ``auto`` takes the
             one beside the hypernetwork, if there is one, None a fresh LoRA.
+        save_every: keep the LoRA after every so many steps in the result's ``snapshots``.
+        preview_every: draw the trigger prompt after every so many steps, for ``on_step``.
+        on_step: called with a `StepReport` after every step: stage, step, loss, and a sample picture if one was due.
+        stop: asked after every step; True ends the fit, and the result is what there is.
         options: fields of the config to change, such as ``steps=40``.
 
     Raises:
@@ -189,7 +214,7 @@ def personalize(
     request = request_person(
         photos, None, config, None, from_theta, hypernet, lidb_config, start=start, base=base, options=options
     )
-    return make_person(request, as_base(base), progress)
+    return make_person(request, as_base(base), progress, Watch(save_every, preview_every, on_step, stop))
 
 
 def personalize_to_files(
@@ -225,7 +250,9 @@ def personalize_to_files(
     return make_person(request, as_base(base), progress)
 
 
-def make_person(request: PersonRequest, base: BaseModel, progress: StageProgress | None = None) -> Personalization:
+def make_person(
+    request: PersonRequest, base: BaseModel, progress: StageProgress | None = None, watch: Watch | None = None
+) -> Personalization:
     """Do what is asked for one person, and write what is to be written.
 
     Raises:
@@ -238,7 +265,7 @@ def make_person(request: PersonRequest, base: BaseModel, progress: StageProgress
     opened = OpenedRequest(request, base, seconds)
     starts = opened.starts([person], progress)
     opened.network = None  # it may be larger than the base
-    (result,) = opened.fit([person], starts, progress)
+    (result,) = opened.fit([person], starts, progress, watch)
     if isinstance(result, ValueError):
         raise result
     result.left_out = request.left_out
@@ -335,41 +362,91 @@ class OpenedRequest:
             return Starts(*predict_people(self.network, people, self.base.device, _of_stage(progress, "predict")))
 
     def fit(
-        self, people: Sequence[PreparedPerson], starts: Starts, progress: StageProgress | None = None
+        self,
+        people: Sequence[PreparedPerson],
+        starts: Starts,
+        progress: StageProgress | None = None,
+        watch: Watch | None = None,
     ) -> list[Personalization | ValueError]:
-        """Fit people at once, each with weights of their own; whose fit diverges gets the error that says why."""
+        """Fit people at once, each with weights of their own; whose fit diverges gets the error that says why.
+
+        Args:
+            watch: what is wanted while the fit of one person runs.
+        """
         base, space, config = self.base, self.space, self.request.config
         (theta, bases), losses = starts, {}
         failed: dict[int, str] = {}
+        snapshots: dict[int, LoraFactors] = {}
         with timed(self.seconds, "prepare photos"):
             subjects = make_subjects(base, people, config.trigger, config.class_prompt)
         if config.theta_steps:
-            with timed(self.seconds, "fit theta"):
-                theta, losses["fit theta"] = fit_theta(
-                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, "fit theta"), bases, failed,
-                    self.kept,
+            observe = self._observer(watch, FIT_THETA, lambda values: space.factors(values[0], bases), snapshots)
+            with timed(self.seconds, FIT_THETA):
+                theta, losses[FIT_THETA] = fit_theta(
+                    base, space, subjects, config.theta_fit, theta, _of_stage(progress, FIT_THETA), bases, failed,
+                    self.kept, observe,
                 )  # fmt: skip
         theta = theta.expand(len(people), *space.theta_0.shape)
         if failed:  # what is not finite is not gone on from
             theta = theta.clone()
             theta[list(failed)] = space.theta_0
         finetuned: Sequence[LoraFactors | None] = [None] * len(people)
-        if config.steps or self.start is not None:  # what a prediction lacks, a start has in part before any step
+        stopped_at = _stopped_at(losses, FIT_THETA, config.theta_steps)
+        # What a prediction lacks, a start has in part before any step.
+        if stopped_at is None and (config.steps or self.start is not None):
             is_identity = torch.equal(theta, space.theta_0.expand_as(theta))  # which would only add to the rank
-            with timed(self.seconds, "finetune LoRA"):
-                finetuned, losses["finetune LoRA"] = fit_lora(
-                    base, space, subjects, config.lora_fit, config.rank, None if is_identity else theta,
-                    _of_stage(progress, "finetune LoRA"), bases, self.start, failed,
-                    self.kept,
+            own = None if is_identity else theta
+
+            def relaxed(lora: Tensor) -> LoraFactors:
+                return relaxed_factors(space, lora[0], config.rank, None if own is None else own[0], bases)
+
+            observe = self._observer(watch, FINETUNE, relaxed, snapshots)
+            with timed(self.seconds, FINETUNE):
+                finetuned, losses[FINETUNE] = fit_lora(
+                    base, space, subjects, config.lora_fit, config.rank, own,
+                    _of_stage(progress, FINETUNE), bases, self.start, failed,
+                    self.kept, observe,
                 )  # fmt: skip
+            stopped_at = _stopped_at(losses, FINETUNE, config.steps)
         return [
             ValueError(failed[i]) if i in failed else Personalization(
                 base, space, config, theta[i], person.photos, bases, finetuned[i], self.seconds,
                 {name: values[:, i : i + 1] for name, values in losses.items()},
-                start_source=self.start_source,
+                start_source=self.start_source, snapshots=snapshots, stopped_at=stopped_at,
             )
             for i, person in enumerate(people)
         ]  # fmt: skip
+
+    def _observer(
+        self,
+        watch: Watch | None,
+        stage: str,
+        factors: Callable[[Tensor], LoraFactors],
+        snapshots: dict[int, LoraFactors],
+    ) -> Observer | None:
+        """What to call after each step of a stage; the last stage alone is saved and drawn."""
+        if watch is None:
+            return None
+        if stage == FIT_THETA and self.request.config.steps:
+            return watch.observer(stage)
+
+        def keep(run: RunningFit) -> None:
+            snapshots[run.step] = factors(run.weights())
+
+        def draw(weights: Tensor) -> Image.Image:
+            config = self.request.config
+            (picture,) = generate(
+                self.base, config.trigger, self.space, factors(weights), config.seed, guidance=config.guidance
+            )
+            self.base.release_vae()
+            return picture
+
+        return watch.observer(stage, keep, draw)
+
+
+def _stopped_at(losses: dict[str, Tensor], stage: str, num_steps: int) -> tuple[str, int] | None:
+    done = len(losses.get(stage, ()))
+    return (stage, done) if stage in losses and done < num_steps else None
 
 
 def recipe_space(base: BaseModel, config: PersonalizeConfig, lidb_config: LiDBConfig) -> LiDBSpace:

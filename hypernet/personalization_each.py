@@ -212,7 +212,7 @@ def _prepared(
     usable: dict[str, tuple[PreparedPerson, Path]] = {}
     for person, file in rows:
         with timed(result.seconds, "prepare photos"):
-            prepared, skipped = prepare_person(person, size_px, config.crop, config.face_detector)
+            prepared, skipped = prepare_person(person, size_px, config.crop, config.face_detector, face=config.face)
         if prepared is not None and prepared.key not in usable:
             usable[prepared.key] = prepared, file
             notes = [photo.note for photo in prepared.photos if photo.note]

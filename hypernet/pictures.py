@@ -13,7 +13,8 @@ from hypernet.bases.base import BaseModel
 from hypernet.errors import first_sentence
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.request import sheet_path
-from hypernet.sampling import contact_sheet, generate
+from hypernet.sampling import generate
+from hypernet.sheets import contact_sheet
 from hypernet.timing import timed
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.safe_read import read_header

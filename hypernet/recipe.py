@@ -31,6 +31,7 @@ ATTENTIONS = ("auto", "sdpa", "xformers")
 AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 FACE_DETECTORS = ("auto", "yunet", "cascade")
+FACES = ("largest", "leftmost", "rightmost")
 CROP_CHOICES = {"face_detector": FACE_DETECTORS}
 QUANTIZATIONS = ("nf4", "int8")
 FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
@@ -59,6 +60,12 @@ def _check_choices(config: object, choices: dict[str, tuple[str, ...]]) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+
+
+def check_face(face: str) -> None:
+    """Raise ValueError unless ``face`` is one of `FACES` or a number from 1 on, as text."""
+    if face not in FACES and not (face.isdecimal() and int(face)):
+        raise ValueError(f"face is {face!r}; choose {', '.join(FACES)}, or its number from the left, such as 2")
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,8 @@ class PersonalizeConfig:
         seed: random seed.
         crop: find the face and crop to it; False takes the middle square of the photo.
         face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
+        face: which face of a photo with several: the ``largest`` clear one, ``leftmost``, ``rightmost``, or its number,
+            counted from the left from 1.
         guidance: guidance scale of the preview pictures; None is the base's own, such as 7.5 for Stable Diffusion.
     """
 
@@ -154,10 +163,12 @@ class PersonalizeConfig:
     seed: int = 0
     crop: bool = True
     face_detector: str = "auto"
+    face: str = "largest"
     guidance: float | None = None
 
     def __post_init__(self):
         _check_choices(self, PERSONALIZE_CHOICES | CROP_CHOICES)
+        check_face(self.face)
         if "[V]" not in self.prompt:
             raise ValueError(f"prompt is {self.prompt!r}; it must hold [V], which stands for the person")
         if not self.token.strip():

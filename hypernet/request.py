@@ -15,8 +15,9 @@ from converters.sidecar import check_companions
 from hypernet.bases.loading import Base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
+from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, with_detector
-from hypernet.inputs.photos import OpenPhoto, open_photos
+from hypernet.inputs.photos import OpenPhoto
 from hypernet.inputs.pictures import PhotoLike, list_photos
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
@@ -83,7 +84,7 @@ class PersonRequest(Request):
 
     Attributes:
         photos: of that person, decoded and with their faces found, at least one.
-        left_out: photos without a face, a sentence for each.
+        left_out: photos that cannot be used, a sentence for each.
         out: the LoRA to write; None writes nothing.
         save_theta: the theta file to write.
     """
@@ -151,7 +152,8 @@ def request_person(
         check_output(save_theta, inputs, overwrite=overwrite)
     if from_theta is not None:
         common |= {"theta_file": load_theta(from_theta), "theta_source": str(from_theta)}
-    opened, left_out = open_photos(photos, common["config"].crop, common["config"].face_detector)
+    config = common["config"]
+    opened, left_out = open_photos(photos, config.crop, config.face_detector, config.face)
     return PersonRequest(**common, photos=opened, left_out=left_out, out=out, save_theta=save_theta)
 
 

@@ -1,4 +1,4 @@
-"""Pictures from a base model, plain or with somebody's weights, and labelled sheets of them."""
+"""Pictures from a base model, plain or with somebody's weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from converters import FileDescription, describe
@@ -15,12 +16,12 @@ from converters.lora import is_finite
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import as_base
 from hypernet.bundles import find_bundle
-from hypernet.prompts import warn_of_prompts
+from hypernet.infotext import PNG_KEY
 from hypernet.recipe import Progress
+from hypernet.samplers import make_sampler
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
-from lidb_peft.outputs import check_output
 from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
@@ -35,38 +36,52 @@ def generate(
     prompts: str | Sequence[str],
     space: LiDBSpace | None = None,
     factors: LoraFactors | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     num_steps: int = 30,
     guidance: float | None = None,
     progress: Progress | None = None,
     lora: str | Path | None = None,
     weight: float = 1.0,
+    negative: str = "",
+    size: tuple[int, int] | None = None,
+    sampler: str | None = None,
+    clip_skip: int = 1,
 ) -> list[Image.Image]:
-    """Draw one picture per prompt, all from the same starting noise.
+    """Draw one picture per prompt, all from the same starting noise unless there is a seed for each.
 
     Args:
         base: a loaded base model, or what `load_base` loads.
         factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``; None draws with the base as it is.
         space: of the factors' layers; by default the attention projections of the models that they name.
-        seed: starting noise, drawn on the CPU, so that every device draws the same.
+        seed: starting noise, drawn on the CPU, so that every device draws the same; one for all, or one per prompt.
         guidance: of classifier-free guidance; None is the base's own.
-        lora: a LoRA file of any author to draw with, ``weight`` times.
+        lora: a LoRA file of any author to draw with.
+        weight: how much ``lora`` or ``factors`` count.
+        negative: what is not to be drawn.
+        size: width and height in pixels; None is the base's own.
+        sampler: one of `hypernet.samplers.SAMPLERS`, by Automatic1111's names; None is the base's own.
+        clip_skip: which of CLIP's layers is read, counted from the last from 1.
 
     Raises:
-        ValueError: there are no prompts, or ``factors`` or ``lora`` do not fit the base; or a picture holds NaN or
-            infinity.
+        ValueError: there are no prompts, or as many seeds as prompts; ``factors`` or ``lora`` do not fit the base, or
+            what is asked for it cannot do; or a picture holds NaN or infinity.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("there is no prompt; pass at least one")
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; pass one for each, or one for all")
     base = as_base(base)
     if factors is not None and space is None:
         components = {name.partition(".")[0] for name in factors}
         space = LiDBSpace({name: model for name, model in base.adapted.items() if name in components}, LiDBConfig())
-    if guidance is None:
-        bundled = find_bundle(base.name).recipe.guidance
-        guidance = base.guidance if bundled is None else bundled
+    if factors is not None and weight != 1:
+        factors = {name: (lora_A, weight * lora_B) for name, (lora_A, lora_B) in factors.items()}
+    guidance = own_guidance(base) if guidance is None else guidance
     pipeline, steps_done = base.pipeline(), 0
+    pipeline.scheduler = make_sampler(base.scheduler, sampler)
+    width, height = own_size(base) if size is None else check_size(pipeline, size)
 
     def count(pipeline, step, timestep, tensors):
         nonlocal steps_done
@@ -75,7 +90,7 @@ def generate(
             progress(steps_done, len(parts) * pipeline.num_timesteps)  # some schedulers take a step more than asked for
         return tensors
 
-    parts = [prompts[first : first + _AT_ONCE] for first in range(0, len(prompts), _AT_ONCE)]
+    parts = [slice(first, first + _AT_ONCE) for first in range(0, len(prompts), _AT_ONCE)]
     pictures = []
     with (
         nullcontext() if lora is None else lora_applied(base, lora, weight),
@@ -83,11 +98,11 @@ def generate(
     ):
         for part in parts:
             drawn = pipeline(
-                **base.pipeline_inputs(part, guidance),
+                **base.pipeline_inputs(prompts[part], guidance, negative, clip_skip),
                 num_inference_steps=num_steps,
-                height=base.size_px,
-                width=base.size_px,
-                generator=[torch.Generator().manual_seed(seed) for _ in part],
+                height=height,
+                width=width,
+                generator=[torch.Generator().manual_seed(one) for one in seeds[part]],
                 callback_on_step_end=count,
                 output_type="np",
             ).images
@@ -102,31 +117,23 @@ def generate(
     return pictures
 
 
-def generate_to_file(
-    base: BaseModel,
-    prompts: Sequence[str],
-    out: str | Path,
-    lora: str | Path | None = None,
-    weight: float = 1.0,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    **options,
-) -> None:
-    """Draw prompts, with a LoRA file of any author if given, and write one picture, or a sheet of several.
+def own_guidance(base: BaseModel) -> float:
+    """The guidance scale that a base is drawn with unless somebody asks for another."""
+    bundled = find_bundle(base.name).recipe.guidance
+    return base.guidance if bundled is None else bundled
 
-    Args:
-        overwrite: a file ``out`` may be replaced.
-        options: of `generate`.
 
-    Raises:
-        ValueError, OSError: as `check_pictures`, or `lora_applied` refuses the LoRA.
-    """
-    check_pictures(out, base.name, lora, overwrite)
-    warn_of_prompts(base, prompts)
-    pictures = generate(base, prompts, progress=progress, lora=lora, weight=weight, **options)
-    label = "base" if lora is None else Path(lora).stem
-    sheet = pictures[0] if len(pictures) == 1 else contact_sheet([(label, pictures)], prompts)
-    save_picture(sheet, out)
+def own_size(base: BaseModel) -> tuple[int, int]:
+    """Width and height in pixels of what a base draws."""
+    return base.size_px, base.size_px
+
+
+def check_size(pipeline: "DiffusionPipeline", size: tuple[int, int]) -> tuple[int, int]:
+    """Raise ValueError unless pictures of ``size``, width and height in pixels, can be drawn."""
+    multiple = max(8, pipeline.image_processor.config.vae_scale_factor)  # diffusers asks for 8 of everybody
+    if any(side < multiple or side % multiple for side in size):
+        raise ValueError(f"the size is {size[0]}x{size[1]}; choose multiples of {multiple}, at least {multiple}")
+    return size
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -134,21 +141,13 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a PNG, whole or not at all."""
+def save_picture(picture: Image.Image, path: str | Path, infotext: str = "") -> None:
+    """Write a PNG, whole or not at all, with what it was drawn with in it, if that is known."""
+    told = PngInfo()
+    if infotext:
+        told.add_itxt(PNG_KEY, infotext)
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def check_pictures(out: str | Path, base: str = "", lora: str | Path | None = None, overwrite: bool = False) -> None:
-    """Raise ValueError or OSError now if pictures cannot be written to ``out`` or ``lora`` is no usable LoRA.
-
-    Args:
-        base: the base model's name, which is not to be written over.
-    """
-    check_output(out, [base, lora], ".png", overwrite)
-    if lora is not None:
-        _check_lora(lora)
+        picture.save(temporary, format="PNG", pnginfo=told)
 
 
 @contextmanager
@@ -158,7 +157,7 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
     Raises:
         ValueError: the file is damaged, no LoRA, holds NaN, or is made for another base.
     """
-    description = _check_lora(lora)
+    description = check_lora(lora)
     ours = get_family(base.family).a1111_version
     if description.base != ours and description.base in {family.a1111_version for family in FAMILIES.values()}:
         raise ValueError(f"{lora} is made for {description.base} and {base.name} is {ours}")
@@ -191,7 +190,7 @@ def _load_quietly(pipeline: "DiffusionPipeline", path: Path) -> None:
         logging.set_verbosity(verbosity)
 
 
-def _check_lora(lora: str | Path) -> FileDescription:
+def check_lora(lora: str | Path) -> FileDescription:
     """Refuse what diffusers would load wrongly or without a word."""
     description = describe(lora)
     if description.kind == "LiDB theta":
@@ -202,36 +201,3 @@ def _check_lora(lora: str | Path) -> FileDescription:
     if bad:
         raise ValueError(f"{lora} holds NaN or infinity in {len(bad)} tensors, e.g. {bad[0]}; it draws nothing")
     return description
-
-
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], column_labels: Sequence[str]) -> Image.Image:
-    """Lay pictures out in labelled rows and columns; small pictures are enlarged without smoothing."""
-    cell_px = max(192, *(picture.width for _, pictures in rows for picture in pictures))
-    font, line_px, margin, left = ImageFont.load_default(size=15), 18, 8, 150
-    labels = [_wrap(label, font, cell_px) for label in column_labels]
-    top_px = margin + line_px * max(label.count("\n") + 1 for label in labels)
-    columns = max(len(pictures) for _, pictures in rows)
-    size = (left + columns * (cell_px + margin) + margin, top_px + len(rows) * (cell_px + margin) + margin)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, label in enumerate(labels):
-        centre = left + margin + column * (cell_px + margin) + cell_px // 2
-        place = (centre, (top_px + margin) // 2)
-        pen.multiline_text(place, label, fill="black", font=font, anchor="mm", align="center")
-    for row, (label, pictures) in enumerate(rows):
-        top = top_px + margin + row * (cell_px + margin)
-        pen.multiline_text((left - 6, top + cell_px // 2), label, fill="black", font=font, anchor="rm", align="right")
-        for column, picture in enumerate(pictures):
-            method = Image.Resampling.NEAREST if picture.width < cell_px // 2 else Image.Resampling.LANCZOS
-            place = (left + margin + column * (cell_px + margin), top)
-            sheet.paste(picture.convert("RGB").resize((cell_px, cell_px), method), place)
-    return sheet
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
-    """Break text into lines of at most ``width_px``."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if font.getlength(longer) <= width_px or not lines[-1] else [lines[-1], word]
-    return "\n".join(lines)

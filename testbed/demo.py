@@ -14,7 +14,8 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
 from hypernet.personalization import Personalization, personalize
 from hypernet.recipe import StageProgress
-from hypernet.sampling import contact_sheet, save_picture
+from hypernet.sampling import save_picture
+from hypernet.sheets import contact_sheet
 from lidb_peft import LoraFactors
 from lidb_peft.outputs import check_output, check_output_folder
 from testbed import MINIATURE_RECIPE, miniature_hypernetwork_path, miniature_path

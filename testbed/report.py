@@ -16,7 +16,8 @@ from torch import Tensor
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import fit_lora
-from hypernet.sampling import contact_sheet, save_picture, to_image
+from hypernet.sampling import save_picture, to_image
+from hypernet.sheets import contact_sheet
 from lidb_peft import LiDBSpace
 from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path

@@ -155,8 +155,18 @@ class BaseModel(ABC):
         """The same components, not copies, as diffusers' pipeline that draws pictures."""
 
     @abstractmethod
-    def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
-        """What `pipeline` is called with to draw prompts under the weights that are applied."""
+    def pipeline_inputs(
+        self, texts: Sequence[str], guidance: float, negative: str = "", clip_skip: int = 1
+    ) -> dict[str, Any]:
+        """What `pipeline` is called with to draw prompts under the weights that are applied.
+
+        Args:
+            negative: what is not to be drawn; "" is no prompt.
+            clip_skip: which of CLIP's layers is read, counted from the last from 1, as Automatic1111 counts.
+
+        Raises:
+            ValueError: the base has no negative prompts, or does not let CLIP's layer be chosen.
+        """
 
     def settle(self) -> None:  # noqa: B027 - most bases are there from the start
         """Bring onto the device what a step needs, if that is not there yet."""

@@ -282,7 +282,13 @@ class Flux(BaseModel):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
+    def pipeline_inputs(
+        self, texts: Sequence[str], guidance: float, negative: str = "", clip_skip: int = 1
+    ) -> dict[str, Any]:
+        if negative:
+            raise ValueError(f"{self.name} is distilled from guidance and takes no negative prompt; leave it out")
+        if clip_skip != 1:
+            raise ValueError(f"clip skip is {clip_skip}, and {self.name} reads only CLIP's summary; leave it at 1")
         embeds = self.encode_prompts(self.prepare_prompts(texts))
         return {
             "prompt_embeds": embeds.prompt_embeds,

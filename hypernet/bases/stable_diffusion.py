@@ -179,8 +179,33 @@ class StableDiffusion(BaseModel):
         self.vae.enable_slicing()  # which decodes one picture at a time: each takes gigabytes
         return pipeline
 
-    def pipeline_inputs(self, texts: Sequence[str], guidance: float) -> dict[str, Any]:
-        return {"prompt": list(texts), "guidance_scale": guidance}
+    def pipeline_inputs(
+        self, texts: Sequence[str], guidance: float, negative: str = "", clip_skip: int = 1
+    ) -> dict[str, Any]:
+        inputs = {"prompt": list(texts), "guidance_scale": guidance}
+        if negative:  # SDXL takes zeros for none
+            inputs["negative_prompt"] = [negative] * len(texts)
+        if clip_skip == 1:
+            return inputs
+        if self.text_encoder_2 is not None:
+            raise ValueError(f"clip skip is {clip_skip}, and {self.name} always reads CLIP's last layer but one; leave "
+                             f"it at 1")  # fmt: skip
+        num_layers = self.text_encoder.config.num_hidden_layers
+        if clip_skip > num_layers:
+            raise ValueError(f"clip skip is {clip_skip}, and the text encoder of {self.name} has {num_layers} layers")
+        # diffusers' own clip_skip looks for modules that transformers 5 has moved.
+        return {
+            "prompt_embeds": self._skipping(texts, clip_skip),
+            "negative_prompt_embeds": self._skipping([negative] * len(texts), clip_skip),
+            "guidance_scale": guidance,
+        }
+
+    def _skipping(self, texts: Sequence[str], clip_skip: int) -> Tensor:
+        """The states of an earlier layer of CLIP, with its final norm, ``(n, tokens, width)``."""
+        ids = self.prepare_prompts(texts).token_ids[:, 0]
+        states = self.text_encoder(ids, output_hidden_states=True).hidden_states
+        model = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return model.final_layer_norm(states[-clip_skip])
 
 
 def _as_weights(module: nn.Conv2d, arguments: tuple[Tensor]) -> tuple[Tensor]:

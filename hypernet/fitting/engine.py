@@ -9,7 +9,7 @@ gradients are clipped per identity and Adam works number by number.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from hypernet.fitting.losses import base_losses
 from hypernet.fitting.noise import Noise, draw_noise, noise_photos
 from hypernet.fitting.preservation import Choice, PromptPreservation
 from hypernet.fitting.replay import Replay
+from hypernet.fitting.running import Observer, RunningFit
 from hypernet.inputs.people import derive_seed
 from hypernet.optimizers import make_adamw, set_learning_rate
 from hypernet.recipe import FitConfig, Progress
@@ -29,6 +30,7 @@ from lidb_peft import LiDBSpace, LoraFactors, combine
 from lidb_peft.stacks import Stacks
 
 FP16_LOSS_SCALE = 1024.0
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def fit_theta(
     bases: Mapping[str, Tensor] | None = None,
     failed: dict[int, str] | None = None,
     kept: KeptStep | None = None,
+    observe: Observer | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit one theta per subject, all from the same starting vector.
 
@@ -94,12 +98,14 @@ def fit_theta(
         bases: learned ones, by label, that theta is fitted in; None takes the frozen ones.
         failed: takes the subjects whose fit diverged, row -> reason; their results are not finite. None raises instead.
         kept: of the fit before, and for the next one; None keeps nothing.
+        observe: called with the `RunningFit` after each step; True ends the fit with what there is.
+        resume: the state of a fit that ended early, see `RunningFit.state`, to go on from.
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
 
     Raises:
-        ValueError: ``start`` or the subjects do not fit, or the fit diverged.
+        ValueError: ``start``, ``resume`` or the subjects do not fit, or the fit diverged.
     """
     _check_subjects(subjects)
     start = space.theta_0 if start is None else start
@@ -107,7 +113,7 @@ def fit_theta(
     start = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32)
     bases = _frozen(bases, base.device)
     trained = _Trained(start, lambda values: space.expand(values, bases), bases)
-    return _fit(base, space, subjects, config, trained, progress, failed, kept)
+    return _fit(base, space, subjects, config, trained, progress, failed, kept, observe, resume)
 
 
 def fit_lora(
@@ -122,6 +128,8 @@ def fit_lora(
     start: Tensor | None = None,
     failed: dict[int, str] | None = None,
     kept: KeptStep | None = None,
+    observe: Observer | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject beside its frozen theta.
 
@@ -130,7 +138,7 @@ def fit_lora(
         bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
         start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
             draws each subject a fresh one, which changes nothing yet.
-        failed, kept: as for `fit_theta`.
+        failed, kept, observe, resume: as for `fit_theta`.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -139,15 +147,19 @@ def fit_lora(
     Raises:
         ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
-    lora, losses = fit_flat_lora(base, space, subjects, config, rank, theta, progress, bases, start, failed, kept)
-    results = []
-    for i in range(len(subjects)):
-        factors = space.lora_factors(lora[i], rank)
-        if theta is not None:
-            own = theta if theta.dim() == 2 else theta[i]
-            factors = combine(space.factors(own.cpu(), _frozen(bases, torch.device("cpu"))), factors)
-        results.append(factors)
-    return results, losses
+    lora, losses = fit_flat_lora(
+        base, space, subjects, config, rank, theta, progress, bases, start, failed, kept, observe, resume
+    )
+    thetas = [None] * len(subjects) if theta is None else theta.expand(len(subjects), *theta.shape[-2:])
+    return [relaxed_factors(space, own, rank, one, bases) for own, one in zip(lora, thetas, strict=True)], losses
+
+
+def relaxed_factors(
+    space: LiDBSpace, lora: Tensor, rank: int, theta: Tensor | None = None, bases: Mapping[str, Tensor] | None = None
+) -> LoraFactors:
+    """The exact factors, on the CPU, of a flat LoRA ``(lora_size(rank),)`` and theta ``(L, row)`` together."""
+    factors = space.lora_factors(lora, rank)
+    return factors if theta is None else combine(space.factors(theta.cpu(), _frozen(bases, _CPU)), factors)
 
 
 def fit_flat_lora(
@@ -162,6 +174,8 @@ def fit_flat_lora(
     start: Tensor | None = None,
     failed: dict[int, str] | None = None,
     kept: KeptStep | None = None,
+    observe: Observer | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit as `fit_lora` does; returns the LoRAs alone, flat ``(N, lora_size(rank))``, and the losses, on the CPU.
 
@@ -186,7 +200,7 @@ def fit_flat_lora(
     bases = _frozen(bases, base.device)
     frozen = None if theta is None else space.expand(theta.to(base.device, torch.float32), bases)
     trained = _Trained(first.to(base.device), lambda values: space.split_lora(values, rank), frozen=frozen)
-    return _fit(base, space, subjects, config, trained, progress, failed, kept)
+    return _fit(base, space, subjects, config, trained, progress, failed, kept, observe, resume)
 
 
 class _Trained(NamedTuple):
@@ -211,7 +225,7 @@ _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 def _fit(
     base, space, subjects, config: FitConfig, trained: _Trained, progress, failed: dict[int, str] | None,
-    kept: KeptStep | None,
+    kept: KeptStep | None, observe: Observer | None, resume: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Optimise; returns what became of ``trained.start``, and losses ``(steps, N)``, on the CPU."""
     is_auto = config.gradient_checkpointing == "auto"
@@ -221,7 +235,9 @@ def _fit(
     attempts = (True,) if at_once else (False, True)
     for recomputes in attempts if is_auto else (config.gradient_checkpointing == "on",):
         try:
-            fitted, losses = _optimize(base, space, subjects, config, trained, recomputes, progress, kept)
+            fitted, losses = _optimize(
+                base, space, subjects, config, trained, recomputes, progress, kept, observe, resume
+            )
         except (RuntimeError, MemoryError) as error:
             if kept is not None:
                 kept.release()
@@ -242,17 +258,21 @@ def _fit(
 
 
 def _optimize(
-    base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool, progress, kept: KeptStep | None
-) -> tuple[Tensor, Tensor]:
-    history = []
+    base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool, progress, kept: KeptStep | None,
+    observe: Observer | None, resume: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with base.checkpointed(recomputes):
         step = _take_step(base, space, subjects, config, trained, recomputes, kept)
-        for number in range(config.steps):
-            history.append(step(config.lr * (1 - 0.9 * number / config.steps)))
+        run = RunningFit(step.parameters, step.optimizer, step.generators, config.steps)
+        if resume is not None:
+            run.load(resume)
+        for number in range(run.step, config.steps):
+            run.losses.append(step(config.lr * (1 - 0.9 * number / config.steps)))
             if progress is not None:
                 progress(number + 1, config.steps)
-    fitted = step.parameters.detach().cpu().clone()  # which on a CPU is the buffer that a kept step goes on with
-    return fitted, torch.stack(history).cpu() if history else torch.empty(0, len(subjects))
+            if observe is not None and observe(run):
+                break
+    return run.weights(), run.all_losses()
 
 
 def _note_failures(

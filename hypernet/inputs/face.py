@@ -1,6 +1,9 @@
 """A face in a photo: what every detector returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from hypernet.recipe import check_face
 
 SMALLEST_FACE = 0.06  # of the photo's shorter side; a smaller face makes no portrait
 
@@ -45,3 +48,25 @@ def overlap(a: Face, b: Face) -> float:
     height = min(a.top + a.side, b.top + b.side) - max(a.top, b.top)
     shared = max(width, 0.0) * max(height, 0.0)
     return shared / (a.side**2 + b.side**2 - shared)
+
+
+def put_first(faces: Sequence[Face], which: str) -> tuple[Face, ...]:
+    """The faces of a photo, the largest clear one first, with the one that is wanted first instead.
+
+    Args:
+        which: one of `hypernet.recipe.FACES`, or the number of a face, counted from the left from 1, as text.
+
+    Raises:
+        ValueError: there are fewer faces.
+    """
+    check_face(which)
+    if which == "largest":
+        return tuple(faces)
+    from_left = sorted(faces, key=lambda face: (face.centre, face.side))
+    index = {"leftmost": 0, "rightmost": len(faces) - 1}.get(which)
+    index = int(which) - 1 if index is None else index
+    if index >= len(faces):
+        raise ValueError(f"{len(faces)} face{'s'[: len(faces) != 1]} found, and face {which} from the left was asked "
+                         f"for; choose another")  # fmt: skip
+    chosen = from_left[index]
+    return (chosen, *(face for face in faces if face is not chosen))

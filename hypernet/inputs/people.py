@@ -25,7 +25,15 @@ from torch import Tensor
 from hypernet.errors import first_line
 from hypernet.inputs.face import Face
 from hypernet.inputs.faces import choose_detector
-from hypernet.inputs.photos import RASTER_FORMATS, NoFaceError, OpenPhoto, Photo, decode_image, look_at, read_image
+from hypernet.inputs.photos import (
+    NoFaceError,
+    OpenPhoto,
+    Photo,
+    decode_image,
+    image_suffixes,
+    look_at,
+    read_image,
+)
 from hypernet.recipe import PersonalizeConfig, TrainConfig
 from lidb_peft.files import atomic_path
 from lidb_peft.safe_read import printable
@@ -37,7 +45,6 @@ Cropping = TypeVar("Cropping", PersonalizeConfig, TrainConfig)
 
 DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 _log = logging.getLogger(__name__)
-_NOT_PILLOWS = {".heic", ".heif"}
 _WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going through 20 GB takes no minutes
 
 
@@ -180,8 +187,7 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
 
 def _find_files(path: Path) -> dict[str, list[Path]]:
     """The files of each kind at ``path``, sorted; hidden ones and other kinds, such as captions, are left out."""
-    images = {suffix for suffix, kind in Image.registered_extensions().items() if kind in RASTER_FORMATS}
-    suffixes = {"images": images | _NOT_PILLOWS, "parquet": {".parquet"}, "webdataset": {".tar"}}
+    suffixes = {"images": image_suffixes(), "parquet": {".parquet"}, "webdataset": {".tar"}}
     if path.is_file():
         files = [path]
     else:
@@ -259,7 +265,12 @@ Faces = MutableMapping[bytes, tuple[Face, ...]]
 
 
 def prepare_person(
-    person: Person, size_px: int, crop: bool, detector: str = "auto", known: Faces | None = None
+    person: Person,
+    size_px: int,
+    crop: bool,
+    detector: str = "auto",
+    known: Faces | None = None,
+    face: str = "largest",
 ) -> tuple[PreparedPerson | None, list[Skipped]]:
     """Decode a person's photos and prepare them as `hypernet.inputs.photos.prepare_photo` does.
 
@@ -278,19 +289,21 @@ def prepare_person(
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
             image = decode_image(file, photo.name) if file else read_image(photo.data)
-            photos.append(_look_once(image, photo, crop, detector, known).prepare(size_px))
+            photos.append(_look_once(image, photo, crop, detector, known, face).prepare(size_px))
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
     return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
 
 
-def _look_once(image: Image.Image, photo: RawPhoto, crop: bool, detector: str, known: Faces | None) -> OpenPhoto:
+def _look_once(
+    image: Image.Image, photo: RawPhoto, crop: bool, detector: str, known: Faces | None, face: str
+) -> OpenPhoto:
     """`look_at`, but for faces that are ``known``: looking for them takes longer than all the rest."""
     if known is None or not crop:
-        return look_at(image, crop, photo.name, detector)
+        return look_at(image, crop, photo.name, detector, face=face)
     digest = _photo_digest(photo.data)
     try:
-        opened = look_at(image, crop, photo.name, detector, known.get(digest))
+        opened = look_at(image, crop, photo.name, detector, known.get(digest), face)
     except NoFaceError:
         known[digest] = ()
         raise

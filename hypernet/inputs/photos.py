@@ -11,7 +11,6 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -22,9 +21,9 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, fea
 from torch import Tensor
 
 from hypernet.errors import first_line
-from hypernet.inputs.face import Face
+from hypernet.inputs.face import Face, put_first
 from hypernet.inputs.faces import find_faces
-from hypernet.inputs.pictures import PhotoLike, list_photos, to_pillow
+from hypernet.inputs.pictures import PhotoLike, to_pillow
 
 SMALLEST_SIDE_PX = 32
 _DECODED_SIDE_PX = 4096  # a JPEG of more is decoded at a half, a quarter or an eighth, but not below this
@@ -32,6 +31,7 @@ _KEPT_PIXELS = 50_000_000  # a decoded image of more is reduced
 _MEMORY = 560_000_000  # bytes that decoding an image may take
 _CROP_PER_FACE = 2.2  # the head with its hair and some of the shoulders, as portraits for DreamBooth show it
 _CROP_DROP = 0.05  # of the face: the crop's centre lies this much below the face's
+_CHOSEN = {"largest": "the largest clear one", "leftmost": "the leftmost", "rightmost": "the rightmost"}
 _LEAST_ROLL_DEG = 2  # no head is straighter; a smaller roll is not undone, which would blur the picture for nothing
 _QUARTERS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 # Raster images only: Pillow hands EPS to Ghostscript and WMF to Windows, and leaves other kinds to other libraries.
@@ -78,6 +78,12 @@ _DAMAGED = (
 )
 
 
+def image_suffixes() -> set[str]:
+    """Suffixes of the files that may be photos; of HEIC too, which without pillow-heif is refused by name."""
+    known = Image.registered_extensions().items()
+    return {suffix for suffix, kind in known if kind in RASTER_FORMATS} | {".heic", ".heif"}
+
+
 @dataclass(frozen=True)
 class Photo:
     """One prepared photo.
@@ -104,11 +110,18 @@ class NoFaceError(ValueError):
 
 
 class OpenPhoto(NamedTuple):
-    """An upright RGB photo, what messages call it, and its faces, the one to take first; None if none is asked for."""
+    """An upright RGB photo.
+
+    Attributes:
+        name: what messages call it.
+        faces: those in it, the one to take first; None if none is asked for.
+        face: which one that is, as `put_first` takes it.
+    """
 
     name: str
     image: Image.Image
     faces: tuple[Face, ...] | None = None
+    face: str = "largest"
 
     def prepare(self, size_px: int) -> Photo:
         """Square the photo and scale it to ``size_px``, antialiased.
@@ -122,47 +135,24 @@ class OpenPhoto(NamedTuple):
             )
         if self.faces is None:
             square = ImageOps.fit(self.image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS)
-            return Photo(square, self.name, note=_note(self.name, 1, min(self.image.size), size_px))
+            return Photo(square, self.name, note=_note(self.name, "", min(self.image.size), size_px))
         square, cut_px = _portrait(self.image, self.faces[0], size_px)
-        return Photo(square, self.name, self.faces[0], _note(self.name, len(self.faces), cut_px, size_px))
+        which = _CHOSEN.get(self.face, f"number {self.face} from the left")
+        choice = f"{len(self.faces)} faces found, {which} is taken" if len(self.faces) > 1 else ""
+        return Photo(square, self.name, self.faces[0], _note(self.name, choice, cut_px, size_px))
 
 
-def open_photo(photo: PhotoLike, crop: bool = True, detector: str = "auto", name: str = "the photo") -> OpenPhoto:
+def open_photo(
+    photo: PhotoLike, crop: bool = True, detector: str = "auto", name: str = "the photo", face: str = "largest"
+) -> OpenPhoto:
     """Read a photo of a person, ``look_at(read_image(path), ...)``, or take a picture that is in memory.
 
     Args:
         name: what messages call a picture in memory.
     """
     if isinstance(photo, str | os.PathLike):
-        return look_at(read_image(photo), crop, str(photo), detector)
-    return look_at(_to_srgb(_upright(to_pillow(photo, name))), crop, name, detector)
-
-
-def open_photos(
-    photos: PhotoLike | Iterable[PhotoLike], crop: bool = True, detector: str = "auto"
-) -> tuple[tuple[OpenPhoto, ...], tuple[str, ...]]:
-    """Read the photos of one person, files or pictures; of several, those without a face are left out.
-
-    Returns:
-        The photos, at least one, and for each that is left out a sentence that names it.
-
-    Raises:
-        NoFaceError: there is no face in any of them.
-        ValueError, OSError: a photo cannot be read, or there is none.
-    """
-    listed = list_photos(photos)
-    if not listed:
-        raise ValueError("there is no photo; pass at least one")
-    opened, left_out, error = [], [], None
-    for number, photo in enumerate(listed, 1):
-        try:
-            opened.append(open_photo(photo, crop, detector, f"photo {number}"))
-        except NoFaceError as none_there:
-            error = none_there
-            left_out.append(f"left out {error}")
-    if not opened:
-        raise error if len(listed) == 1 else NoFaceError(f"no photo of {len(listed)} can be used: {error}")
-    return tuple(opened), tuple(left_out)
+        return look_at(read_image(photo), crop, str(photo), detector, face=face)
+    return look_at(_to_srgb(_upright(to_pillow(photo, name))), crop, name, detector, face=face)
 
 
 def look_at(
@@ -171,19 +161,21 @@ def look_at(
     name: str = "the photo",
     detector: str = "auto",
     known: tuple[Face, ...] | None = None,
+    face: str = "largest",
 ) -> OpenPhoto:
     """Find the face in a photo.
 
     Args:
         image: an upright RGB photo.
-        crop: the photo will be squared around the largest face, with hair and shoulders, turned upright by its eyes;
+        crop: the photo will be squared around one face, with hair and shoulders, turned upright by its eyes;
             otherwise its centre will be taken.
         name: what messages call the photo.
         detector: of faces, see `hypernet.inputs.faces.choose_detector`.
         known: the faces, of an earlier look; None looks for them.
+        face: which one is taken, see `put_first`.
 
     Raises:
-        NoFaceError: ``crop`` finds no face.
+        NoFaceError: ``crop`` finds no face, or not the one that is wanted.
         ValueError: the photo is too small, or faces cannot be looked for.
     """
     width, height = image.size
@@ -199,7 +191,10 @@ def look_at(
             f"{name}: no face found; use a photo in which the face is upright, looks at the camera and is well lit, "
             "or crop it to the face yourself and pass --no-crop"
         )
-    return OpenPhoto(name, image, tuple(faces))
+    try:
+        return OpenPhoto(name, image, put_first(faces, face), face)
+    except ValueError as error:
+        raise NoFaceError(f"{name}: {error}") from error
 
 
 def load_photo(path: str | os.PathLike, size_px: int, crop: bool = True, detector: str = "auto") -> Photo:
@@ -208,10 +203,15 @@ def load_photo(path: str | os.PathLike, size_px: int, crop: bool = True, detecto
 
 
 def prepare_photo(
-    image: Image.Image, size_px: int, crop: bool = True, name: str = "the photo", detector: str = "auto"
+    image: Image.Image,
+    size_px: int,
+    crop: bool = True,
+    name: str = "the photo",
+    detector: str = "auto",
+    face: str = "largest",
 ) -> Photo:
     """Square a photo and scale it to ``size_px``: `look_at` and `OpenPhoto.prepare`."""
-    return look_at(image, crop, name, detector).prepare(size_px)
+    return look_at(image, crop, name, detector, face=face).prepare(size_px)
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
@@ -410,10 +410,8 @@ def _is_whole(face: Face, x: float, y: float, side: float) -> bool:
     return distance + face.side / 2 <= side / 2
 
 
-def _note(name: str, num_faces: int, cut_px: int, size_px: int) -> str:
-    notes = []
-    if num_faces > 1:
-        notes.append(f"{num_faces} faces found, the largest clear one is taken")
+def _note(name: str, choice: str, cut_px: int, size_px: int) -> str:
+    notes = [choice] if choice else []
     if cut_px < size_px / 2:
         notes.append(f"{cut_px} pixels are enlarged to {size_px}, a larger photo would be sharper")
     return f"{name}: {'; '.join(notes)}" if notes else ""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hypernet.sampling import contact_sheet, generate, save_picture, to_image
+from hypernet.sampling import generate, save_picture, to_image
+from hypernet.sheets import contact_sheet
 from hypernet.training.examples import Example, Examples, validation_places
 from hypernet.training.objective import SUMMED, Objective
 

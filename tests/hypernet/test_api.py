@@ -18,7 +18,8 @@ from converters.convert import LIDB_FORMATS
 from hypernet import generate, load_base, personalize, personalize_each, preoptimize, train
 from hypernet.bases.loading import load_base as inner_load_base
 from hypernet.bundles import base_source, find_bundle, hypernetwork_source
-from hypernet.inputs.photos import open_photos, read_image
+from hypernet.inputs.crops import open_photos
+from hypernet.inputs.photos import read_image
 from hypernet.recipe import PersonalizeConfig
 from lidb_peft import LiDBConfig
 from testbed import (

@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from converters import write_lora
 from hypernet.personalization import lora_metadata
-from hypernet.sampling import contact_sheet, generate, generate_to_file, lora_applied
+from hypernet.sampling import generate, lora_applied
+from hypernet.sheets import DrawConfig, contact_sheet, generate_to_file
 from lidb_peft import save_theta
+
+QUICK = DrawConfig(num_steps=1)
 
 
 @pytest.fixture
@@ -70,9 +73,9 @@ def test_progress_ends_at_its_total(base, scheduler):
 
 
 def test_one_prompt_is_a_picture_and_several_are_a_sheet(base, lora, tmp_path):
-    generate_to_file(base, ["a face"], tmp_path / "one.png", num_steps=1)
+    generate_to_file(base, ["a face"], tmp_path / "one.png", config=QUICK)
     assert Image.open(tmp_path / "one.png").size == (32, 32)
-    generate_to_file(base, ["a face", "a pencil drawing"], tmp_path / "two.png", lora=lora, num_steps=1)
+    generate_to_file(base, ["a face", "a pencil drawing"], tmp_path / "two.png", [lora], config=QUICK)
     assert Image.open(tmp_path / "two.png").size[0] > 2 * 192
 
 
@@ -118,7 +121,7 @@ def loha(tensors):
 def test_a_bad_lora_is_refused_and_the_base_stays_clean(base, lora, tmp_path, change, text, capfd):
     bad = spoil(lora, "bad.safetensors", change)
     with pytest.raises(ValueError, match=text) as caught:
-        generate_to_file(base, ["a face"], tmp_path / "out.png", lora=bad, num_steps=1)
+        generate_to_file(base, ["a face"], tmp_path / "out.png", [bad], config=QUICK)
     assert "\n" not in str(caught.value)
     assert "size mismatch" not in capfd.readouterr().err
     assert not (tmp_path / "out.png").exists()

@@ -17,7 +17,8 @@ from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people
 from hypernet.personalization import lora_metadata, personalize
 from hypernet.recipe import FitConfig, PersonalizeConfig, PreoptimizeConfig
-from hypernet.sampling import generate, generate_to_file, lora_applied
+from hypernet.sampling import generate, lora_applied
+from hypernet.sheets import DrawConfig, generate_to_file
 from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.safe_read import read_header
 
@@ -193,7 +194,9 @@ def test_diffusers_draws_with_the_file_what_the_fit_draws(person, pipeline, tmp_
 
 def test_pictures_are_drawn_with_the_file(person, tmp_path):
     person.save(tmp_path / "me.safetensors", dtype=torch.float32)
-    generate_to_file(person.base, PROMPTS[:1], tmp_path / "me.png", lora=tmp_path / "me.safetensors", num_steps=2)
+    generate_to_file(
+        person.base, PROMPTS[:1], tmp_path / "me.png", [tmp_path / "me.safetensors"], config=DrawConfig(num_steps=2)
+    )
     (expected,) = generate(person.base, PROMPTS[:1], person.space, person.factors, num_steps=2)
     (plain,) = generate(person.base, PROMPTS[:1], num_steps=2)
     found = Image.open(tmp_path / "me.png")

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import socket
 
 import cv2
@@ -13,9 +14,11 @@ from skimage import data
 
 from hypernet.inputs import cascades
 from hypernet.inputs import yunet as yunet_module
+from hypernet.inputs.crops import find_crops, open_photos
 from hypernet.inputs.face import Face
 from hypernet.inputs.faces import choose_detector, find_faces
-from hypernet.inputs.photos import NoFaceError, open_photos, prepare_photo
+from hypernet.inputs.photos import NoFaceError, prepare_photo
+from hypernet.recipe import PersonalizeConfig
 
 FACE = (224, 110)  # the middle of the astronaut's face in the picture of 512 x 512
 
@@ -201,8 +204,80 @@ def test_of_several_photos_one_without_a_face_is_left_out_and_named(astronaut, t
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     photos, left_out = open_photos([tmp_path / f"{name}.png" for name in "abc"])
     assert [photo.name for photo in photos] == [str(tmp_path / "b.png")]
-    assert [sentence.split(":")[0] for sentence in left_out] == [f"left out {tmp_path / name}.png" for name in "ac"]
+    assert [sentence.split(": ")[1] for sentence in left_out] == [f"{tmp_path / name}.png" for name in "ac"]
     with pytest.raises(NoFaceError, match=r"no photo of 2 can be used: .*c\.png: no face found"):
         open_photos([tmp_path / "a.png", tmp_path / "c.png"])
     with pytest.raises(FileNotFoundError):  # what is not there is a mistake, not a bad photo
         open_photos([tmp_path / "b.png", tmp_path / "gone.png"])
+
+
+def test_a_folder_is_one_persons_photos_and_bad_ones_are_named(astronaut, tmp_path):
+    folder = tmp_path / "me"
+    folder.mkdir()
+    for name in ("b.png", "a.JPG"):
+        astronaut.save(folder / name)
+    (folder / "cut.jpg").write_bytes((folder / "a.JPG").read_bytes()[:4000])
+    Image.fromarray(data.coffee()).save(folder / "cup.png")
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    (folder / "a.txt").write_text("a caption")
+    (folder / ".hidden.png").write_bytes(b"no picture")
+    photos, left_out = open_photos(folder)
+    assert [photo.name for photo in photos] == [str(folder / name) for name in ("a.JPG", "b.png")]
+    assert [re.search(r"(\w+\.\w+).* (damaged|no face|at least 32)", sentence).groups() for sentence in left_out] == [
+        ("cup.png", "no face"), ("cut.jpg", "damaged"), ("tiny.png", "at least 32"),
+    ]  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no photos"):
+        open_photos(tmp_path / "empty")
+
+
+@pytest.fixture
+def group(astronaut):
+    """A small head at the left, a large one in the middle, one of middling size at the right; their centres."""
+    head = astronaut.crop((100, 0, 350, 220))
+    picture, centres = Image.new("RGB", (1400, 500), "gray"), []
+    for left, scale in ((20, 0.75), (330, 2.0), (1000, 1.2)):
+        size = (round(250 * scale), round(220 * scale))
+        picture.paste(head.resize(size, Image.Resampling.LANCZOS), (left, 30))
+        centres.append((left + (FACE[0] - 100) * scale, 30 + FACE[1] * scale))
+    return picture, centres
+
+
+@pytest.mark.parametrize(
+    ("face", "index", "words"),
+    [
+        ("largest", 1, "the largest clear one"),
+        ("leftmost", 0, "the leftmost"),
+        ("rightmost", 2, "the rightmost"),
+        ("1", 0, "number 1 from the left"),
+        ("3", 2, "number 3 from the left"),
+    ],
+)
+def test_the_face_that_is_wanted_is_taken(group, yunet, face, index, words):
+    picture, centres = group
+    photo = prepare_photo(picture, 64, name="group.jpg", face=face)
+    assert distance(photo.face, centres[index]) < 0.3
+    assert photo.note == f"group.jpg: 3 faces found, {words} is taken"
+
+
+def test_crops_show_every_photo_and_what_is_wrong_with_it(group, astronaut, yunet, tmp_path):
+    picture, centres = group
+    picture.save(tmp_path / "group.png")
+    photos = [tmp_path / "group.png", astronaut, data.coffee(), tmp_path / "gone.png"]
+    crops = find_crops(photos, 64, face="3")
+    assert [crop.name for crop in crops] == [str(photos[0]), "photo 2", "photo 3", str(photos[3])]
+    assert [distance(face, centre) < 0.3 for face, centre in zip(crops[0].faces, centres, strict=True)] == [True] * 3
+    assert crops[0].photo.image.size == (64, 64)
+    assert crops[0].photo.face == crops[0].faces[2]
+    assert "1 face found, and face 3 from the left was asked for" in crops[1].problem
+    assert "no face found" in crops[2].problem
+    assert "does not exist" in crops[3].problem
+    (used,), left_out = open_photos(photos[:3], face="3")  # what is used is what was shown
+    assert used.prepare(64).image.tobytes() == crops[0].photo.image.tobytes()
+    assert len(left_out) == 2
+
+
+@pytest.mark.parametrize("face", ["0", "-1", "middle", "1.5", ""])
+def test_a_face_that_cannot_be_meant_is_refused(face):
+    with pytest.raises(ValueError, match="choose largest, leftmost, rightmost, or its number"):
+        PersonalizeConfig(face=face)

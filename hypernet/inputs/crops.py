@@ -1,0 +1,117 @@
+"""The photos of one person: which of them can be used, and what of each is taken.
+
+Photos are not compared with each other: whether they all show the same person is for people to see.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypernet.inputs.face import Face
+from hypernet.inputs.photos import NoFaceError, OpenPhoto, Photo, image_suffixes, open_photo
+from hypernet.inputs.pictures import PhotoLike, list_photos
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What is taken of a photo.
+
+    Attributes:
+        name: what messages call the photo.
+        photo: the square that is taken, with the face that it is cut around and what to know of it; None if the photo
+            cannot be used.
+        faces: all that were found, from left to right, in pixels of the upright photo.
+        problem: why the photo cannot be used, in a sentence; "" if it can be.
+    """
+
+    name: str
+    photo: Photo | None = None
+    faces: tuple[Face, ...] = ()
+    problem: str = ""
+
+
+def find_crops(
+    photos: PhotoLike | Iterable[PhotoLike],
+    size_px: int = 512,
+    crop: bool = True,
+    detector: str = "auto",
+    face: str = "largest",
+) -> list[Crop]:
+    """Show what `hypernet.personalize` would take of photos; nothing is raised for a photo that cannot be used.
+
+    Args:
+        photos: files, folders of one person's photos, or pictures; one or several.
+        size_px: the side of the squares; a base model's ``size_px`` gives the very pictures that it is fitted to.
+        crop: cut to a face; False takes the middle square.
+        detector: of faces, see `hypernet.inputs.faces.choose_detector`.
+        face: which one, of several, see `hypernet.recipe.PersonalizeConfig`.
+    """
+    crops = []
+    for name, photo in _named(photos):
+        try:
+            opened = open_photo(photo, crop, detector, name, face)
+            faces = sorted(opened.faces or (), key=lambda one: one.centre)
+            crops.append(Crop(name, opened.prepare(size_px), tuple(faces)))
+        except (ValueError, OSError) as error:
+            crops.append(Crop(name, problem=str(error)))
+    return crops
+
+
+def open_photos(
+    photos: PhotoLike | Iterable[PhotoLike], crop: bool = True, detector: str = "auto", face: str = "largest"
+) -> tuple[tuple[OpenPhoto, ...], tuple[str, ...]]:
+    """Read the photos of one person; of several, those that cannot be used are left out.
+
+    Args:
+        photos: files, folders or pictures.
+        face: which one, of several, see `hypernet.inputs.face.put_first`.
+
+    Returns:
+        The photos, at least one, and for each that is left out a sentence that names it.
+
+    Raises:
+        NoFaceError: there is no face in any of them.
+        ValueError: none can be used, or there is none.
+        OSError: a photo that is named is not there or cannot be opened.
+    """
+    listed = list(_named(photos))
+    opened, errors = [], []
+    for name, photo in listed:
+        try:
+            opened.append(open_photo(photo, crop, detector, name, face))
+        except ValueError as error:
+            errors.append(error)
+    if not opened:
+        if len(errors) == 1:
+            raise errors[0]
+        kind = NoFaceError if all(isinstance(error, NoFaceError) for error in errors) else ValueError
+        raise kind(f"no photo of {len(errors)} can be used: {errors[-1]}")
+    return tuple(opened), tuple(f"left out: {error}" for error in errors)
+
+
+def _named(photos: PhotoLike | Iterable[PhotoLike]) -> Iterator[tuple[str, PhotoLike]]:
+    """Each photo with what messages call it; a folder stands for the photos in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    listed = list_photos(photos)
+    if not listed:
+        raise ValueError("there is no photo; pass at least one")
+    for number, photo in enumerate(listed, 1):
+        if not isinstance(photo, str | os.PathLike):
+            yield f"photo {number}", photo
+        elif Path(photo).is_dir():
+            yield from ((str(file), file) for file in _photos_in(Path(photo)))
+        else:
+            yield str(photo), photo
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    """The images in a folder, sorted; hidden files and other kinds, such as captions, are passed over."""
+    suffixes = image_suffixes()
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes and file.name[0] != ".")
+    if not files:
+        raise ValueError(f"{folder} holds no photos (JPEG, PNG, WebP); name photos, or the folder of one person's")
+    return files

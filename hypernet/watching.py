@@ -1,0 +1,82 @@
+"""What is wanted of one person's fit while it runs: intermediate LoRAs, sample pictures, its loss, to stop it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+from torch import Tensor
+
+from hypernet.fitting.running import Observer, RunningFit
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step that is done.
+
+    Attributes:
+        stage: ``fit theta`` or ``finetune LoRA``.
+        step, steps: done, and in all.
+        picture: the trigger prompt drawn with the weights so far, if one was due.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    run: RunningFit
+    picture: Image.Image | None = None
+
+    @cached_property
+    def loss(self) -> float:
+        """The mean of the last ten steps; reading it waits for the device, so do not read it after every step."""
+        return self.run.loss
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is wanted of a fit while it runs.
+
+    Attributes:
+        save_every: steps between intermediate LoRAs; None keeps none.
+        preview_every: steps between sample pictures; None draws none.
+        on_step: called after every step.
+        stop: asked after every step; True ends the fit with what there is, for example ``threading.Event().is_set``.
+    """
+
+    save_every: int | None = None
+    preview_every: int | None = None
+    on_step: Callable[[StepReport], None] | None = None
+    stop: Callable[[], bool] | None = None
+
+    def __post_init__(self):
+        for name in ("save_every", "preview_every"):
+            if (every := getattr(self, name)) is not None and every < 1:
+                raise ValueError(f"{name} is {every}; expected 1 or more, or None")
+
+    def observer(
+        self,
+        stage: str,
+        keep: Callable[[RunningFit], None] | None = None,
+        draw: Callable[[Tensor], Image.Image] | None = None,
+    ) -> Observer:
+        """What to call after each step of a stage.
+
+        Args:
+            keep: takes the fit at each step that is to be saved; None saves nothing of this stage.
+            draw: draws a sample picture with the weights ``(1, ...)``; None draws nothing of this stage.
+        """
+
+        def observe(run: RunningFit) -> bool:
+            if keep is not None and _is_due(self.save_every, run):
+                keep(run)
+            picture = draw(run.weights()) if draw is not None and _is_due(self.preview_every, run) else None
+            if self.on_step is not None:
+                self.on_step(StepReport(stage, run.step, run.steps, run, picture))
+            return self.stop is not None and self.stop()
+
+        return observe
+
+
+def _is_due(every: int | None, run: RunningFit) -> bool:
+    """What the last step leaves is the result, which is no intermediate one."""
+    return every is not None and run.step % every == 0 and run.step < run.steps
