@@ -67,7 +67,7 @@ def train_rows(base: BaseModel, hypernet: str | Path, batches: list[int], steps:
         for terms, config in TRAININGS.items():
             for batch in batches:
                 network = HyperNetwork.from_pretrained(hypernet).to(base.device)
-                few = replace(config, steps=steps, batch=batch, validation=0.0, checkpoint_every=steps)
+                few = replace(config, steps=steps, batch_size=batch, validation=0.0, checkpoint_every=steps)
                 out = Path(folder) / f"{terms} {batch}"
                 seconds, peak = measure(_training(people, base, network, out, few), base.device)
                 rows.append({"loss": terms, "people a step": batch, "s a step": seconds, "steps a second": 1 / seconds,

@@ -14,6 +14,7 @@ from cli.bases import (
     quantize_option,
     seed_option,
 )
+from cli.options import Command
 from cli.results import overwrite_option
 
 
@@ -66,7 +67,7 @@ weights_option = click.option(
 )  # fmt: skip
 
 
-@click.command(name="generate")
+@click.command(name="generate", cls=Command)
 @click.argument("prompts", nargs=-1, required=True)
 @base_option
 @click.option("--lora", "loras", type=click.Path(path_type=Path), multiple=True,

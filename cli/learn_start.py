@@ -1,48 +1,29 @@
 """`hdb learn-start`."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
 
-from cli.bases import (
-    base_option,
-    hypernet_option,
-    loading_options,
-    no_crop_option,
-    pop_base,
-    recipe_option,
-    seed_option,
-)
+from cli.bases import base_options, given_options, hypernet_option, pop_base, recipe_options
+from cli.options import ConfiguredCommand, config_options
 from hypernet.bundles import find_bundle, hypernetwork_source
-from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, StartConfig
+from hypernet.recipe import PersonalizeConfig, StartConfig
+
+# What the fit of theta alone has, the pictures, and the seed, which is `StartConfig`'s.
+_OTHERS = {"theta_steps", "theta_lr", "steps", "guidance", "seed"}
 
 
-def _option(field: str, kind: click.ParamType, text: str):
-    """An option for a field of `StartConfig`."""
-    flag = "--" + field.replace("_", "-")
-    return click.option(flag, field, type=kind, default=getattr(StartConfig, field), show_default=True, help=text)
-
-
-@click.command(name="learn-start")
+@click.command(name="learn-start", cls=ConfiguredCommand)
 @click.argument("images")
-@base_option
 @hypernet_option
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="LoRA to write.")
-@_option("rounds", click.IntRange(1), "In each, some people are finetuned and the start moves towards them.")
-@_option("people", click.IntRange(1), "People in each round.")
-@_option("inner_steps", click.IntRange(1), "Steps of their finetuning.")
-@_option("rate", click.FloatRange(0, 1, min_open=True), "How far the start moves at first; 1: all the way.")
-@recipe_option("--adapt", "adapt", click.Choice(PERSONALIZE_CHOICES["adapt"]),
-               "Which layers, where no hypernetwork says so: the denoiser's, or the text encoders' too.")  # fmt: skip
-@recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
-@recipe_option("--rank", "rank", click.IntRange(1), "Rank of the LoRA.")
-@recipe_option("--timesteps-per-step", "timesteps_per_step", click.IntRange(1), "Noisy copies of a photo in each step.")
-@recipe_option("--max-timestep", "max_timestep", click.IntRange(1, NUM_TIMESTEPS), "Finetune on timesteps below this.")
-@no_crop_option
-@seed_option
-@loading_options
-def command(images, hypernet, out, rounds, people, inner_steps, rate, no_crop, seed, **options) -> None:
+@config_options(StartConfig, [field.name for field in fields(StartConfig)])
+@recipe_options(
+    [field.name for field in fields(PersonalizeConfig) if field.name not in _OTHERS], own=("token", "prompt")
+)
+@base_options
+def command(images, hypernet, out, rounds, people, inner_steps, rate, seed, **options) -> None:
     """Learn where finetunings start: a LoRA from which a few steps reach anybody, and hdb personalize --start takes it.
 
     IMAGES is as for hdb preoptimize; some hundred people suffice. Options that hdb personalize has too should be as
@@ -70,8 +51,7 @@ def command(images, hypernet, out, rounds, people, inner_steps, rate, no_crop, s
     bundle, source = find_bundle(base), hypernetwork_source(hypernet or "auto", base)
     network = None if source is None else HyperNetwork.from_pretrained(source).requires_grad_(False)
     recipe = bundle.recipe if network is None else predicted_recipe(network.config, bundle.recipe)
-    given = {name: value for name, value in options.items() if value is not None}
-    recipe = with_detector(replace(recipe, **given, crop=not no_crop))
+    recipe = with_detector(replace(recipe, **given_options(options)))
     found = open_people(images)
     model = as_base(chosen)
     space = recipe_space(model, recipe, bundle.lidb_config) if network is None else network.space_on(model.adapted)

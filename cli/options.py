@@ -1,9 +1,34 @@
-"""What all commands' options have in common: older spellings, and options from a file."""
+"""What all commands' options have in common: a config's fields as options, sections of help, older spellings, files."""
 
 import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import click
+
+from hypernet.recipe import AUTO
+
+
+class MemorySize(click.ParamType):
+    """``4GB``, ``3.5 GB``, ``800MB`` in bytes."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):  # bytes, from a saved config
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])B?", str(value), flags=re.IGNORECASE)
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is not a size; write it as 4GB or 800MB", param, ctx)
+        return round(float(match[1]) * {"G": 1e9, "M": 1e6}[match[2].upper()])
+
 
 # Command -> older spelling -> today's. They work without being shown, and go with the next minor version.
 RENAMED = {
@@ -18,6 +43,7 @@ RENAMED = {
         "--schedule": "--lr-scheduler",
         "--workers": "--num-workers",
         "--rounds": "--k",
+        "--weights": "--target-distance",
     },
 }
 
@@ -30,7 +56,129 @@ def todays_spelling(command: str, arguments: list[str]) -> list[str]:
     return ["".join((renamed.get(name, name), sign, value)) for name, sign, value in parts] + arguments[end:]
 
 
-class ConfiguredCommand(click.Command):
+# Title -> options in their order, of whatever command; what is in no list comes after all of them.
+SECTIONS = {
+    "Everyday": "base hypernet lora out each targets resume steps rank preview no-preview overwrite seed",
+    "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm optimizer batch-size "
+           "gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
+    "Loss": "denoising target-distance compare preservation preserve background timesteps-per-step max-timestep "
+            "deep-supervision caption-dropout same-photo",
+    "Hypernetwork": "encoder train-encoder learned-bases k hidden-size num-hidden-layers num-attention-heads",
+    "Photos": "crop face-detector flip jitter streaming num-workers validation validation-images",
+    "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
+    "Base model": "components revision train-text-encoder guidance-scale guidance",
+    "LiDB weights": "save-theta from-theta",
+    "Progress": "log-every checkpoint-every tracker",
+    "Further": "",
+    "Options in a file": "config save-config help",
+}  # fmt: skip
+_FURTHER = "Further"
+# Where the type of a field does not say all of it.
+_TYPES = {"max_vram": MemorySize(), "components": click.Path(file_okay=False)}
+_METAVARS = {"base": "ID|DIR|FILE|testbed", "components": "DIR", "revision": "BRANCH|TAG|COMMIT", "max_vram": "SIZE",
+             "preserved": "PROMPT", "encoder": "ID|DIR"}  # fmt: skip
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """What a config's docstring says of each of its fields, by name."""
+    docs: dict[str, str] = {}
+    name = ""
+    for line in (inspect.getdoc(config) or "").partition("Attributes:\n")[2].splitlines():
+        if entry := re.match(r" {4}(\w+): (.+)", line):
+            name, docs[entry[1]] = entry[1], entry[2]
+        elif name and line.startswith(" " * 8):
+            docs[name] += " " + line.strip()
+        else:
+            break
+    return docs
+
+
+def _help(text: str) -> str:
+    """The first sentence of a field's documentation, as help has it."""
+    first = text.replace("``", "").split(". ")[0].rstrip(".")
+    return f"{first[0].upper()}{first[1:]}."
+
+
+def field_option(
+    config: type, name: str, flag: str = "", is_left_open: bool = False, shown: str = "", text: str = ""
+) -> Callable:
+    """The option of one field of a config: its name, default, range and documentation.
+
+    Args:
+        flag: where it is not the field's name.
+        is_left_open: it is None unless it is given, for what a base model or hypernetwork has a default of its own.
+        shown: the default in words.
+        text: help, instead of the field's documentation.
+    """
+    known = next(each for each in fields(config) if each.name == name)
+    hint = typing.get_type_hints(config)[name]
+    hint = (
+        next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint) if _is_optional(hint) else hint
+    )
+    flag = flag or "--" + name.replace("_", "-")
+    options: dict[str, Any] = {"help": text or _help(field_docs(config)[name]), "metavar": _METAVARS.get(name)}
+    options["default"] = None if is_left_open else known.default
+    options["show_default"] = shown or known.default is not None
+    if hint is bool:
+        is_switch = known.default is False
+        return click.option(flag if is_switch else f"{flag}/--no-{flag[2:]}", name, **options | (
+            {"is_flag": True} if is_switch else {}))  # fmt: skip
+    if typing.get_origin(hint) is tuple:
+        shown = shown or f"{len(known.default)} prompts"
+        return click.option(flag, name, multiple=True, **options | {"show_default": shown,
+                            "help": options["help"].rstrip(".") + "; may be repeated."})  # fmt: skip
+    if known.metadata.get("choices") == AUTO:  # the name alone is on
+        options |= {"is_flag": False, "flag_value": "on"}
+    return click.option(flag, name, type=_TYPES.get(name) or _kind(hint, known.metadata), **options)
+
+
+def config_options(config: type, only: Iterable[str], flags: Mapping[str, str] = MappingProxyType({})) -> Callable:
+    """A decorator that adds the options of some fields of a config."""
+
+    def add(command):
+        for name in reversed(list(only)):
+            command = field_option(config, name, flags.get(name, ""))(command)
+        return command
+
+    return add
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _kind(hint: type, allowed: Mapping[str, Any]) -> Any:
+    if allowed.get("choices"):
+        return click.Choice(allowed["choices"])
+    least, most, above, below = (allowed.get(name) for name in ("least", "most", "above", "below"))
+    if hint is int and (least is not None or most is not None):
+        return click.IntRange(least, most)
+    if hint is float and (least is not None or above is not None):
+        return click.FloatRange(
+            above if least is None else least, below if most is None else most, min_open=least is None,
+            max_open=most is None and below is not None,
+        )  # fmt: skip
+    return hint
+
+
+class Command(click.Command):
+    """A command whose help has its options in sections, everyday ones first."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        places = {word: (title, place) for title, words in SECTIONS.items() for place, word in enumerate(words.split())}
+        found: dict[str, list[tuple[int, tuple[str, str]]]] = {}
+        for option in self.get_params(context):
+            record = option.get_help_record(context) if isinstance(option, click.Option) else None
+            if record is not None:
+                title, place = places.get(option.opts[-1].lstrip("-"), (_FURTHER, 0))
+                found.setdefault(title, []).append((place, record))
+        for title in SECTIONS:
+            if title in found:
+                with formatter.section(title):
+                    formatter.write_dl([record for _, record in sorted(found[title], key=lambda entry: entry[0])])
+
+
+class ConfiguredCommand(Command):
     """A command with ``--config`` and ``--save-config``, of all of its other options."""
 
     def __init__(self, *arguments, **options) -> None:
@@ -38,9 +186,9 @@ class ConfiguredCommand(click.Command):
         path = click.Path(dir_okay=False, path_type=Path)
         self.params += [
             click.Option(["--config"], type=path, is_eager=True, expose_value=False, callback=_read,
-                         metavar="FILE.yaml",
+                         metavar="FILE.yaml|json",
                          help="Read options from this file; those on the command line override it."),
-            click.Option(["--save-config"], type=path, metavar="FILE.yaml",
+            click.Option(["--save-config"], type=path, metavar="FILE.yaml|json",
                          help="Write the options of this run to a file for --config."),
         ]  # fmt: skip
 
@@ -67,7 +215,7 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         first = str(error).splitlines()[0]
-        raise click.UsageError(f"--config {path} cannot be read ({first}); pass a YAML file") from error
+        raise click.UsageError(f"--config {path} cannot be read ({first}); pass a YAML or JSON file") from error
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise click.UsageError(f"--config {path} holds no options; write one a line, such as steps: 100")
@@ -76,6 +224,8 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
     for name, value in found.items():
         typed = f"--{str(name).replace('_', '-')}"
         key = renamed.get(typed, typed).lstrip("-").replace("-", "_")
+        if key.startswith("no_") and isinstance(value, bool) and key not in keys:  # --no-crop
+            key, value = key.removeprefix("no_"), not value
         if key not in keys:
             (nearest,) = difflib.get_close_matches(key, keys, 1, 0)
             raise click.UsageError(f"{name!r} in {path} is not an option of {context.command_path}; did you mean "
@@ -90,7 +240,8 @@ def _write(path: Path, context: click.Context) -> None:
     from lidb_peft.files import atomic_path
     from lidb_peft.outputs import check_output
 
-    check_output(path, suffix=".yaml")
+    is_json = path.suffix.lower() == ".json"
+    check_output(path, suffix=".json" if is_json else ".yaml")
     values = {key: context.params[option.name] for key, option in _keys(context.command).items()
               if option.name in context.params}  # fmt: skip
     plain = {
@@ -98,5 +249,6 @@ def _write(path: Path, context: click.Context) -> None:
         for key, value in values.items()
         if value not in (None, ())
     }
+    text = json.dumps(plain, indent=1) if is_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

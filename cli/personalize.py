@@ -1,82 +1,54 @@
 """`hdb personalize`."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cli.bases import (
-    base_option,
+    base_options,
     batch_option,
-    checkpointing_option,
-    face_detector_option,
+    given_options,
     hypernet_option,
-    loading_options,
-    optimizer_option,
     pop_base,
-    recipe_option,
-    seed_option,
+    recipe_options,
     start_option,
 )
+from cli.options import ConfiguredCommand
 from cli.results import overwrite_option
-from hypernet.recipe import NUM_TIMESTEPS, PERSONALIZE_CHOICES, PersonalizeConfig
+from hypernet.recipe import PersonalizeConfig
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
     from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
 
-_RECIPE = PersonalizeConfig()
 
-
-@click.command(name="personalize")
+@click.command(name="personalize", cls=ConfiguredCommand)
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
               help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
 @batch_option("People fitted at once with --each; auto: as many as fit into the GPU's memory, or a few on a CPU.")
-@base_option
 @hypernet_option
 @click.option("--out", type=click.Path(path_type=Path), show_default="the photo's name .safetensors; of DIR, DIR-loras",
               help="LoRA to write; with --each the folder of the LoRAs, where an interrupted run resumes.")  # fmt: skip
-@recipe_option("--theta-steps", "theta_steps", click.IntRange(0), "Steps of a LiDB fit before the finetuning.")
-@recipe_option("--theta-lr", "theta_lr", float, "Learning rate of the LiDB fit.")
-@recipe_option(
-    "--steps", "steps", click.IntRange(0), "Steps of the rank-relaxed finetuning, by default half after a prediction."
-)
 @start_option
-@recipe_option("--adapt", "adapt", click.Choice(PERSONALIZE_CHOICES["adapt"]),
-               "Which layers, where no hypernetwork says so: the denoiser's, or the text encoders' too.")  # fmt: skip
-@recipe_option("--lr", "lr", float, "Learning rate of the finetuning.")
-@recipe_option("--rank", "rank", click.IntRange(1), "Rank of the finetuned LoRA; LiDB weights add 1 to the file's.")
-@recipe_option("--max-timestep", "max_timestep", click.IntRange(1, NUM_TIMESTEPS),
-               "Finetune on timesteps below this one; fewer leave composition as it was.")  # fmt: skip
-@recipe_option("--preservation", "preservation", click.FloatRange(0), "How strongly prompts keep their effect; 0: off.")
-@recipe_option("--background", "background", click.FloatRange(0), "How much the background counts; the head counts 1.")
-@click.option("--token", show_default=f"{_RECIPE.token}; a hypernetwork has its own",
-              help="The rare word that will mean this person.")  # fmt: skip
-@click.option("--prompt", show_default=f"{_RECIPE.prompt}; a hypernetwork has its own",
-              help="What the photos show; [V] is the token.")  # fmt: skip
+@recipe_options([field.name for field in fields(PersonalizeConfig)], own=("token", "prompt"))
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
 @click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
-@optimizer_option
-@checkpointing_option
-@seed_option
-@loading_options
-@face_detector_option
-@click.option("--no-crop", is_flag=True, help="Do not look for a face: take the photo's middle square.")
+@base_options
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
 @overwrite_option
 def command(
     photos,
     each,
-    batch,
+    batch_size,
     hypernet,
     out,
     previews,
     no_preview,
-    no_crop,
-    face_detector,
     save_theta,
     from_theta,
     start,
@@ -93,7 +65,7 @@ def command(
     hdb personalize portrait.png --base testbed --no-crop --no-preview
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
-    _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta)
+    _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta)
     base = pop_base(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
@@ -104,15 +76,13 @@ def command(
         from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
 
-    given = {name: value for name, value in options.items() if value is not None}
-    given |= {"crop": not no_crop, "face_detector": face_detector}
     common = {
         "hypernet": hypernet or "auto",
         "previews": None if no_preview else previews,
         "start": None if start == "none" else start,
         "base": base,
         "overwrite": overwrite,
-        "options": given,
+        "options": given_options(options),
     }
     if each is None:
         out = out or Path(Path(photos[0]).stem + ".safetensors")
@@ -120,7 +90,7 @@ def command(
     else:
         folder = Path(each).resolve()
         people, out = open_people(each), out or Path(f"{folder.name if folder.is_dir() else folder.stem}-loras")
-        request = request_people(people, out, batch=batch, **common)
+        request = request_people(people, out, batch_size=batch_size, **common)
     with timed(seconds, "import"):
         from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
@@ -137,7 +107,7 @@ def command(
         click.echo(f'all of them answer to "{trigger}": take one at a time')
 
 
-def _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta, from_theta) -> None:
+def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta) -> None:
     if each is None and not photos:
         raise click.UsageError("PHOTOS are missing; pass at least one photo, or --each with a folder of people")
     contradictions = {
@@ -150,7 +120,7 @@ def _check_usage(photos, each, batch, hypernet, previews, no_preview, save_theta
     for both, are_given in contradictions.items():
         if are_given:
             raise click.UsageError(f"{both} contradict each other; pass one of them")
-    if batch is not None and each is None:
+    if batch_size is not None and each is None:
         raise click.UsageError("--batch-size is for many people; pass them with --each")
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.families import family_names
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,8 +26,7 @@ class _Dtype(click.Choice):
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that are there.")
 family_option = click.option(
-    "--family", metavar="NAME", default="",
-    help="The base model's, where a LoRA does not tell; a name that is none lists them.",
+    "--family", metavar="|".join(family_names()), default="", help="The base model's, where a LoRA does not tell.",
 )  # fmt: skip
 _RANKS = {
     "conv_rank": click.option("--conv-rank", type=click.IntRange(1), show_default="as --rank",

@@ -10,7 +10,7 @@ from lidb_peft import load_theta
 
 faces = sys.argv[1]  # photos of people, one file each
 base = load_base("testbed")
-trained = train(faces, "hypernetwork", base, hypernet="testbed", steps=2, crop=False, workers=0, batch=2)
+trained = train(faces, "hypernetwork", base, hypernet="testbed", steps=2, crop=False, num_workers=0, batch_size=2)
 me = personalize(f"{faces}/0.png", base, hypernet=trained.folder, steps=2, crop=False)
 me.save("me.safetensors")  # for Automatic1111, ComfyUI, kohya and diffusers
 me.save("me-peft", to="peft")  # for PeftModel.from_pretrained

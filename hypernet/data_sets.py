@@ -98,7 +98,7 @@ def preoptimize(
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     hypernet: str | Path = "none",
-    batch: int | None = None,
+    batch_size: int | None = None,
     progress: StageProgress | None = None,
     streaming: bool = False,
     **options: Any,
@@ -114,7 +114,7 @@ def preoptimize(
         config: the fit's recipe; by default the base's own.
         lidb_config: the bases; by default the base's own.
         hypernet: id or folder of a hypernetwork whose predictions the fits start at.
-        batch: people fitted at once; None is as many as a GPU's memory allows, and a few on a CPU.
+        batch_size: people fitted at once; None is as many as a GPU's memory allows, and a few on a CPU.
         progress: called with (stage, people done, this process' people or None if that is not known).
         streaming: stream a data set instead of copying it into the cache first.
         options: fields of the recipe to change, such as ``theta_steps=50``.
@@ -127,7 +127,7 @@ def preoptimize(
     source = people.source if isinstance(people, People) else str(people)
     preoptimization.check_store(out, [source, *base_inputs(base), str(hypernet)])
     request = TargetsRequest(
-        config=PreoptimizeConfig(with_detector(recipe), batch),
+        config=PreoptimizeConfig(with_detector(recipe), batch_size),
         network=_network_config(hypernet, base),
         people=open_people(people, streaming) if isinstance(people, str | Path) else people,
         out=Path(out), base=base, lidb_config=lidb_config or bundle.lidb_config,
@@ -146,14 +146,14 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     with state.main_process_first():  # which makes the store
         store = preoptimization.open_targets(request.out, base, space, people, config, start_name)
     count = people.count()
-    _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch or store.batch)
+    _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch_size or store.batch)
     result = preoptimization.preoptimize(
         people, base, space, store, config, start, state.process_index, state.num_processes,
         progress if state.is_main_process else None,
     )  # fmt: skip
     wait_for_others(state)
     result.process, result.num_processes = state.process_index, state.num_processes
-    result.num_targets, result.num_skipped, result.batch = len(store), len(store.skipped()), store.batch
+    result.num_targets, result.num_skipped, result.shard_size = len(store), len(store.skipped()), store.batch
     result.missing = 0 if count is None else -(-count // store.batch) - len(store.shards())
     result.skipped_file = store.skipped_file
     return result
@@ -198,7 +198,7 @@ def train(
         ValueError, OSError: as `hypernet.training.loop.train` and `hypernet.training.setup.open_network`.
     """
     if config is None:
-        options = {"weights": float(targets is not None)} | options
+        options = {"target_distance": float(targets is not None)} | options
     config = with_detector(changed(config or TrainConfig(), options))
     sources = [data.source if isinstance(data, People) else data for data in (people, held_out)]
     check_folder(Path(out), resume, [*sources, targets, *base_inputs(base), str(hypernet)])

@@ -69,7 +69,7 @@ def personalize_each(
     config: PersonalizeConfig | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = (),
-    batch: int | None = None,
+    batch_size: int | None = None,
     hypernet: Hypernet | None = "auto",
     overwrite: bool = False,
     progress: StageProgress | None = None,
@@ -85,7 +85,7 @@ def personalize_each(
     Args:
         people: what `open_people` opens, such as a folder, or has opened; a name is that of the person's photo or
             folder.
-        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
+        batch_size: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
         base, config, lidb_config, previews, hypernet, start, options: as for `personalize_to_files`.
         overwrite: make everybody's anew.
         progress: called with (stage, people done, people in all or None if that is not known).
@@ -96,7 +96,7 @@ def personalize_each(
     """
     opened = people if isinstance(people, People) else open_people(people)
     request = request_people(
-        opened, out, config, hypernet, lidb_config, previews, batch, start, base, overwrite, options
+        opened, out, config, hypernet, lidb_config, previews, batch_size, start, base, overwrite, options
     )
     return make_people(request, as_base(base), progress)
 
@@ -105,7 +105,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
     """Do what is asked for everybody of a data set; see `personalize_each`."""
     result, config, previews = PersonalizedEach(), request.config, request.previews
     opened = OpenedRequest(request, base, result.seconds)
-    batch = request.batch or choose_batch(base, opened.space, *_measured(config))
+    batch = request.batch_size or choose_batch(base, opened.space, *_measured(config))
     report = _people_done(result, request.people.count(), progress)
     stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -32,11 +32,7 @@ AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 FACE_DETECTORS = ("auto", "yunet", "cascade")
 FACES = ("largest", "leftmost", "rightmost")
-CROP_CHOICES = {"face_detector": FACE_DETECTORS}
 QUANTIZATIONS = ("nf4", "int8")
-FIT_CHOICES = {"optimizer": OPTIMIZERS, "gradient_checkpointing": AUTO, "graph": AUTO}
-PERSONALIZE_CHOICES = {"adapt": ("denoiser", "all")}
-TRAIN_CHOICES = {"schedule": ("cosine", "linear"), "optimizer": OPTIMIZERS, "compare": ("updates", "factors")}
 
 
 Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeConfig | TrainConfig")
@@ -56,10 +52,46 @@ def changed(config: Config, options: Mapping[str, Any]) -> Config:
     return replace(config, **options)
 
 
-def _check_choices(config: object, choices: dict[str, tuple[str, ...]]) -> None:
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+def setting(
+    default: Any,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a config, and what it may be: `check_settings` raises what `hdb` refuses."""
+    return field(
+        default=default, metadata={"choices": choices, "least": least, "most": most, "above": above, "below": below}
+    )
+
+
+def check_settings(config: Any) -> None:
+    """Raise ValueError unless each field of a config is what it may be; None is where it is the default."""
+    for known in fields(config):
+        value, allowed = getattr(config, known.name), known.metadata
+        if not allowed or (value is None and known.default is None):
+            continue
+        if allowed["choices"] and value not in allowed["choices"]:
+            *others, last = allowed["choices"]
+            raise ValueError(f"{known.name} is {value!r}; choose {', '.join(others)} or {last}")
+        bounds = [allowed[name] for name in ("least", "most", "above", "below")]
+        if any(bound is not None for bound in bounds) and not _is_within(value, *bounds):
+            raise ValueError(f"{known.name} is {value}; expected {_range(known.default, *bounds)}")
+
+
+def _is_within(value: float, least: float | None, most: float | None, above: float | None, below: float | None) -> bool:
+    is_large_enough = (least is None or value >= least) and (above is None or value > above)
+    return is_large_enough and (value <= most if most is not None else value < (math.inf if below is None else below))
+
+
+def _range(default: Any, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
+    start = f"{least} or more" if above is None else f"more than {above}"
+    if most is not None:
+        return f"{least} to {most}" if above is None else f"{start} and at most {most}"
+    if below is not None:
+        return f"{start} and less than {below}"
+    return f"a finite number, {start}" if isinstance(default, float) else start
 
 
 def check_face(face: str) -> None:
@@ -73,14 +105,14 @@ class FitConfig:
     """How to fit.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         lr: peak learning rate of AdamW; decays linearly to a tenth.
         timesteps_per_step: noisy copies of a photo in each step.
         max_timestep: noisy copies are of timesteps below this one of the schedule's 1,000.
         background: how much the photo's background counts; 1 as much as the head.
         preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 leaves it out.
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
-        max_grad_norm: each identity's gradient is clipped to this norm.
+        max_grad_norm: each person's gradient is clipped to this norm.
         seed: keys the noise, together with the identity's key.
         optimizer: ``adamw``, which ``auto`` is, or ``adamw8bit`` by bitsandbytes, no saving on so few numbers.
         gradient_checkpointing: recompute activations in the backward pass, for less memory: ``on``, ``off``, or
@@ -89,36 +121,27 @@ class FitConfig:
             it can be done and nothing is recomputed.
     """
 
-    steps: int
-    lr: float
-    timesteps_per_step: int = 1
-    max_timestep: int = NUM_TIMESTEPS
-    background: float = 1.0
-    preservation: float = 0.0
+    steps: int = setting(MISSING, least=0)
+    lr: float = setting(MISSING, above=0)
+    timesteps_per_step: int = setting(1, least=1)
+    max_timestep: int = setting(NUM_TIMESTEPS, least=1, most=NUM_TIMESTEPS)
+    background: float = setting(1.0, least=0)
+    preservation: float = setting(0.0, least=0)
     preserved: tuple[str, ...] = PRESERVED
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, above=0)
     seed: int = 0
-    optimizer: str = "adamw"
-    gradient_checkpointing: str = "auto"
-    graph: str = "auto"
+    optimizer: str = setting("adamw", OPTIMIZERS)
+    gradient_checkpointing: str = setting("auto", AUTO)
+    graph: str = setting("auto", AUTO)
 
     def __post_init__(self):
-        _check_choices(self, FIT_CHOICES)
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}; expected 0 or more")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; expected a finite number above 0")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected more than 0")
-        for name in ("background", "preservation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
-        if self.preservation and not all("{}" in prompt for prompt in self.preserved or ("",)):
-            raise ValueError(f"preserved is {self.preserved}; expected prompts with {{}}, which stands for the subject")
-        if self.timesteps_per_step < 1:
-            raise ValueError(f"timesteps_per_step is {self.timesteps_per_step}; expected 1 or more")
-        if not 1 <= self.max_timestep <= NUM_TIMESTEPS:
-            raise ValueError(f"max_timestep is {self.max_timestep}; expected 1 to {NUM_TIMESTEPS}")
+        check_settings(self)
+        _check_preserved(self)
+
+
+def _check_preserved(config: "FitConfig | TrainConfig") -> None:
+    if config.preservation and not all("{}" in prompt for prompt in config.preserved or ("",)):
+        raise ValueError(f"preserved is {config.preserved}; expected prompts with {{}}, which stands for the subject")
 
 
 @dataclass(frozen=True)
@@ -126,55 +149,66 @@ class PersonalizeConfig:
     """How to personalise.
 
     Attributes:
-        token: the rare word that will mean this person.
+        token: the rare word that means the person.
         prompt: what the photos show; ``[V]`` stands for the token.
-        adapt: which layers, where no hypernetwork and no theta file says so: those of the ``denoiser``, or
-            ``all``, those of the text encoders too, which forget prompts sooner than they learn a person.
-        theta_steps, theta_lr: the LiDB fit; 0 steps leaves theta at the identity, or at its prediction. What it adds,
-            as many steps of finetuning add sooner.
-        steps, lr, rank: the rank-relaxed finetuning; 0 steps leaves it out.
-        timesteps_per_step: noisy copies of the photos in each step.
-        max_timestep: the finetuning's noisy copies are of timesteps below this one of the schedule's 1,000. What
-            pictures owe to more noise than that, their composition and much of what a prompt asks for, is not learned
-            from the photos.
-        background, preservation, optimizer, gradient_checkpointing: of both fits, see `FitConfig`.
+        adapt: which layers, where neither a hypernetwork nor a theta file says so: those of the ``denoiser``, or
+            ``all``, those of the text encoders too. The latter forget prompts sooner than they learn a person.
+        theta_steps: steps of a LiDB fit before the finetuning; 0 leaves theta at the identity, or at its prediction.
+            What it adds, as many steps of finetuning add sooner.
+        theta_lr: peak learning rate of the LiDB fit.
+        steps: steps of the rank-relaxed finetuning, by default half after a prediction; 0 leaves it out.
+        lr: peak learning rate of the finetuning.
+        rank: rank of the finetuned LoRA; LiDB weights add 1 to the file's.
+        timesteps_per_step: noisy copies of a photo in each step.
+        max_timestep: finetune on timesteps below this one; fewer leave composition as it was. What pictures owe to
+            more noise than that, their composition and much of what a prompt asks for, is not learned from the photos.
+        background: how much a photo's background counts; the head counts 1.
+        preservation: how strongly prompts keep their effect; 0 is off. See `hypernet.fitting.preservation`.
+        preserved: a prompt whose effect is preserved; ``{}`` stands for the person.
+        max_grad_norm: each person's gradient is clipped to this norm.
+        optimizer: which one, ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        gradient_checkpointing: use less memory but be slower; ``auto`` turns it on if a step does not fit into the
+            GPU's memory.
+        graph: replay steps as a CUDA graph, which is faster; ``auto`` is on where it can be done.
         seed: random seed.
-        crop: find the face and crop to it; False takes the middle square of the photo.
-        face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
+        crop: find the face and crop to it; otherwise the middle square of the photo is taken.
+        face_detector: what looks for faces: ``yunet``, whose file (233 KB) comes from the Hugging Face hub at first
+            use, or OpenCV 4's ``cascade``, which misses more; ``auto`` is ``yunet`` where it can be had.
         face: which face of a photo with several: the ``largest`` clear one, ``leftmost``, ``rightmost``, or its number,
             counted from the left from 1.
-        guidance: guidance scale of the preview pictures; None is the base's own, such as 7.5 for Stable Diffusion.
+        guidance: guidance scale of the preview pictures, by default the base's own, such as 7.5 for Stable Diffusion.
     """
 
     token: str = "sks"
     prompt: str = "a [V] face"
-    adapt: str = "all"
-    theta_steps: int = 0
-    theta_lr: float = 5e-3
-    steps: int = 80
-    lr: float = 5e-4
-    rank: int = 4
-    timesteps_per_step: int = 1
-    max_timestep: int = NUM_TIMESTEPS
-    background: float = 0.0
-    preservation: float = 1.0
-    optimizer: str = "adamw"
-    gradient_checkpointing: str = "auto"
-    seed: int = 0
+    adapt: str = setting("all", ("denoiser", "all"))
+    theta_steps: int = setting(0, least=0)
+    theta_lr: float = setting(5e-3, above=0)
+    steps: int = setting(80, least=0)
+    lr: float = setting(5e-4, above=0)
+    rank: int = setting(4, least=1)
+    timesteps_per_step: int = setting(1, least=1)
+    max_timestep: int = setting(NUM_TIMESTEPS, least=1, most=NUM_TIMESTEPS)
+    background: float = setting(0.0, least=0)
+    preservation: float = setting(1.0, least=0)
+    preserved: tuple[str, ...] = PRESERVED
+    max_grad_norm: float = setting(1.0, above=0)
+    optimizer: str = setting("adamw", OPTIMIZERS)
+    gradient_checkpointing: str = setting("auto", AUTO)
+    graph: str = setting("auto", AUTO)
+    seed: int = setting(0, least=0, most=2**32 - 1)
     crop: bool = True
-    face_detector: str = "auto"
+    face_detector: str = setting("auto", FACE_DETECTORS)
     face: str = "largest"
     guidance: float | None = None
 
     def __post_init__(self):
-        _check_choices(self, PERSONALIZE_CHOICES | CROP_CHOICES)
+        check_settings(self)
         check_face(self.face)
         if "[V]" not in self.prompt:
             raise ValueError(f"prompt is {self.prompt!r}; it must hold [V], which stands for the person")
         if not self.token.strip():
             raise ValueError("token is empty; pass a rare word such as sks")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; expected 1 or more")
         if self.preservation and not self.class_prompt:
             raise ValueError(
                 f"prompt is {self.prompt!r}, of which nothing is left without the person; say what the person is, as "
@@ -201,7 +235,8 @@ class PersonalizeConfig:
         return self._fit(self.steps, self.lr, self.seed + 1, max_timestep=self.max_timestep)
 
     def _fit(self, steps: int, lr: float, seed: int, **own: Any) -> FitConfig:
-        shared = ("timesteps_per_step", "background", "preservation", "optimizer", "gradient_checkpointing")
+        shared = ("timesteps_per_step", "background", "preservation", "preserved", "max_grad_norm", "optimizer",
+                  "gradient_checkpointing", "graph")  # fmt: skip
         return FitConfig(steps, lr, seed=seed, **own, **{name: getattr(self, name) for name in shared})
 
 
@@ -211,17 +246,17 @@ class PreoptimizeConfig:
 
     Attributes:
         recipe: its LiDB fit, prompt and cropping are everybody's.
-        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
+        batch_size: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
     """
 
     recipe: PersonalizeConfig = PersonalizeConfig(theta_steps=TARGET_STEPS)
-    batch: int | None = None
+    batch_size: int | None = None
 
     def __post_init__(self):
         if self.recipe.theta_steps < 1:
             raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; expected 1 or more, or None for auto")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more, or None for auto")
 
 
 @dataclass(frozen=True)
@@ -229,25 +264,21 @@ class StartConfig:
     """How to learn where finetunings start.
 
     Attributes:
-        rounds: in each, some people are finetuned from the present start, which moves towards what becomes of them.
-        people: in each round.
-        inner_steps: of their finetuning.
+        rounds: in each, some people are finetuned from the present start, and it moves towards what becomes of them.
+        people: people in each round.
+        inner_steps: steps of their finetuning.
         rate: how far the start moves at first, 1 all the way to the mean; it decays linearly to 0.
-        seed: keys who is in which round, and all noise.
+        seed: random seed: who is in which round, and all noise.
     """
 
-    rounds: int = 50
-    people: int = 16
-    inner_steps: int = 10
-    rate: float = 1.0
-    seed: int = 0
+    rounds: int = setting(50, least=1)
+    people: int = setting(16, least=1)
+    inner_steps: int = setting(10, least=1)
+    rate: float = setting(1.0, above=0, most=1)
+    seed: int = setting(0, least=0, most=2**32 - 1)
 
     def __post_init__(self):
-        for name in ("rounds", "people", "inner_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"rate is {self.rate}; expected more than 0 and at most 1")
+        check_settings(self)
 
     def inner_fit(self, fit: FitConfig, number: int) -> FitConfig:
         """How round ``number`` finetunes: as ``fit`` does, for fewer steps and with noise of its own."""
@@ -255,80 +286,108 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
+class NetworkConfig:
+    """What a fresh hypernetwork is like; `hypernet.network.config.HyperNetworkConfig` is what one is in full.
+
+    Attributes:
+        encoder: vision transformer that sees the photos, an id or a folder.
+        train_encoder: train the encoder too.
+        learned_bases: learn the bases too, shared by everybody.
+        k: refinements of a prediction, as the paper calls their number.
+        hidden_size: width of the decoder.
+        num_hidden_layers: layers of the decoder.
+        num_attention_heads: attention heads of the decoder, which divide its width.
+    """
+
+    encoder: str = DEFAULT_ENCODER
+    train_encoder: bool = False
+    learned_bases: bool = False
+    k: int = setting(4, least=1)
+    hidden_size: int = setting(1024, least=1)
+    num_hidden_layers: int = setting(2, least=1)
+    num_attention_heads: int = setting(16, least=1)
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How to train a hypernetwork.
 
     Attributes:
-        steps: optimiser steps.
-        lr, warmup_steps, schedule: peak learning rate, linear steps up to it, and ``cosine`` or ``linear`` to zero.
-        batch, accumulation: people in each process and pass, and passes in each step.
-        optimizer: ``adamw``, which ``auto`` is, or ``adamw8bit`` by bitsandbytes.
-        denoising, weights, preservation: what each term of the loss counts (paper, equation 2: alpha and beta); 0
-            leaves it out. ``weights`` needs targets; of preservation see `hypernet.fitting.preservation`.
-        compare: what ``weights`` compares with the targets: the ``updates``, or theta's own numbers, the ``factors``.
-        deep_supervision: the loss is on every round of refinement, not on the last alone.
-        timesteps_per_step, background, preserved: of the base's losses, see `FitConfig`.
-        same_photo: the photo that is denoised is the one the encoder sees, also of a person with several.
+        steps: optimizer steps.
+        lr: peak learning rate.
+        warmup_steps: steps in which the learning rate grows linearly to its peak.
+        lr_scheduler: how the learning rate decays to zero, ``cosine`` or ``linear``.
+        batch_size: people per process in each forward pass.
+        gradient_accumulation_steps: forward passes in each step.
+        optimizer: which one, ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        denoising: weight of the denoising loss (the paper's alpha); 0 is off.
+        target_distance: weight of the distance of predictions to the targets (the paper's beta), which needs targets;
+            0 is off.
+        preservation: weight of prompt preservation; 0 is off. See `hypernet.fitting.preservation`.
+        compare: what is compared with the targets, the ``updates`` of the base's weights, or theta's own numbers, the
+            ``factors``.
+        deep_supervision: put the loss on every refinement of a prediction, not on the last alone.
+        timesteps_per_step: noisy copies of a photo in each step.
+        background: weight of the background in the loss; the head has 1.
+        preserved: a prompt whose effect is preserved; ``{}`` stands for the person.
+        same_photo: denoise the photo that the encoder sees, also if a person has several.
         flip: mirror half of the photos.
-        jitter: up to this fraction of a photo's side is cut off.
-        caption_dropout: how often the prompt is the empty one.
-        validation: the fraction of the people that is held out.
-        crop: find each face and crop to it; False takes the middle square.
-        face_detector: ``yunet``, OpenCV's ``cascade``, or ``auto``, YuNet where it can be had.
-        seed: keys the order of people, all noise and what is held out.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
-        log_every, checkpoint_every: steps; each checkpoint comes with a validation and sample pictures.
-        workers: processes that decode photos; 0 decodes between the steps.
+        jitter: cut off up to this fraction of a photo's side.
+        caption_dropout: share of the steps that use an empty prompt.
+        validation: the fraction of the people to hold out.
+        crop: find each face and crop to it; otherwise the middle square of the photo is taken.
+        face_detector: what looks for faces: ``yunet``, whose file (233 KB) comes from the Hugging Face hub at first
+            use, or OpenCV 4's ``cascade``, which misses more; ``auto`` is ``yunet`` where it can be had.
+        seed: random seed: the order of people, all noise and who is held out.
+        gradient_checkpointing: use less memory but be slower; ``auto`` turns it on if a step does not fit into the
+            GPU's memory.
+        log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints, each with a validation and sample pictures.
+        num_workers: processes that decode photos; 0 decodes between the steps.
     """
 
-    steps: int = 20_000
-    lr: float = 1e-4
-    warmup_steps: int = 200
-    schedule: str = "cosine"
-    batch: int = 4
-    accumulation: int = 1
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    denoising: float = 1.0
-    weights: float = 0.0
-    preservation: float = 0.0
-    compare: str = "updates"
+    steps: int = setting(20_000, least=1)
+    lr: float = setting(1e-4, above=0)
+    warmup_steps: int = setting(200, least=0)
+    lr_scheduler: str = setting("cosine", ("cosine", "linear"))
+    batch_size: int = setting(4, least=1)
+    gradient_accumulation_steps: int = setting(1, least=1)
+    optimizer: str = setting("adamw", OPTIMIZERS)
+    weight_decay: float = setting(0.01, least=0)
+    max_grad_norm: float = setting(1.0, above=0)
+    denoising: float = setting(1.0, least=0)
+    target_distance: float = setting(0.0, least=0)
+    preservation: float = setting(0.0, least=0)
+    compare: str = setting("updates", ("updates", "factors"))
     deep_supervision: bool = False
-    timesteps_per_step: int = 1
-    background: float = 1.0
+    timesteps_per_step: int = setting(1, least=1)
+    background: float = setting(1.0, least=0)
     preserved: tuple[str, ...] = PRESERVED
     same_photo: bool = False
     flip: bool = False
-    jitter: float = 0.0
-    caption_dropout: float = 0.0
-    validation: float = 0.02
+    jitter: float = setting(0.0, least=0, below=1)
+    caption_dropout: float = setting(0.0, least=0, below=1)
+    validation: float = setting(0.02, least=0, below=1)
     crop: bool = True
-    face_detector: str = "auto"
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    log_every: int = 10
-    checkpoint_every: int = 500
-    workers: int = 4
+    face_detector: str = setting("auto", FACE_DETECTORS)
+    seed: int = setting(0, least=0, most=2**32 - 1)
+    gradient_checkpointing: str = setting("auto", AUTO)
+    log_every: int = setting(10, least=1)
+    checkpoint_every: int = setting(500, least=1)
+    num_workers: int = setting(4, least=0)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("denoising", "weights", "weight_decay", "warmup_steps", "workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more")
-        for name in ("jitter", "caption_dropout", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more and less than 1")
-        _check_choices(self, TRAIN_CHOICES | CROP_CHOICES)
-        if not self.denoising and not self.weights:
-            raise ValueError("denoising and weights are both 0; nothing would be learned: choose at least one above 0")
-        # What it has in common with a fit is checked there.
-        FitConfig(
-            self.steps, self.lr, self.timesteps_per_step, background=self.background, preservation=self.preservation,
-            preserved=self.preserved, max_grad_norm=self.max_grad_norm,
-        )  # fmt: skip
+        check_settings(self)
+        if not self.denoising and not self.target_distance:
+            raise ValueError(
+                "denoising and target_distance are both 0; nothing would be learned: choose at least one above 0"
+            )
+        _check_preserved(self)
 
     @property
     def augments(self) -> bool:

@@ -102,12 +102,12 @@ class PeopleRequest(Request):
     Attributes:
         people: of `open_people`.
         out: the folder of the LoRAs.
-        batch: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
+        batch_size: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
     """
 
     people: People | None = None
     out: Path = Path()
-    batch: int | None = None
+    batch_size: int | None = None
 
 
 def request_person(
@@ -164,7 +164,7 @@ def request_people(
     hypernet: Hypernet | None = None,
     lidb_config: LiDBConfig | None = None,
     previews: Sequence[str] | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
     start: str | Path | None = AUTO_START,
     base: Base = "",
     overwrite: bool = False,
@@ -182,7 +182,7 @@ def request_people(
     out = Path(out)
     common = _resolve(base, config, None, hypernet, lidb_config, previews, start, overwrite, options)
     check_output_folder(out, [people.source, *base_inputs(base), start, _folder_of(common)], may_hold_inputs=True)
-    return PeopleRequest(**common, people=people, out=out, batch=batch)
+    return PeopleRequest(**common, people=people, out=out, batch_size=batch_size)
 
 
 def _resolve(

@@ -49,7 +49,7 @@ def without_text_encoder(network: HyperNetwork, space: LiDBSpace) -> HyperNetwor
     config = network.config
     names = [name for name, *_ in config.layers]
     rows = torch.tensor([names.index(name) for name in space.layer_names])
-    kept = ("prompt", "token", "train_encoder", "learned_bases", "rounds", "hidden_size", "num_hidden_layers",
+    kept = ("prompt", "token", "train_encoder", "learned_bases", "k", "hidden_size", "num_hidden_layers",
             "num_attention_heads", "image_size", "image_mean", "image_std")  # fmt: skip
     options = {name: getattr(config, name) for name in kept}
     smaller = HyperNetwork(HyperNetworkConfig.for_space(space, config.encoder, "testbed", **options))

@@ -43,11 +43,11 @@ HELD_OUT = 64  # people of the validation split
 PHOTOS = 3  # of each person
 ENCODER_WIDTH = 160
 HYPERNETWORK = {
-    "hidden_size": 128, "num_attention_heads": 4, "rounds": 1, "train_encoder": True, "learned_bases": True,
+    "hidden_size": 128, "num_attention_heads": 4, "k": 1, "train_encoder": True, "learned_bases": True,
 }  # fmt: skip
 LEARN_PHOTOS = TrainConfig(
-    steps=4_000, lr=4e-4, warmup_steps=100, batch=8, timesteps_per_step=4, background=0.0, same_photo=True, crop=False,
-    workers=0, log_every=25,
+    steps=4_000, lr=4e-4, warmup_steps=100, batch_size=8, timesteps_per_step=4, background=0.0, same_photo=True,
+    crop=False, num_workers=0, log_every=25,
 )  # fmt: skip
 LEARN_PEOPLE = replace(LEARN_PHOTOS, steps=7_500, same_photo=False)
 KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preservation=1.0, checkpoint_every=200)

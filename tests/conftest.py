@@ -36,7 +36,7 @@ def make_hypernetwork():
     encoder = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
     )
-    decoder = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "rounds": 2}
+    decoder = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "k": 2}
 
     @torch.no_grad()
     def make(space, **options):

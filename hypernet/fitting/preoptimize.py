@@ -45,7 +45,7 @@ class Preoptimized:
         seconds: how long it took.
         process, num_processes: which of how many processes it was.
         num_targets, num_skipped: people in the store, and photos and people that all runs left out.
-        missing: shards that are not in the store, of ``batch`` people each.
+        missing: shards that are not in the store, of ``shard_size`` people each.
         skipped_file: what was left out and why, one a line.
     """
 
@@ -59,7 +59,7 @@ class Preoptimized:
     num_targets: int = 0
     num_skipped: int = 0
     missing: int = 0
-    batch: int = 0
+    shard_size: int = 0
     skipped_file: Path = Path(SKIPPED_FILE)
 
     @property
@@ -98,7 +98,7 @@ def open_targets(
     fit |= base.settings | {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
     fit |= detector_fit(recipe.crop, recipe.face_detector)
     if not has_targets(folder):
-        batch = config.batch or choose_batch(base, space, recipe.theta_fit)
+        batch = config.batch_size or choose_batch(base, space, recipe.theta_fit)
         create_targets(folder, space, Path(base.name).name, fit, batch, people.source)
     store = TargetStore(folder, space)
     store.check_fit(fit)
@@ -118,7 +118,7 @@ def preoptimize(
 ) -> Preoptimized:
     """Fit a theta to each person whose shard is not in the store yet.
 
-    On a CPU a shard comes out the same to the last bit whenever it is made, if ``config.batch`` is the store's or
+    On a CPU a shard comes out the same to the last bit whenever it is made, if ``config.batch_size`` is the store's or
     None. A smaller one fits it in several batches, which changes it by rounding, and optimisation makes rounding grow:
     measured on the miniature, 1e-5 of the update after 2 steps and 4e-4 after 40.
 
@@ -156,7 +156,7 @@ def _preoptimize(
     try:
         for index, prepared in _ahead(missing):
             shard, thetas, losses = _make_shard(
-                base, space, prepared, config, config.batch or store.batch, start, report, kept
+                base, space, prepared, config, config.batch_size or store.batch, start, report, kept
             )
             store.write(index, shard, thetas, losses)
             result.fitted += len(shard.keys)

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from hypernet.network.config_check import encoder_config
+from hypernet.network.config_check import EARLIER_NAMES, encoder_config
 from hypernet.network.encoder import check_encoder
-from hypernet.recipe import PersonalizeConfig
+from hypernet.recipe import NetworkConfig, PersonalizeConfig
 from lidb_peft import LiDBConfig, LiDBSpace, record_config, space_record
 from lidb_peft.layout import layers_hash
 
@@ -22,7 +22,7 @@ class HyperNetworkConfig(PretrainedConfig):
         prompt, token: what the training pictures were denoised with; ``[V]`` in the prompt stands for the token.
         train_encoder: False leaves the encoder as it is.
         learned_bases: learn the bases too, from the frozen ones on; shared by all identities.
-        rounds: refinements of the prediction, the paper's k.
+        k: refinements of a prediction, as the paper calls their number; ``rounds`` in earlier configs.
         hidden_size, num_hidden_layers, num_attention_heads: of the decoder.
         image_size: side of the encoder's pictures in pixels; default the encoder's own.
         image_mean, image_std: what the encoder's pictures, in [0, 1], are normalised by.
@@ -30,6 +30,7 @@ class HyperNetworkConfig(PretrainedConfig):
 
     model_type = "lidb_hypernetwork"
     has_no_defaults_at_init = True
+    attribute_map = EARLIER_NAMES
 
     def __init__(
         self,
@@ -40,15 +41,16 @@ class HyperNetworkConfig(PretrainedConfig):
         token: str = PersonalizeConfig.token,
         train_encoder: bool = False,
         learned_bases: bool = False,
-        rounds: int = 4,
-        hidden_size: int = 1024,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 16,
+        k: int = NetworkConfig.k,
+        hidden_size: int = NetworkConfig.hidden_size,
+        num_hidden_layers: int = NetworkConfig.num_hidden_layers,
+        num_attention_heads: int = NetworkConfig.num_attention_heads,
         image_size: int | None = None,
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ) -> None:
+        k = kwargs.pop("rounds", k)
         if not (encoder and layers and record):  # transformers 4 tries a config without arguments, and expects this
             raise ValueError("encoder, layers or record is missing; make the config with HyperNetworkConfig.for_space")
         # Always the same form, as a config.json is read: a resumed training writes the bytes of an unbroken one.
@@ -56,8 +58,8 @@ class HyperNetworkConfig(PretrainedConfig):
         check_encoder(encoder)
         if layers_hash({name: shape for name, *shape in layers}) != record.get("layers_hash"):
             raise ValueError("the list of layers is not the one of the record; the config.json is damaged")
-        if rounds < 1:
-            raise ValueError(f"rounds is {rounds}; choose 1 or more")
+        if k < 1:
+            raise ValueError(f"k is {k}; choose 1 or more")
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size is {hidden_size}; choose a multiple of num_attention_heads, "
                              f"{num_attention_heads}")  # fmt: skip
@@ -70,7 +72,7 @@ class HyperNetworkConfig(PretrainedConfig):
         self.token = token
         self.train_encoder = train_encoder
         self.learned_bases = learned_bases
-        self.rounds = rounds
+        self.k = k
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads

@@ -26,6 +26,8 @@ _FORBIDDEN = frozenset(
      "backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone",
      "trust_remote_code", "custom_pipelines", "kernel_config", "compression_config"}
 )  # fmt: skip
+# How settings were called -> how they are.
+EARLIER_NAMES = {"rounds": "k"}
 # What saving adds to our own settings.
 _SAVED = frozenset({"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"})
 # What transformers 4 and 5 save of any model, which says nothing of an encoder's architecture.
@@ -42,7 +44,7 @@ _OF_ANY_MODEL = frozenset(
      "begin_suppress_tokens", "projection_dim", "logit_scale_init_value"}
 )  # fmt: skip
 _LARGEST = {
-    "rounds": 64, "hidden_size": 16_384, "num_hidden_layers": 200, "num_attention_heads": 256, "image_size": 4096,
+    "k": 64, "hidden_size": 16_384, "num_hidden_layers": 200, "num_attention_heads": 256, "image_size": 4096,
     "patch_size": 4096, "num_channels": 16, "intermediate_size": 65_536, "mlp_ratio": 64, "num_register_tokens": 1024,
 }  # fmt: skip
 _LARGEST_COUNT = 65_536  # of what is not listed
@@ -52,8 +54,13 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _REMEDY = "get it from somebody you trust, or train one with hdb train"
 
 
+def todays_names(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says, under the names that settings have today."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in found.items()}
+
+
 def check_config(source: str, found: Mapping[str, Any], own: type) -> None:
-    """Check what a ``config.json`` says of a hypernetwork.
+    """Check what a ``config.json`` says of a hypernetwork, under `todays_names`.
 
     Args:
         own: the config class, whose arguments are the settings.

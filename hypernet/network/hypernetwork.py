@@ -1,7 +1,7 @@
 """The hypernetwork: one photo of a person in, theta out (HyperDreamBooth, arXiv:2307.06949, section 4.2).
 
 A vision transformer looks at the photo once. Its tokens, and one token for each adapted layer, go through a small
-transformer decoder that refines its prediction ``rounds`` times (equation 3); one linear head per layer makes the
+transformer decoder that refines its prediction k times (equation 3); one linear head per layer makes the
 layer's weights. Predicted is a residual on the shared starting vector theta_0.
 """
 
@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from hypernet.errors import first_line
 from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from hypernet.network.config import HyperNetworkConfig
-from hypernet.network.config_check import check_config, check_size
+from hypernet.network.config_check import check_config, check_size, todays_names
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
 from hypernet.quiet import quiet_loading
 from lidb_peft import LiDBSpace, check_record
@@ -140,7 +140,7 @@ class HyperNetwork(PreTrainedModel):
 
         Args:
             pixels: ``(B, 3, h, w)`` in [-1, 1], or ``(B, P, 3, h, w)``, P photos of each person; of any size.
-            return_rounds: return every round's prediction, ``(rounds, B, L, row)``, for a loss on each.
+            return_rounds: return every round's prediction, ``(k, B, L, row)``, for a loss on each.
 
         Raises:
             ValueError: another shape.
@@ -162,9 +162,9 @@ class HyperNetwork(PreTrainedModel):
         return self.photo_projection(features.to(self.layer_positions.dtype))
 
     def decode(self, photo_tokens: Tensor) -> Tensor:
-        """Refine the prediction (equation 3): tokens ``(B, T, hidden_size)`` to thetas ``(rounds, B, L, row)``."""
+        """Refine the prediction (equation 3): tokens ``(B, T, hidden_size)`` to thetas ``(k, B, L, row)``."""
         residuals = [torch.zeros(len(photo_tokens), *self.theta_0.shape, device=photo_tokens.device)]
-        for _ in range(self.config.rounds):
+        for _ in range(self.config.k):
             residuals.append(self._refine(photo_tokens, residuals[-1]))
         return self.theta_0 + torch.stack(residuals[1:])
 
@@ -277,7 +277,7 @@ def _check_files(source: str, folder: Path) -> HyperNetworkConfig:
     """Read the config, and find a folder's damage by the files' headers, before transformers says so in its words."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} is not a hypernetwork: it has no config.json; name the folder that has it")
-    found = read_json_object(folder / "config.json", "get the hypernetwork again")
+    found = todays_names(read_json_object(folder / "config.json", "get the hypernetwork again"))
     _check_type(source, found)
     check_config(source, found, HyperNetworkConfig)
     check_indices(folder, "get the hypernetwork again")

@@ -192,16 +192,16 @@ def augment(pixels: Tensor, flip: bool, jitter: float, generator: torch.Generato
 
 
 def training_places(config: TrainConfig, count: int, step: int, rank: int, world: int) -> Iterator[list[Place]]:
-    """Yield the places of process ``rank``'s batches, ``config.accumulation`` for each step from ``step`` on.
+    """Yield the places of process ``rank``'s batches from ``step`` on, as many a step as passes are accumulated.
 
     The people are gone through in an order that is drawn anew for each epoch; an epoch may end amid a step.
     """
     epoch, order = -1, None
     for now in range(step, config.steps):
-        for part in range(config.accumulation):
+        for part in range(config.gradient_accumulation_steps):
             places = []
-            for slot in range(config.batch):
-                number = ((now * config.accumulation + part) * world + rank) * config.batch + slot
+            for slot in range(config.batch_size):
+                number = ((now * config.gradient_accumulation_steps + part) * world + rank) * config.batch_size + slot
                 if number // count != epoch:
                     epoch = number // count
                     order = np.random.default_rng((config.seed, epoch)).permutation(count)
@@ -212,9 +212,9 @@ def training_places(config: TrainConfig, count: int, step: int, rank: int, world
 def validation_places(config: TrainConfig, count: int, rank: int, world: int) -> Iterator[list[Place]]:
     """Yield the places of process ``rank``'s share of all people, in batches that are filled up."""
     rows = list(range(rank, count, world))
-    for first in range(0, len(rows), config.batch):
-        chosen = rows[first : first + config.batch]
-        yield [(0, row) for row in chosen + [BLANK] * (config.batch - len(chosen))]
+    for first in range(0, len(rows), config.batch_size):
+        chosen = rows[first : first + config.batch_size]
+        yield [(0, row) for row in chosen + [BLANK] * (config.batch_size - len(chosen))]
 
 
 def choose_people(

@@ -39,6 +39,7 @@ from hypernet.training.setup import (
     check_start,
     make_accelerator,
     make_optimizer,
+    recomputes,
     some_targets,
     targets_to_learn,
 )
@@ -93,8 +94,8 @@ def train(
 ) -> Trained:
     """Train ``network`` in place and leave checkpoints in ``out``.
 
-    Processes that `accelerate launch` or `torchrun` has started train together, each with ``config.batch`` people; on
-    a GPU, ``base`` must be on the process's own. The hypernetwork computes in the base's dtype by autocast; its
+    Processes that `accelerate launch` or `torchrun` has started train together, each with its own people; on a
+    GPU, ``base`` must be on the process's own. The hypernetwork computes in the base's dtype by autocast; its
     weights are float32.
 
     On a processor two processes train, to the last bit, as one does in two passes. A batch of twice the size differs
@@ -102,7 +103,7 @@ def train(
     attention, which its softmax does not see and Adam moves by their rounding.
 
     Args:
-        targets: folder of a target store, for the weight term.
+        targets: folder of a target store, for the distance to them.
         held_out: people to validate on, instead of ``config.validation`` of ``people``.
         resume: resume from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
         trackers: that accelerate knows, such as ``tensorboard``; the log is written anyway.
@@ -126,7 +127,7 @@ def train(
     sources = {"people": people, "held-out people": held_out, "targets": store}
     data = {name: source.fingerprint for name, source in sources.items() if source is not None}
     run = _Run(accelerator, Objective(base, space, network, config, scale), examples, validating, out, data)
-    with _at_work(accelerator, base, config, out, resume):
+    with _at_work(accelerator, base, run.recomputes, out, resume):
         run.start(resume)
         run.go(progress)
         accelerator.end_training()
@@ -155,13 +156,13 @@ def _examples(
 
 
 @contextmanager
-def _at_work(accelerator: Accelerator, base: BaseModel, config: TrainConfig, out: Path, resume: bool) -> Iterator[None]:
+def _at_work(accelerator: Accelerator, base: BaseModel, recomputed: bool, out: Path, resume: bool) -> Iterator[None]:
     """Hold the folder, and what the base needs for training, until the training ends in whatever way."""
     is_main = accelerator.is_main_process
     with (
         _told_of_the_dead(accelerator.num_processes),
         locked_folder(out, "a training") if is_main else nullcontext(),
-        base.checkpointed(config.gradient_checkpointing),
+        base.checkpointed(recomputed),
     ):
         if is_main:
             check_start(out, resume)  # another may have begun, and ended, since
@@ -187,12 +188,13 @@ class _Run:
         self.training, self.validating = training, validating
         self.config, self.network = objective.config, objective.network
         self.result = Trained(out / LAST, is_main_process=accelerator.is_main_process)
-        if self.config.gradient_checkpointing:
+        self.recomputes = recomputes(objective, training)
+        if self.recomputes:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = accelerator.prepare(objective)
         optimizer = make_optimizer(self.network, self.config)  # now that the parameters are where they are trained
         self.schedule = get_scheduler(
-            self.config.schedule, optimizer, min(self.config.warmup_steps, self.config.steps), self.config.steps
+            self.config.lr_scheduler, optimizer, min(self.config.warmup_steps, self.config.steps), self.config.steps
         )
         self.optimizer = accelerator.prepare(optimizer)
         parts = {"optimizer": optimizer, "schedule": self.schedule}
@@ -241,7 +243,7 @@ class _Run:
         state, config = self.state, self.config
         places = training_places(config, len(self.training), state.step, self.accelerator.process_index, self.world)
         loader = DataLoader(
-            self.training, batch_sampler=places, collate_fn=self.training.collate, num_workers=config.workers,
+            self.training, batch_sampler=places, collate_fn=self.training.collate, num_workers=config.num_workers,
             generator=torch.Generator(), pin_memory=self.is_cuda,  # the global generator is left alone
         )  # fmt: skip
         for batch in loader:
@@ -338,7 +340,7 @@ class _Run:
         if not people:
             return {}
         if examples.targets is None:
-            del sums["weights"]
+            del sums["target_distance"]
         terms = {name: value / people for name, value in sums.items() if getattr(self.config, name)}
         loss = sum(getattr(self.config, name) * value for name, value in terms.items())
         if not math.isfinite(loss):

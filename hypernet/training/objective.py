@@ -19,7 +19,7 @@ from hypernet.recipe import PersonalizeConfig, TrainConfig
 from hypernet.training.examples import Batch
 from lidb_peft import LiDBSpace
 
-TERMS = ("denoising", "weights", "preservation")
+TERMS = ("denoising", "target_distance", "preservation")
 SUMMED = (*TERMS, "people")
 
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         """Compute the loss that ``config`` describes.
 
         Args:
-            scale: of each layer, as `hypernet.fitting.losses.layer_scale` gives it; the weight term needs it.
+            scale: of each layer, as `hypernet.fitting.losses.layer_scale` gives it; the distance to targets needs it.
         """
         super().__init__()
         self.network, self.config = network, config
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         if config.preservation:
             recipe = PersonalizeConfig(token=network.config.token, prompt=network.config.prompt)
             self.preservation = PromptPreservation(
-                base, [prompt] * config.batch, [recipe.class_prompt] * config.batch, config.preserved
+                base, [prompt] * config.batch_size, [recipe.class_prompt] * config.batch_size, config.preserved
             )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -78,14 +78,14 @@ class Objective(nn.Module):
         terms: dict[str, list[Tensor]] = {}
         noised = self._noise(batch) if self.config.needs_base else None
         for theta in rounds:
-            if self.config.weights and batch.targets is not None:
-                terms.setdefault("weights", []).append(self._weight_term(theta, batch.targets))
+            if self.config.target_distance and batch.targets is not None:
+                terms.setdefault("target_distance", []).append(self._target_distance(theta, batch.targets))
             if noised is not None:
                 for name, term in self._base_terms(theta, batch, *noised).items():
                     terms.setdefault(name, []).append(term)
         return {name: torch.stack(values).mean(dim=0) for name, values in terms.items()}
 
-    def _weight_term(self, theta: Tensor, targets: Tensor) -> Tensor:
+    def _target_distance(self, theta: Tensor, targets: Tensor) -> Tensor:
         """About 1 for a prediction of theta_0, 0 for the target, whatever a layer's size."""
         distance = layer_distance(self.space, theta, targets, self.config.compare, self.network.bases)
         return (distance / self.scale.to(theta.device)).mean(dim=-1)

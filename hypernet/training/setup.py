@@ -1,5 +1,6 @@
 """What a training is put together from: targets, optimizer, processes."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,16 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from hypernet.bases.base import BaseModel
-from hypernet.devices import WAIT, use_device
+from hypernet.devices import WAIT, release_memory, use_device
+from hypernet.errors import is_out_of_memory
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import load_network
 from hypernet.optimizers import make_adamw
 from hypernet.recipe import TrainConfig
+from hypernet.training.examples import Batch, Examples
+from hypernet.training.objective import Objective
 from hypernet.training.state import has_state
 from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.files import was_interrupted
@@ -25,6 +29,7 @@ from lidb_peft.outputs import check_output_folder
 LAST, BEST, SAMPLES, LOG_FILE = "last", "best", "samples", "log.jsonl"
 _WRITTEN = (LAST, BEST, f"{SAMPLES}/step-*.png", LOG_FILE, SKIPPED_FILE)
 _SCALE_FROM = 256  # targets, of which the layers' scale is the mean
+_RUN_OUT = ("cuda",)  # devices whose memory a step may not fit into, and which say so
 _PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -38,18 +43,58 @@ def make_optimizer(network: HyperNetwork, config: TrainConfig) -> torch.optim.Op
     return make_adamw(config.optimizer, parameters, config.lr, weight_decay=config.weight_decay)
 
 
+def recomputes(objective: Objective, examples: Examples) -> bool:
+    """Whether activations are recomputed; ``auto`` tries a pass of the first people on a CUDA device, and says so.
+
+    To be asked before the objective is wrapped for several processes: each decides for itself.
+    """
+    choice, device = objective.config.gradient_checkpointing, objective.base.device
+    if choice != "auto" or device.type not in _RUN_OUT:
+        return choice == "on"
+    rows = [(0, row % len(examples)) for row in range(objective.config.batch_size)]
+    if _fits(objective, examples.collate([examples[place] for place in rows])):
+        return False
+    warnings.warn(
+        f"a step does not fit into the memory of {device}; gradient checkpointing is on now, which takes less memory "
+        f"and more time",
+        stacklevel=2,
+    )
+    return True
+
+
+def _fits(objective: Objective, batch: Batch) -> bool:
+    """Whether a pass, and what the optimizer will hold beside it, fit into the memory; nothing stays of it."""
+    device, dtype = objective.base.device, objective.base.dtype
+    objective.to(device).train()
+    try:
+        held = [torch.empty_like(each) for each in objective.network.parameters() if each.requires_grad for _ in "mv"]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, _ = objective(batch.to(device))
+        loss.backward()
+        del held, loss
+        is_full = False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        is_full = True
+    objective.zero_grad(set_to_none=True)
+    if is_full:
+        release_memory(device)  # only here has the failed attempt let go of its tensors
+    return not is_full
+
+
 def targets_to_learn(
     folder: str | Path | None, space: LiDBSpace, base: BaseModel, network: HyperNetwork, config: TrainConfig
 ) -> TargetStore | None:
-    """Open the targets in ``folder`` for the weight term; None if there is no such term.
+    """Open the targets in ``folder`` for the distance to them; None if there is no such term.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the targets are of another base, seed, prompt or crop, or ``config`` does not go with them.
     """
-    if bool(config.weights) != (folder is not None):
-        raise ValueError(f"weights is {config.weights} and targets is {folder}; the weight term needs targets, and "
-                         f"targets need a weight above 0")  # fmt: skip
+    if bool(config.target_distance) != (folder is not None):
+        raise ValueError(f"target_distance is {config.target_distance} and targets is {folder}; that term needs "
+                         f"targets, and targets need a weight above 0")  # fmt: skip
     if folder is None:
         return None
     if network.bases is not None and config.compare == "factors":
@@ -146,7 +191,7 @@ def make_accelerator(base: BaseModel, config: TrainConfig, out: Path, trackers: 
     accelerator = Accelerator(
         cpu=base.device.type == "cpu",
         mixed_precision=_PRECISIONS[base.dtype],
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(trackers) or None,
         project_dir=out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],

@@ -20,8 +20,16 @@ STATE_FILE = "training.safetensors"
 FORMAT_VERSION = 2
 _EARLIER_FILE = "training.pt"  # of format 1, a pickle
 # They change how a run is watched or how fast it is, not what is learned.
-_FREE = {"log_every", "checkpoint_every", "workers", "gradient_checkpointing", "batch", "accumulation"}
+_FREE = {
+    "log_every", "checkpoint_every", "num_workers", "gradient_checkpointing", "batch_size",
+    "gradient_accumulation_steps",
+}  # fmt: skip
 _EARLIER = {"face_detector": "cascade"}  # of which states did not say when there was no other
+# How fields were called -> how they are.
+_RENAMED = {
+    "batch": "batch_size", "accumulation": "gradient_accumulation_steps", "schedule": "lr_scheduler",
+    "workers": "num_workers", "weights": "target_distance",
+}  # fmt: skip
 
 
 @dataclass
@@ -141,8 +149,8 @@ def _load_part(path: Path, part: Any, theirs: Any) -> None:
 
 def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: TrainConfig, world: int) -> None:
     ours = json.loads(json.dumps(asdict(config)))
-    theirs = _EARLIER | theirs
-    missing = [name for name in ("batch", "accumulation") if not isinstance(theirs.get(name), int)]
+    theirs = _EARLIER | {_RENAMED.get(name, name): value for name, value in theirs.items()}
+    missing = [name for name in ("batch_size", "gradient_accumulation_steps") if not isinstance(theirs.get(name), int)]
     if missing:
         raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train anew")
     free = _FREE if config.crop else _FREE | {"face_detector"}
@@ -150,9 +158,9 @@ def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: 
     if differing:
         found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {ours[name]!r})" for name in differing)
         raise ValueError(f"{path} was trained with {found}; resume with its own settings")
-    their_people = their_world * theirs["batch"] * theirs["accumulation"]
-    if their_people != (people := world * config.batch * config.accumulation):
+    their_people = their_world * theirs["batch_size"] * theirs["gradient_accumulation_steps"]
+    if their_people != (people := world * config.batch_size * config.gradient_accumulation_steps):
         raise ValueError(
-            f"{path} was trained on {their_people} people a step and processes, batch and accumulation make {people} "
-            f"now; let them make as many"
+            f"{path} was trained on {their_people} people a step, and processes, batch_size and "
+            f"gradient_accumulation_steps make {people} now; let them make as many"
         )

@@ -22,8 +22,8 @@ def validation_loader(examples: Examples, rank: int, world: int, is_cuda: bool =
     config = examples.config
     places = list(validation_places(config, len(examples), rank, world))
     return DataLoader(
-        examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.workers,
-        persistent_workers=config.workers > 0, generator=torch.Generator(), pin_memory=is_cuda,
+        examples, batch_sampler=places, collate_fn=examples.collate, num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0, generator=torch.Generator(), pin_memory=is_cuda,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """One vocabulary for all commands: the same word is the same thing, older spellings work, files hold options."""
 
+import json
 from dataclasses import fields
 
 import click
@@ -9,8 +10,10 @@ from click.testing import CliRunner
 
 from cli import train as train_module
 from cli.main import COMMANDS, main
-from cli.options import RENAMED, todays_spelling
-from hypernet.recipe import TrainConfig
+from cli.options import RENAMED, SECTIONS, field_docs, todays_spelling
+from hypernet.bases.config import BaseConfig
+from hypernet.recipe import FitConfig, NetworkConfig, PersonalizeConfig, StartConfig, TrainConfig
+from lidb_peft.families import FAMILIES
 
 
 def options_of(name):
@@ -31,8 +34,8 @@ def test_an_option_of_several_commands_is_the_same_in_all():
     differing = {text: found for text, found in kinds.items() if len(found) > 1}
     assert not differing.keys() & {
         "--steps", "--lr", "--timesteps-per-step", "--gradient-checkpointing", "--optimizer", "--seed",
-        "--device", "--precision", "--hypernet", "--base", "--token", "--prompt", "--no-crop", "--rank",
-        "--preservation", "--background",
+        "--device", "--precision", "--hypernet", "--base", "--token", "--prompt", "--crop", "--rank", "--preserve",
+        "--preservation", "--background", "--max-timestep", "--face-detector", "--config", "--save-config",
     }  # fmt: skip
 
 
@@ -55,9 +58,48 @@ def test_older_spellings_work_and_are_not_shown():
     assert todays_spelling("doctor", ["--batch"]) == ["--batch"]
 
 
-def test_every_field_of_the_training_is_an_option():
-    reachable = {option.name for option in ALL["train"].values()} | {"crop"}  # --no-crop
-    assert {field.name for field in fields(TrainConfig)} <= reachable
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [("train", TrainConfig), ("train", NetworkConfig), ("train", BaseConfig), ("personalize", PersonalizeConfig),
+     ("personalize", BaseConfig), ("preoptimize", BaseConfig), ("learn-start", StartConfig),
+     ("learn-start", BaseConfig)],
+)  # fmt: skip
+def test_every_field_of_a_config_is_an_option_with_its_own_documentation(command, config):
+    options = {option.name: option for option in ALL[command].values()}
+    docs = field_docs(config)
+    assert set(docs) == {field.name for field in fields(config)} <= set(options)
+    for name, text in docs.items():
+        words = text.replace("`", "").split(". ")[0].rstrip(".").split()
+        assert options[name].help.lower().startswith(" ".join(words).lower()), name
+
+
+def test_every_field_of_a_fit_can_be_reached():
+    theirs = {field.name for field in fields(FitConfig)}
+    assert theirs <= {option.name for option in ALL["personalize"].values()}
+
+
+@pytest.mark.parametrize("command", ["personalize", "preoptimize", "train", "learn-start", "generate"])
+def test_help_has_sections_and_begins_with_the_everyday_ones(command):
+    shown = CliRunner().invoke(main, [command, "--help"]).output
+    titles = [title for title in SECTIONS if f"\n{title}:\n" in shown]
+    places = [shown.index(f"\n{title}:\n") for title in titles]
+    assert titles[0] == "Everyday"
+    assert places == sorted(places)
+    assert len(titles) > 2
+    assert "\nOptions:\n" not in shown
+    assert shown.index("--base") < shown.index("\n", places[1] + 1)
+
+
+def test_no_section_names_what_is_no_option_of_any_command():
+    named = [word for words in SECTIONS.values() for word in words.split()]
+    known = {text.removeprefix("--") for options in ALL.values() for text in options} | {"help"}
+    assert len(set(named)) == len(named)
+    assert set(named) <= known
+
+
+@pytest.mark.parametrize("command", ["convert", "resize", "merge"])
+def test_help_lists_the_families(command):
+    assert f"--family {'|'.join(FAMILIES)}" in " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
 
 
 @pytest.fixture
@@ -74,19 +116,24 @@ def run(*arguments):
 
 
 def test_a_config_file_gives_options_and_the_command_line_overrides_them(seen, tmp_path):
-    config = {"out": "net", "steps": 7, "lr": 0.25, "accumulation": 3, "flip": True, "gradient-checkpointing": "on"}
+    config = {"out": "net", "steps": 7, "lr": 0.25, "accumulation": 3, "flip": True, "gradient-checkpointing": "on",
+              "no_crop": True}  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     assert run("faces", "--config", "mine.yaml", "--lr", 0.5).exit_code == 0
     (values,) = seen
-    assert (values["steps"], values["lr"], values["accumulation"]) == (7, 0.5, 3)
+    assert (values["steps"], values["lr"], values["gradient_accumulation_steps"]) == (7, 0.5, 3)
     assert (values["flip"], values["gradient_checkpointing"], str(values["out"])) == (True, "on", "net")
+    assert values["crop"] is False
 
 
-def test_a_saved_config_is_the_run_again(seen):
+@pytest.mark.parametrize("name", ["saved.yaml", "saved.json"])
+def test_a_saved_config_is_the_run_again(seen, tmp_path, name):
     given = ("faces", "--out", "net", "--steps", 9, "--flip", "--tracker", "a", "--tracker", "b", "--max-vram", "4GB",
-             "--preserve", "{} at sea", "--gradient-checkpointing", "--same-photo")  # fmt: skip
-    assert run(*given, "--save-config", "saved.yaml").exit_code == 0
-    assert run("faces", "--config", "saved.yaml").exit_code == 0
+             "--preserve", "{} at sea", "--gradient-checkpointing", "--same-photo", "--no-crop")  # fmt: skip
+    assert run(*given, "--save-config", name).exit_code == 0
+    assert run("faces", "--config", name).exit_code == 0
+    if name.endswith(".json"):
+        assert json.loads((tmp_path / name).read_text())["steps"] == 9
     first, second = seen
     assert first == second
     assert (first["trackers"], first["preserved"]) == (("a", "b"), ("{} at sea",))

@@ -24,12 +24,12 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert "wrote net/last" in output
     assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet net/best"
     assert {"net/best/config.json", "net/samples/step-0000002.png", "net/log.jsonl"} <= set(hdb.files())
-    assert HyperNetwork.from_pretrained(hdb.folder / "net" / "last").config.rounds == 2
+    assert HyperNetwork.from_pretrained(hdb.folder / "net" / "last").config.k == 2
     assert "net holds a training already" in hdb.fail("train", faces, *QUICK, "--out", "net")
     assert "lr 0.0001 (here 0.1)" in hdb.fail(
         "train", faces, *QUICK, "--out", "net", "--validation", 0.3, "--resume", "--lr", 0.1
     )
-    assert "net trains a hypernetwork with rounds 2 (here 3); resume" in hdb.fail(
+    assert "net trains a hypernetwork with k 2 (here 3); resume" in hdb.fail(
         "train", faces, *QUICK, "--out", "net", "--validation", 0.3, "--resume", "--rounds", 3
     )
     hdb.run("preoptimize", faces, "--base", "testbed", "--no-crop", "--steps", 1, "--timesteps", 1, "--out", "targets")
@@ -39,7 +39,7 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert "trained 2 steps: no step was left" in output
     assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet other/last"
     lines = [json.loads(line) for line in (hdb.folder / "other" / "log.jsonl").read_text().splitlines()]
-    assert [set(line) for line in lines] == [{"step", "loss", "weights", "people", "lr"}] * 2
+    assert [set(line) for line in lines] == [{"step", "loss", "target_distance", "people", "lr"}] * 2
 
 
 def test_train_goes_on_from_another_training(hdb, faces):
@@ -47,7 +47,7 @@ def test_train_goes_on_from_another_training(hdb, faces):
     further = ("train", faces, *ANY_NETWORK, "--init-from", "net/last", "--preservation", 1, "--validation", 0)
     hdb.run(*further, "--lr", 1e-12, "--out", "further")
     before, after = (HyperNetwork.from_pretrained(hdb.folder / name / "last") for name in ("net", "further"))
-    assert (after.config.token, after.config.rounds) == ("ohwx", 2)
+    assert (after.config.token, after.config.k) == ("ohwx", 2)
     for name, value in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-9)
     lines = [json.loads(line) for line in (hdb.folder / "further" / "log.jsonl").read_text().splitlines()]

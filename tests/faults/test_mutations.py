@@ -56,7 +56,7 @@ def write_kinds(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]
     prepare_conversion(folder / "theta.safetensors", folder / "lidb", "lidb", models=base.adapted).write()
     encoder = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
                         patch_size=8)  # fmt: skip
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "rounds": 1}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "k": 1}
     HyperNetwork(HyperNetworkConfig.for_space(space, encoder, "mini", **sizes)).save_pretrained(folder / "net")
     create_targets(folder / "targets", space, "mini", {"steps": 1}, 2, "faces")
     store = TargetStore(folder / "targets", space)

@@ -176,18 +176,18 @@ def test_a_folder_of_people_is_personalised_preoptimised_and_trained_on(
     face_folder, datasets_cache, tmp_path, base, monkeypatch
 ):
     monkeypatch.setattr(validation, "PICTURE_STEPS", 1)
-    made = personalize_each(face_folder, base, tmp_path / "loras", previews=None, batch=5, **QUICK)
+    made = personalize_each(face_folder, base, tmp_path / "loras", previews=None, batch_size=5, **QUICK)
     assert len(made.made) == 5
     assert len(repr(made).splitlines()) == 1
     fit = {"crop": False, "theta_steps": 1, "timesteps_per_step": 1, "preservation": 0.0}
-    assert preoptimize(face_folder, tmp_path / "targets", base, batch=5, **fit).fitted == 5
+    assert preoptimize(face_folder, tmp_path / "targets", base, batch_size=5, **fit).fitted == 5
     vit = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
     )
     AutoModel.from_config(vit).save_pretrained(tmp_path / "vit")
     trained = train(
         face_folder, tmp_path / "network", base, targets=tmp_path / "targets", encoder=tmp_path / "vit",
-        network_options={"hidden_size": 32, "rounds": 1}, steps=1, batch=2, workers=0, crop=False, validation=0.4,
+        network_options={"hidden_size": 32, "k": 1}, steps=1, batch_size=2, num_workers=0, crop=False, validation=0.4,
     )  # fmt: skip
     assert trained.folder == tmp_path / "network" / "best"
     first = next(face_folder.iterdir())

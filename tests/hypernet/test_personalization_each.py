@@ -88,7 +88,7 @@ def test_everybody_is_predicted_from_all_photos_of_theirs(space, people_folder, 
 
 
 def test_everybodys_file_holds_the_lora_of_their_photos(run, base, people_folder, tmp_path, assert_same_deltas):
-    result = run(batch=3)
+    result = run(batch_size=3)
     assert names(result.made) == LORAS
     assert sorted(names((tmp_path / "loras").iterdir())) == sorted([*LORAS, "0.json", "1.json", "2.json", "Ann.json"])
     assert result.kept == result.skipped == result.notes == []
@@ -125,7 +125,7 @@ def record_drawings(monkeypatch, *failures):
 
 def test_everybody_is_drawn_and_the_base_once(run, tmp_path, monkeypatch):
     drawn = record_drawings(monkeypatch)
-    run(config=replace(QUICK, steps=1), previews=["a sks face at night"], batch=2)
+    run(config=replace(QUICK, steps=1), previews=["a sks face at night"], batch_size=2)
     assert [factors is None for factors in drawn] == [False, True, False, False, False]
     for name in ("0", "Ann"):
         assert Image.open(tmp_path / "loras" / f"{name}.png").size == (32, 32)
@@ -135,7 +135,7 @@ def test_everybody_is_drawn_and_the_base_once(run, tmp_path, monkeypatch):
 def test_progress_counts_people_and_ends_with_all_of_them(run, people_folder):
     (people_folder / "9.png").write_bytes(b"no picture")
     told = []
-    run(batch=2, progress=lambda *step: told.append(step))
+    run(batch_size=2, progress=lambda *step: told.append(step))
     assert {(stage, total) for stage, _, total in told} == {("personalize", 5)}
     done = [count for _, count, _ in told]
     assert done == sorted(done)
@@ -151,15 +151,15 @@ def test_a_run_that_was_killed_goes_on_with_those_who_are_missing(run, tmp_path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(batch=2, progress=die)
+        run(batch_size=2, progress=die)
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "loras").iterdir()}
     assert sorted(names(first)) == ["0.json", "0.safetensors", "1.json", "1.safetensors"]
     told = []
-    result = run(batch=2, progress=lambda *step: told.append(step))
+    result = run(batch_size=2, progress=lambda *step: told.append(step))
     assert (names(result.kept), names(result.made)) == (LORAS[:2], LORAS[2:])
     assert told[0] == ("personalize", 2, 4)
     assert {file: file.stat().st_mtime_ns for file in first} == first
-    run(tmp_path / "unbroken", batch=2)
+    run(tmp_path / "unbroken", batch_size=2)
     for name in LORAS:
         expected = load_file(tmp_path / "unbroken" / name)
         found = load_file(tmp_path / "loras" / name)
@@ -167,10 +167,10 @@ def test_a_run_that_was_killed_goes_on_with_those_who_are_missing(run, tmp_path)
 
 
 def test_a_run_that_was_killed_within_a_batch_makes_of_the_others_what_the_unbroken_one_makes(run, tmp_path):
-    run(tmp_path / "unbroken", batch=3)
-    run(batch=3)
+    run(tmp_path / "unbroken", batch_size=3)
+    run(batch_size=3)
     (tmp_path / "loras" / "1.safetensors").unlink()
-    result = run(batch=3)
+    result = run(batch_size=3)
     assert (names(result.kept), names(result.made)) == ([*LORAS[:1], *LORAS[2:]], ["1.safetensors"])
     assert sorted(names((tmp_path / "loras").iterdir())) == sorted(names((tmp_path / "unbroken").iterdir()))
     for file in (tmp_path / "unbroken").iterdir():
@@ -196,7 +196,7 @@ def test_a_lora_is_there_before_it_is_drawn_and_a_picture_that_fails_is_drawn_by
 
 
 def test_one_whose_fit_diverges_costs_one(run, base, tmp_path, monkeypatch):
-    run(tmp_path / "unbroken", batch=4)
+    run(tmp_path / "unbroken", batch_size=4)
     encode = base.encode_photos
 
     def encode_badly(pixels):
@@ -206,7 +206,7 @@ def test_one_whose_fit_diverges_costs_one(run, base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(base, "encode_photos", encode_badly)
     for _ in range(2):  # the next run does not die of him either
-        result = run(batch=4)
+        result = run(batch_size=4)
         (skipped,) = result.skipped
         assert skipped.name == "1.png"
         assert "the base's VAE makes no finite numbers of the photo" in skipped.reason

@@ -35,7 +35,7 @@ def test_without_its_text_encoder_a_hypernetwork_keeps_what_it_knows_of_the_othe
     assert torch.equal(smaller.heads.weight, whole.heads.weight[rows])
     assert torch.equal(smaller.layer_positions, whole.layer_positions[rows])
     assert torch.equal(smaller.encoder.embeddings.cls_token, whole.encoder.embeddings.cls_token)
-    assert (smaller.config.trigger, smaller.config.rounds) == (whole.config.trigger, whole.config.rounds)
+    assert (smaller.config.trigger, smaller.config.k) == (whole.config.trigger, whole.config.k)
 
 
 def test_a_lesson_is_determined_by_its_number_and_teaches_every_part(base, whole, spaces):

@@ -195,7 +195,7 @@ def test_people_are_preoptimized(flux, flux_space, drawn_faces, datasets_cache, 
     (tmp_path / "faces").mkdir()
     for index, face in enumerate(drawn_faces[:2]):
         (tmp_path / "faces" / f"{index}.png").write_bytes(face)
-    people, config = open_people(tmp_path / "faces"), PreoptimizeConfig(QUICK, batch=2)
+    people, config = open_people(tmp_path / "faces"), PreoptimizeConfig(QUICK, batch_size=2)
     store = open_targets(tmp_path / "targets", flux, flux_space, people, config)
     assert preoptimize(people, flux, flux_space, store, config).fitted == 2
     first, second = store.thetas(sorted(store.places))

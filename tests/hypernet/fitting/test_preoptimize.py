@@ -26,7 +26,7 @@ from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 RECIPE = PersonalizeConfig(theta_steps=2, theta_lr=1e-2, crop=False, preservation=0.0)
-QUICK = PreoptimizeConfig(RECIPE, batch=2)
+QUICK = PreoptimizeConfig(RECIPE, batch_size=2)
 SHARDS = [f"shard-0000{index}.safetensors" for index in range(3)]
 
 
@@ -142,12 +142,12 @@ def test_a_run_that_was_killed_goes_on_and_equals_an_unbroken_one(run, unbroken,
 
 
 def test_another_number_at_once_gives_the_same_to_rounding(run, fits, tmp_path):
-    config = PreoptimizeConfig(replace(RECIPE, theta_lr=1e-3), batch=3)
+    config = PreoptimizeConfig(replace(RECIPE, theta_lr=1e-3), batch_size=3)
     together, _ = run(tmp_path / "targets", config)
     for stored in together.shards():
         together.path(stored).rename(tmp_path / together.path(stored).name)
     expected = {path.name: load_file(path)["theta"] for path in tmp_path.glob("*.safetensors")}
-    store, _ = run(tmp_path / "targets", replace(config, batch=1))
+    store, _ = run(tmp_path / "targets", replace(config, batch_size=1))
     assert fits == [3, 2, 1, 1, 1, 1, 1]
     assert store.batch == 3  # the shards stay as they were cut
     for name, thetas in expected.items():
@@ -222,7 +222,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_listed(run, face_folder, dra
     (face_folder / "ann").mkdir()
     (face_folder / "4.png").rename(face_folder / "ann" / "good.png")
     (face_folder / "ann" / "cut.png").write_bytes(drawn_faces[0][:300])
-    store, result = run(tmp_path / "targets", replace(QUICK, batch=5))
+    store, result = run(tmp_path / "targets", replace(QUICK, batch_size=5))
     assert (result.fitted, result.skipped) == (3, 3)
     reasons = listed(store)
     assert "not an image" in reasons["0.png"]
@@ -264,7 +264,7 @@ def test_fits_start_at_the_mean_prediction_of_ones_photos(run, face_folder, spac
     def predict(pixels):
         return space.theta_0 + pixels.mean(dim=(1, 2, 3)).view(-1, 1, 1) * space.mask
 
-    gently = PreoptimizeConfig(replace(RECIPE, theta_steps=1, theta_lr=1e-9), batch=5)
+    gently = PreoptimizeConfig(replace(RECIPE, theta_steps=1, theta_lr=1e-9), batch_size=5)
     people = open_people(face_folder)
     store, _ = run(tmp_path / "targets", gently, start_name="brightness", people=people, start=predict)
     for person in people:
@@ -278,7 +278,7 @@ def test_a_hypernetwork_starts_fits_and_names_itself_by_its_weights(space, tmp_p
     from hypernet.network.hypernetwork import HyperNetwork, HyperNetworkConfig
 
     encoder = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
-    small = {"hidden_size": 16, "num_attention_heads": 2, "rounds": 1}
+    small = {"hidden_size": 16, "num_attention_heads": 2, "k": 1}
     network = HyperNetwork(HyperNetworkConfig.for_space(space, encoder, **small)).eval()
     network.save_pretrained(tmp_path / "first")
     start, name = predicted_start(read_config(tmp_path / "first"), space, torch.device("cpu"))
@@ -306,7 +306,7 @@ def test_auto_takes_what_the_memory_holds(base, space, tmp_path, run):
     assert _largest_batch(10**9, peaks) == LARGEST_BATCH
     assert _largest_batch(2_600, peaks) == _largest_batch(2_600, peaks[:1]) == 1
     assert choose_batch(base, space, QUICK.recipe.theta_fit) == 16
-    assert run(tmp_path / "targets", replace(QUICK, batch=None))[0].batch == 16
+    assert run(tmp_path / "targets", replace(QUICK, batch_size=None))[0].batch == 16
 
 
 def test_progress_goes_on_from_what_was_found_to_the_end(run, tmp_path, fits):

@@ -44,8 +44,8 @@ HOSTILE = [
     (("encoder", "quantization_config"), {"quant_method": "gptq"}), (("auto_map",), {"AutoModel": "evil--x.Y"}),
     (("surprise",), 1), (("encoder", "surprise"), 1), (("dtype",), "os"), (("encoder", "model_type"), "resnet"),
     (("encoder", "model_type"), ["vit"]), (("encoder",), "vit"), (("encoder",), None), (("encoder",), []),
-    (("rounds",), 10**9), (("rounds",), 0), (("rounds",), -1), (("rounds",), 2.5), (("rounds",), "4"),
-    (("rounds",), True),
+    (("k",), 10**9), (("k",), 0), (("k",), -1), (("k",), 2.5), (("k",), "4"),
+    (("k",), True), (("rounds",), 10**9), (("rounds",), "4"),
     (("hidden_size",), 10**9), (("hidden_size",), 0), (("hidden_size",), None), (("num_hidden_layers",), 10**7),
     (("num_hidden_layers",), 150), (("num_attention_heads",), 0), (("encoder", "num_hidden_layers"), 10**7),
     (("encoder", "num_hidden_layers"), 199), (("encoder", "hidden_size"), 2**14), (("encoder", "hidden_size"), "16"),
@@ -94,6 +94,16 @@ def test_no_index_of_a_base_leads_to_a_pickle(tmp_path, monkeypatch):
     index.write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     with pytest.raises(ValueError, match=r"text_encoder.*index\.json leads to 'pytorch_model\.bin'"):
         check_folder(tmp_path / "base")
+
+
+def test_the_earlier_name_of_k_is_read_and_written_as_todays(folder, tmp_path, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    config["rounds"] = config.pop("k") + 1
+    (folder / "config.json").write_text(json.dumps(config))
+    found = read_config(folder)
+    assert (found.k, found.rounds) == (config["rounds"], config["rounds"])
+    assert json.loads(found.to_json_string())["k"] == config["rounds"]
+    assert "rounds" not in json.loads(found.to_json_string())
 
 
 def test_settings_of_any_model_are_left_out_of_the_encoder(folder):

@@ -36,7 +36,7 @@ ENCODERS = {
     "clip": CLIPVisionConfig(intermediate_size=24, **TINY),
     "dinov2": Dinov2Config(mlp_ratio=2, **TINY),
 }
-DECODER = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "rounds": 2}
+DECODER = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "k": 2}
 # Wider than the miniature's narrowest layers, so that there is padding.
 LIDB = LiDBConfig(r=2, down_dim=70, up_dim=10, scale=0.5, seed=3)
 
@@ -127,7 +127,7 @@ def test_the_global_generator_is_left_alone(padded_space, pixels, tmp_path):
 @pytest.mark.parametrize(("encoder", "learned"), [("vit", False), ("clip", True), ("dinov2", False)])
 def test_a_folder_brings_everything_back_to_the_last_bit(padded_space, pixels, tmp_path, encoder, learned):
     """Seeds, the order of layers or k were not in the checkpoint, and the export used others."""
-    options = {"rounds": 3, "learned_bases": learned, "train_encoder": learned, "prompt": "[V], a portrait"}
+    options = {"k": 3, "learned_bases": learned, "train_encoder": learned, "prompt": "[V], a portrait"}
     net = make(padded_space, encoder, token="ohwx", **options).eval()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -142,7 +142,7 @@ def test_a_folder_brings_everything_back_to_the_last_bit(padded_space, pixels, t
     config = loaded.config
     assert [name for name, *_ in config.layers] == list(padded_space.layer_names)
     assert config.lidb == LIDB
-    assert (config.rounds, config.learned_bases, config.trigger) == (3, learned, "ohwx, a portrait")
+    assert (config.k, config.learned_bases, config.trigger) == (3, learned, "ohwx, a portrait")
     assert list(inspect.signature(net.forward).parameters) == ["pixels", "return_rounds"]
     loaded.check_space(padded_space)
 
@@ -263,7 +263,7 @@ def test_damage_that_shows_without_the_weights_is_found_without_them(padded_spac
 
 
 def test_the_config_is_read_without_the_weights(padded_space, tmp_path, monkeypatch):
-    make(padded_space, token="ohwx", rounds=3, learned_bases=True).save_pretrained(tmp_path)
+    make(padded_space, token="ohwx", k=3, learned_bases=True).save_pretrained(tmp_path)
     loaded = HyperNetwork.from_pretrained(tmp_path).config
     monkeypatch.setattr(HyperNetwork, "__init__", lambda *_: pytest.fail("a network was made"))
     assert read_config(tmp_path).to_dict() == loaded.to_dict()
@@ -286,7 +286,7 @@ def test_a_save_that_fails_leaves_the_last_one(padded_space, pixels, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 0}, "rounds is 0"),
+        ({"k": 0}, "k is 0"),
         ({"hidden_size": 25}, "hidden_size is 25; choose a multiple of num_attention_heads, 2"),
         ({"prompt": "a face"}, r"it must hold \[V\]"),
     ],
@@ -297,7 +297,7 @@ def test_impossible_configs_are_refused(padded_space, options, message):
 
 
 def test_at_first_all_rounds_say_the_same(padded_space, pixels):
-    net = make(padded_space, rounds=3).eval()
+    net = make(padded_space, k=3).eval()
     with torch.no_grad():
         predictions = net(pixels, return_rounds=True)
     assert torch.equal(predictions[0], predictions[2])
@@ -306,7 +306,7 @@ def test_at_first_all_rounds_say_the_same(padded_space, pixels):
 
 def test_each_round_is_fed_the_last_prediction(padded_space, pixels):
     """Equation 3: theta_k = T(F, theta_(k-1)), from zeros on, with the features of a single look at the photos."""
-    net = make(padded_space, rounds=3).eval()
+    net = make(padded_space, k=3).eval()
     torch.nn.init.normal_(net.prediction_embedding.weight, generator=torch.Generator().manual_seed(4))
     looks, fed = [], []
     net.encoder.register_forward_hook(lambda module, args, kwargs, out: looks.append(kwargs["pixel_values"].shape),
@@ -321,7 +321,7 @@ def test_each_round_is_fed_the_last_prediction(padded_space, pixels):
         assert torch.equal(predictions[2], theta)
         for rounds in (1, 2):
             assert torch.allclose(fed[rounds][0], predictions[rounds - 1] - net.theta_0, atol=1e-6)
-            net.config.rounds = rounds
+            net.config.k = rounds
             shorter = net(pixels)
             assert torch.equal(shorter, predictions[rounds - 1])
             assert not torch.allclose(theta, shorter, atol=1e-6)
@@ -376,7 +376,7 @@ def test_every_trainable_parameter_takes_part(padded_space, pixels, encoder):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(padded_space, pixels, reentrant):
     """With it there were no gradients at all."""
-    net = make(padded_space, train_encoder=True, rounds=3).train()
+    net = make(padded_space, train_encoder=True, k=3).train()
     calls = []
     net.decoder[0].register_forward_pre_hook(lambda *_: calls.append(1))
     (net(pixels) ** 2).sum().backward()

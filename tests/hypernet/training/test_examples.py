@@ -14,7 +14,7 @@ from hypernet.training.examples import BLANK, Examples, augment, choose_people, 
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-CONFIG = TrainConfig(batch=2, workers=0, crop=False, flip=True, jitter=0.3, caption_dropout=0.25)
+CONFIG = TrainConfig(batch_size=2, num_workers=0, crop=False, flip=True, jitter=0.3, caption_dropout=0.25)
 
 
 @pytest.fixture
@@ -127,9 +127,9 @@ def test_processes_and_accumulation_share_the_same_people_of_a_step():
         return {step: sorted(rows) for step, rows in steps.items()}
 
     config = replace(CONFIG, steps=4)
-    alone = by_step(places(replace(config, batch=4)))
+    alone = by_step(places(replace(config, batch_size=4)))
     assert by_step(places(config, rank=0, world=2) + places(config, rank=1, world=2)) == alone
-    assert by_step(places(replace(config, accumulation=2))) == alone
+    assert by_step(places(replace(config, gradient_accumulation_steps=2))) == alone
     assert places(config, step=3) == places(config)[3:]
 
 

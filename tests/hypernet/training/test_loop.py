@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig
 
 import hypernet.training.loop as loop
+import hypernet.training.setup as setup
 import hypernet.training.validation as validation
 import lidb_peft.sealed
 from hypernet.fitting.targets import Shard, TargetStore, create_targets
@@ -21,9 +22,11 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
 from hypernet.training.loop import train
+from hypernet.training.objective import Objective
 from hypernet.training.setup import make_optimizer
 from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.files import atomic_path
+from lidb_peft.sealed import read_tree, write_tree
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -31,15 +34,15 @@ ENCODER = ViTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
 )
 CONFIG = TrainConfig(
-    steps=6, lr=3e-3, warmup_steps=1, batch=2, denoising=0.0, weights=1.0, flip=True, validation=0.0, crop=False,
-    log_every=1, checkpoint_every=2, workers=0,
+    steps=6, lr=3e-3, warmup_steps=1, batch_size=2, denoising=0.0, target_distance=1.0, flip=True, validation=0.0,
+    crop=False, log_every=1, checkpoint_every=2, num_workers=0,
 )  # fmt: skip
-DENOISING = replace(CONFIG, denoising=1.0, weights=0.0)
+DENOISING = replace(CONFIG, denoising=1.0, target_distance=0.0)
 FIT = {"prompt": "a sks face", "crop": False, "size_px": 32}
 
 
 def make_network(space, **options):
-    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "rounds": 2}
+    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "k": 2}
     return HyperNetwork(HyperNetworkConfig.for_space(space, ENCODER, "mini", **decoder | options))
 
 
@@ -64,7 +67,7 @@ def run(base, space, face_folder, targets, tmp_path, monkeypatch):
 
     def train_into(name, config=CONFIG, network=None, people=None, **options):
         network = network or make_network(space)
-        given = targets if config.weights else None
+        given = targets if config.target_distance else None
         options = {"targets": given, **options}
         result = train(people or open_people(face_folder), base, network, tmp_path / name, config, **options)
         return tmp_path / name, network, result
@@ -98,7 +101,7 @@ def stop_at(step):
 
 @pytest.mark.parametrize("compare", ["updates", "factors"])
 def test_predictions_approach_the_targets(run, compare):
-    config = replace(CONFIG, steps=40, batch=5, lr=1e-2, flip=False, compare=compare, checkpoint_every=40)
+    config = replace(CONFIG, steps=40, batch_size=5, lr=1e-2, flip=False, compare=compare, checkpoint_every=40)
     folder, _, result = run("out", config)
     losses = [entry["loss"] for entry in log(folder)]
     assert losses[0] == pytest.approx(1.0, abs=0.05)  # theta_0's distance, by the normalisation
@@ -109,10 +112,10 @@ def test_predictions_approach_the_targets(run, compare):
 def test_the_denoising_loss_alone_lowers_itself_on_the_same_noise(run):
     def measured(name, network):
         """The loss on the five faces at the noise of step 0; at this rate the network stays as it is."""
-        config = replace(DENOISING, steps=1, lr=1e-12, batch=5, timesteps_per_step=4, flip=False)
+        config = replace(DENOISING, steps=1, lr=1e-12, batch_size=5, timesteps_per_step=4, flip=False)
         return run(name, config, network)[2].loss
 
-    config = replace(DENOISING, steps=10, batch=4, lr=1e-2, flip=False, checkpoint_every=10)
+    config = replace(DENOISING, steps=10, batch_size=4, lr=1e-2, flip=False, checkpoint_every=10)
     folder, network, _ = run("out", config)
     assert set(log(folder)[0]) == {"step", "loss", "denoising", "people", "lr"}
     saved = HyperNetwork.from_pretrained(folder / "last").state_dict()
@@ -212,7 +215,7 @@ def test_a_run_that_is_killed_after_its_checkpoint_validates_it_when_it_is_resum
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 4])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, stopped_at):
-    config = replace(CONFIG, accumulation=2, denoising=1.0 if stopped_at == 3 else 0.0)
+    config = replace(CONFIG, gradient_accumulation_steps=2, denoising=1.0 if stopped_at == 3 else 0.0)
     unbroken, _, _ = run("unbroken", config)
     with pytest.raises(KeyboardInterrupt):
         run("stopped", config, progress=stop_at(stopped_at))
@@ -253,8 +256,8 @@ def but_key_biases(weights):
 
 def test_accumulated_passes_are_one_large_one(run):
     config = replace(CONFIG, steps=10, lr=1e-3, checkpoint_every=10)
-    whole, _, _ = run("whole", replace(config, batch=4))
-    parts, _, _ = run("parts", replace(config, accumulation=2))
+    whole, _, _ = run("whole", replace(config, batch_size=4))
+    parts, _, _ = run("parts", replace(config, gradient_accumulation_steps=2))
     assert largest_difference(but_key_biases(weights(whole)), but_key_biases(weights(parts))) < 1e-5
     for one, other in zip(log(whole), log(parts), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -262,7 +265,7 @@ def test_accumulated_passes_are_one_large_one(run):
 
 def test_workers_change_nothing(run):
     alone, _, _ = run("alone", replace(CONFIG, steps=2))
-    helped, _, _ = run("helped", replace(CONFIG, steps=2, workers=1))
+    helped, _, _ = run("helped", replace(CONFIG, steps=2, num_workers=1))
     assert log(helped) == log(alone)
     assert largest_difference(weights(alone), weights(helped)) == 0
 
@@ -277,6 +280,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig
 from hypernet.training.loop import train
+from hypernet.training.objective import Objective
 from testbed import miniature_path
 
 def die(stage, done, total):
@@ -299,12 +303,12 @@ def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_
 ):
     """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too."""
     make_network(space, learned_bases=True).save_pretrained(tmp_path / "start")
-    config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch=1)
+    config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch_size=1)
     given = {name: value for name, value in vars(config).items() if name != "preserved"}
     pair = start_pair("-c", SCRIPT, tmp_path, tmp_path / "shared", given)
     start = HyperNetwork.from_pretrained(tmp_path / "start")
     with pytest.raises(KeyboardInterrupt):
-        run("alone", replace(config, accumulation=2), start, progress=stop_at(4))
+        run("alone", replace(config, gradient_accumulation_steps=2), start, progress=stop_at(4))
     told = [process.communicate(timeout=300) for process in pair]
     assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "shared")) == 0
     for one, other in zip(log(tmp_path / "alone"), log(tmp_path / "shared"), strict=True):
@@ -319,7 +323,7 @@ def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_
 def test_what_cannot_be_used_is_skipped_and_listed(run, face_folder):
     (face_folder / "new.png").write_bytes(b"no picture")
     (face_folder / "3.png").write_bytes(b"no picture any more")
-    folder, _, result = run("out", replace(DENOISING, steps=2, batch=6, timesteps_per_step=1))
+    folder, _, result = run("out", replace(DENOISING, steps=2, batch_size=6, timesteps_per_step=1))
     assert set(result.skipped) == {"new.png", "3.png"}
     listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert {entry["name"]: entry["reason"] for entry in listed} == result.skipped
@@ -329,7 +333,7 @@ def test_what_cannot_be_used_is_skipped_and_listed(run, face_folder):
 def test_it_goes_on_past_those_who_cannot_be_used_unless_that_is_everybody(run, face_folder):
     for name in ("0.png", "1.png", "2.png"):
         (face_folder / name).write_bytes(b"no picture")
-    config = replace(CONFIG, steps=5, batch=1, checkpoint_every=5)
+    config = replace(CONFIG, steps=5, batch_size=1, checkpoint_every=5)
     folder, _, _ = run("out", config)
     assert [entry["people"] for entry in log(folder)] == [1, 1]  # an epoch, a line for each step that had somebody
     for file in face_folder.iterdir():
@@ -371,8 +375,11 @@ def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path)
         run("out", short)
     with pytest.raises(ValueError, match=r"lr 0\.003 \(here 0\.001\); resume with its own settings"):
         run("out", replace(short, lr=1e-3), resume=True)
-    with pytest.raises(ValueError, match="trained on 2 people a step and processes, batch and accumulation make 3 now"):
-        run("out", replace(short, batch=3), resume=True)
+    with pytest.raises(
+        ValueError,
+        match="trained on 2 people a step, and processes, batch_size and gradient_accumulation_steps make 3 now",
+    ):
+        run("out", replace(short, batch_size=3), resume=True)
     with pytest.raises(ValueError, match=r"is of another hypernetwork: \d+ of its weights"):
         run("out", short, make_network(space, hidden_size=16), resume=True)
     state = tmp_path / "out" / "training.safetensors"
@@ -386,6 +393,44 @@ def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path)
     state.rename(tmp_path / "out" / "training.pt")
     with pytest.raises(ValueError, match=r"training\.pt is a training state of format 1, a pickle.* --hypernet"):
         run("out", short, resume=True)
+
+
+def test_a_state_with_the_earlier_names_of_settings_is_resumed(run, tmp_path):
+    earlier = {"batch_size": "batch", "gradient_accumulation_steps": "accumulation", "lr_scheduler": "schedule",
+               "num_workers": "workers", "target_distance": "weights"}  # fmt: skip
+    run("out", replace(CONFIG, steps=6))
+    state = read_tree(tmp_path / "out" / "training.safetensors")
+    state["config"] = {earlier.get(name, name): value for name, value in state["config"].items()}
+    state["config"]["gradient_checkpointing"] = False
+    write_tree(tmp_path / "out" / "training.safetensors", state)
+    network = HyperNetwork.from_pretrained(tmp_path / "out" / "last")
+    assert run("out", CONFIG, network, resume=True)[2].steps == 6
+    with pytest.raises(ValueError, match=r"with lr_scheduler 'cosine' \(here 'linear'\)"):
+        run("out", replace(CONFIG, lr_scheduler="linear"), network, resume=True)
+
+
+def test_checkpointing_is_turned_on_where_a_step_does_not_fit_and_changes_nothing(run, monkeypatch):
+    config = replace(DENOISING, steps=2)
+    expected = weights(run("off", replace(config, gradient_checkpointing="off"))[0])
+    monkeypatch.setattr(setup, "_RUN_OUT", ("cpu",))
+    modes, forward = [], Objective.forward
+
+    def watched(self, batch):
+        modes.append(self.network.gradient_checkpointing)
+        if is_small and len(modes) == 1:
+            raise MemoryError
+        return forward(self, batch)
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    is_small = False
+    assert largest_difference(weights(run("fits", config)[0]), expected) == 0
+    assert not any(modes)
+    is_small = True
+    modes.clear()
+    with pytest.warns(UserWarning, match="gradient checkpointing is on now"):
+        folder, _, _ = run("small", config)
+    assert largest_difference(weights(folder), expected) < 1e-6
+    assert modes == [False, True, True]
 
 
 def test_resuming_needs_the_same_people_photos_and_targets(run, space, face_folder, targets, tmp_path):
@@ -423,8 +468,8 @@ def test_what_is_not_installed_is_named(run, space, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"denoising": 0.0, "weights": 0.0}, "nothing would be learned"),
-        ({"schedule": "step"}, "schedule is 'step'; choose cosine or linear"),
+        ({"denoising": 0.0, "target_distance": 0.0}, "nothing would be learned"),
+        ({"lr_scheduler": "step"}, "lr_scheduler is 'step'; choose cosine or linear"),
         ({"batch": 0}, "batch is 0; expected 1 or more"),
         ({"jitter": 1.0}, "jitter is 1.0; expected 0 or more and less than 1"),
         ({"lr": -1.0}, "lr is -1.0"),

@@ -18,11 +18,11 @@ from lidb_peft import squared_distance
 ENCODER = ViTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
 )
-CONFIG = TrainConfig(batch=2, workers=0, crop=False, timesteps_per_step=2)
+CONFIG = TrainConfig(batch_size=2, num_workers=0, crop=False, timesteps_per_step=2)
 
 
 def make_network(space, **options):
-    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "rounds": 2}
+    decoder = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "k": 2}
     return HyperNetwork(HyperNetworkConfig.for_space(space, ENCODER, "mini", **decoder | options))
 
 
@@ -90,7 +90,7 @@ def test_a_layer_that_no_target_changes_does_not_outweigh_the_others(space, thet
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms_one_person_at_a_time(base, space, thetas, batch):
-    config = replace(CONFIG, denoising=0.7, weights=0.3)
+    config = replace(CONFIG, denoising=0.7, target_distance=0.3)
     network = make_network(space)
     scale = layer_scale(space, thetas, "updates")
     loss, sums = Objective(base, space, network, config, scale)(batch)
@@ -124,7 +124,7 @@ def test_noise_is_each_seeds_own_and_no_global_generator_is_touched(base, space,
 
 
 def test_a_blank_place_counts_nothing(base, space, thetas, batch):
-    objective = Objective(base, space, make_network(space), replace(CONFIG, denoising=0.0, weights=1.0),
+    objective = Objective(base, space, make_network(space), replace(CONFIG, denoising=0.0, target_distance=1.0),
                           layer_scale(space, thetas, "factors"))  # fmt: skip
     both, _ = objective(batch)
     first, sums = objective(replace(batch, counts=torch.tensor([1.0, 0.0])))
@@ -158,7 +158,7 @@ def test_preservation_is_of_people_with_a_caption(base, space, batch):
 
 def test_deep_supervision_is_the_mean_over_the_rounds(base, space, thetas, batch):
     network = make_network(space)
-    config = replace(CONFIG, denoising=0.0, weights=1.0, compare="factors")
+    config = replace(CONFIG, denoising=0.0, target_distance=1.0, compare="factors")
     scale = layer_scale(space, thetas, "factors")
     deep, _ = Objective(base, space, network, replace(config, deep_supervision=True), scale)(batch)
     rounds = network(batch.seen, return_rounds=True)

@@ -30,8 +30,8 @@ ENCODER = ViTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
 )
 CONFIG = TrainConfig(
-    steps=6, lr=3e-3, warmup_steps=1, batch=2, denoising=1.0, weights=0.0, timesteps_per_step=2, validation=0.4,
-    crop=False, log_every=1, checkpoint_every=3, workers=2,
+    steps=6, lr=3e-3, warmup_steps=1, batch_size=2, denoising=1.0, target_distance=0.0, timesteps_per_step=2,
+    validation=0.4, crop=False, log_every=1, checkpoint_every=3, num_workers=2,
 )  # fmt: skip
 HALF = 5e-2  # relative difference of losses that bfloat16's 8 bits may make in a few steps
 
@@ -45,7 +45,7 @@ def run(face_folder, tmp_path, monkeypatch):
     def train_into(name, device="cuda", precision="fp32", resume=False, progress=None, **changes):
         base = load_base(str(miniature_path()), device, precision=precision)
         space = LiDBSpace(base.adapted, miniature_lidb_config())
-        sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "rounds": 2}
+        sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "k": 2}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = HyperNetwork(HyperNetworkConfig.for_space(space, ENCODER, "mini", **sizes))
@@ -71,7 +71,7 @@ def error(found, expected):
 def test_a_card_trains_as_the_cpu_does(run, precision, tolerance):
     folder, network = run("card", precision=precision)
     assert next(network.parameters()).dtype == torch.float32
-    expected, _ = run("cpu", device="cpu", workers=0)
+    expected, _ = run("cpu", device="cpu", num_workers=0)
     assert error(losses(folder), losses(expected)) < tolerance
 
 

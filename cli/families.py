@@ -1,0 +1,19 @@
+"""The names of the families, for help: data of `lidb_peft`, whose own import takes seconds."""
+
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+
+def family_names() -> tuple[str, ...]:
+    """Names of `lidb_peft.families.FAMILIES`, of a copy of that package which stands alone."""
+    found = find_spec("lidb_peft")  # of a package at the top this imports nothing
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(found.origin).with_name("families")
+    spec = spec_from_file_location("_families", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return tuple(module.FAMILIES)
