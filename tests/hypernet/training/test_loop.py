@@ -470,7 +470,7 @@ def test_what_is_not_installed_is_named(run, space, monkeypatch):
     [
         ({"denoising": 0.0, "target_distance": 0.0}, "nothing would be learned"),
         ({"lr_scheduler": "step"}, "lr_scheduler is 'step'; choose cosine or linear"),
-        ({"batch": 0}, "batch is 0; expected 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
         ({"jitter": 1.0}, "jitter is 1.0; expected 0 or more and less than 1"),
         ({"lr": -1.0}, "lr is -1.0"),
     ],
