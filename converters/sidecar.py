@@ -235,7 +235,7 @@ def is_our_picture(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with Image.open(path) as picture:
-            return picture.format == "PNG" and picture.info.get("Software") == _PREVIEW_SOFTWARE
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == _PREVIEW_SOFTWARE
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         return False

@@ -26,7 +26,7 @@ from lidb_peft.naming import find_layers
 from lidb_peft.patterns import check_patterns
 from lidb_peft.record import check_record, recorded_models
 from lidb_peft.relax import peft_factors
-from lidb_peft.safe_read import printable, read_header
+from lidb_peft.safe_read import examples, printable, read_header
 from lidb_peft.space import LiDBSpace
 from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
@@ -130,8 +130,12 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
     folders = {folder.component: folder for folder in map(_read_folder, find_sources(path))}
     if models:
         family = ""
-        shapes = {name: shape for component, folder in folders.items()
+        shapes = {name: shape for component, folder in folders.items() if component in models
                   for name, shape in _shapes_of({component: models[component]}, folder.config).items()}  # fmt: skip
+        unknown = [name for folder in folders.values() for name in folder.layers if name not in shapes]
+        if unknown:
+            raise ValueError(f"{path} holds layers that its config does not name, or this model does not have: "
+                             f"{examples(unknown)}; it is damaged, or of another base")  # fmt: skip
     else:
         family, shapes = _shapes_by_bases(path, folders.values())
     skeletons = skeleton_models({name: shapes[name] for folder in folders.values() for name in folder.layers}, "cpu")

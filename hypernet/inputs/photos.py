@@ -75,6 +75,7 @@ _DAMAGED = (
     MemoryError,
     struct.error,
     zlib.error,
+    ImageCms.PyCMSError,
 )
 
 
@@ -247,11 +248,11 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     is_heif = start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
     if is_heif and not importlib.util.find_spec("pillow_heif"):
         raise ValueError(f"{name} is a HEIC photo; run pip install pillow-heif, or save the photo as JPEG")
-    return _to_srgb(_decode(file, name, is_heif))
+    return _decode(file, name, is_heif)
 
 
 def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
-    """Decode an open image file, a large one smaller, and turn it upright; what decoders raise becomes a sentence."""
+    """Decode an open image file, a large one smaller, as upright sRGB; what Pillow raises becomes a sentence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large but accepted, or odd EXIF: nothing the person can act on
@@ -266,7 +267,7 @@ def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
                 _check_memory(name, image.format, image.size, _bytes_per_pixel(image))
                 image.draft(None, (_DECODED_SIDE_PX, _DECODED_SIDE_PX))
                 image.load()
-            return _upright(_reduced(image))
+            return _to_srgb(_upright(_reduced(image)))
     except _TooLargeError:
         raise
     except Image.DecompressionBombError as error:
@@ -340,8 +341,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         on_white = Image.new("RGB", image.size, "white")
         on_white.paste(image, mask=image.getchannel("A"))
         image = on_white
-    if profile and image.mode in {"RGB", "CMYK"} and features.check("littlecms2"):
-        image = _apply_profile(image, profile)
+    if features.check("littlecms2"):
+        if image.mode == "LAB":
+            image = _to_srgb_from(ImageCms.createProfile("LAB"), image)
+        elif profile and image.mode in {"RGB", "CMYK"}:
+            image = _apply_profile(image, profile)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -357,10 +361,13 @@ def _deep_grey(image: Image.Image) -> Image.Image:
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert from the colours of the embedded ICC profile to sRGB; an unusable profile is as good as none."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return _to_srgb_from(ImageCms.ImageCmsProfile(io.BytesIO(profile)), image)
     except (ImageCms.PyCMSError, OSError):
         return image
+
+
+def _to_srgb_from(profile: ImageCms.ImageCmsProfile, image: Image.Image) -> Image.Image:
+    return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
 def _portrait(image: Image.Image, face: Face, size_px: int) -> tuple[Image.Image, int]:

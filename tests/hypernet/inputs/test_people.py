@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import skimage.data
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import Person, PreparedPerson, RawPhoto, identity_key, open_people, prepare_person
@@ -160,6 +160,37 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(drawn_faces, tmp_path):
     reasons = ("not an image", "empty", "damaged", "does not exist", "9 x 9 pixels")
     assert all(reason in entry.reason for reason, entry in zip(reasons, skipped, strict=True))
     assert prepare_person(Person("ann", bad), 32, crop=False)[0] is None
+
+
+def test_whatever_files_a_folder_holds_they_cost_nobody_else(drawn_faces, tmp_path):
+    """Photos as cameras, scanners, editors, messengers and failed downloads leave them."""
+    folder, face = tmp_path / "faces", Image.open(io.BytesIO(drawn_faces[0])).convert("RGB").resize((48, 48))
+    folder.mkdir()
+    sound = {
+        "cmyk.jpg": face.convert("CMYK"), "palette.gif": face.quantize(), "grey.png": face.convert("L"),
+        "bits.png": face.convert("1"), "alpha.png": face.convert("LA"), "deep.png": Image.new("I;16", (40, 40), 30000),
+        "float.tiff": face.convert("F"), "ycc.tiff": face.convert("YCbCr"), "thin.png": Image.new("RGB", (33, 4000)),
+    }  # fmt: skip
+    for name, image in sound.items():
+        image.save(folder / name)
+    face.save(folder / "moves.webp", save_all=True, append_images=[face.rotate(90)])
+    turn = Image.Exif()
+    turn[ExifTags.Base.Orientation] = 6
+    face.save(folder / "turned.jpg", exif=turn)
+    photo = (folder / "turned.jpg").read_bytes()
+    broken = {
+        "empty.jpg": b"", "cut.jpg": photo[: len(photo) // 3], "page.jpg": b"<!DOCTYPE html><title>404</title>",
+        "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "program.png": b"MZ" + bytes(90),
+        "text.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n", "header.png": drawn_faces[1][:40],
+    }  # fmt: skip
+    for name, data in broken.items():
+        (folder / name).write_bytes(data)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    found = {person.name: prepare_person(person, 32, crop=False) for person in open_people(folder)}
+    assert {name for name, (prepared, _) in found.items() if prepared} == {*sound, "moves.webp", "turned.jpg"}
+    reasons = {name: skipped[0].reason for name, (prepared, skipped) in found.items() if prepared is None}
+    assert reasons.keys() == {*broken, "dot.png"}
+    assert all(name in reason and reason.isprintable() for name, reason in reasons.items())
 
 
 def test_a_photo_without_a_face_is_skipped():

@@ -109,6 +109,15 @@ def test_cmyk_jpeg_has_the_right_colours(save):
     np.testing.assert_allclose(result.getpixel((35, 20)), (127, 127, 0), atol=6)
 
 
+def test_lab_becomes_rgb(save):
+    """As image editors write it into TIFF."""
+    ramp = Image.merge("RGB", [Image.linear_gradient("L").rotate(turn).resize((48, 48)) for turn in (0, 90, 180)])
+    profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    lab = ImageCms.profileToProfile(ramp, *profiles, outputMode="LAB")
+    found = np.asarray(read_image(save(lab, "lab.tiff")), dtype=int)
+    assert np.abs(found - np.asarray(ramp, dtype=int)).mean() < 4
+
+
 def test_16_bit_grey_is_scaled_not_clipped(save):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     path = save(Image.fromarray(values.astype(np.uint16)), "deep.png")

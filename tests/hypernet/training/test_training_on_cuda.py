@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import ViTConfig
 
 import hypernet.training.validation as validation
@@ -43,6 +44,7 @@ def run(face_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "PICTURED", 1)
 
     def train_into(name, device="cuda", precision="fp32", resume=False, progress=None, **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate's are one for a process
         base = load_base(str(miniature_path()), device, precision=precision)
         space = LiDBSpace(base.adapted, miniature_lidb_config())
         sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "k": 2}
