@@ -22,11 +22,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import baselines
 import numpy as np
 import torch
-from scoring import DETAILS, Method, Results, World, equal_steps
+from scoring import DETAILS, Results, World, equal_steps
 
+from hypernet.evaluation import baselines
+from hypernet.evaluation.harness import Method
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.starts import find_start, load_start
 from hypernet.network.hypernetwork import HyperNetwork

@@ -3,10 +3,8 @@
 A method fits people, each on the one shown photo, and is judged by pictures of a split's prompts (`testbed.protocol`).
 """
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hypernet.bases.loading import load_base
+from hypernet.evaluation import harness
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
@@ -50,6 +49,8 @@ class World:
         space, denoiser_space: of all layers, and of those of the denoiser.
     """
 
+    clock = staticmethod(time.process_time)
+
     def __init__(self, split: str, folder: str | None = None) -> None:
         """Load the bundled miniature, or another one."""
         self.split = split
@@ -78,6 +79,14 @@ class World:
             prompts=[MINIATURE_RECIPE.class_prompt],
         )  # fmt: skip
         return self.base.encode_photos(pictures[:, 0])
+
+    def draw(self, factors: Sequence[LoraFactors] | None, people: Sequence[int], seed: int, first: int) -> Tensor:
+        """Draw the judge's prompts for each person: pixels ``(n, prompts, 3, 32, 32)`` in [-1, 1]."""
+        return draw_prompts(
+            self.base, self.space_of(factors), factors, len(people), MINIATURE_RECIPE.token, seed=seed,
+            guidance=MINIATURE_RECIPE.guidance,
+            prompts=[PROMPTS[name][0] for name in self.judge.prompts], first=first,
+        )  # fmt: skip
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> list[dict]:
         """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1], in all `COLUMNS` but the seconds, and by prompt."""
@@ -113,65 +122,11 @@ class World:
         return normalize(self.judge.network.trunk(pixels), dim=1)
 
 
-Method = Callable[[World, Sequence[int], int], AbstractContextManager[list[LoraFactors] | None]]
-"""Called with the world, people and a seed, it fits them; inside the context, with the factors that it gives, the base
-draws them."""
-
-
-def fit_and_score(world: World, method: Method, people: Sequence[int], first: int, seed: int) -> list[dict]:
-    """Each person's scores, and the processor seconds that the fit took for each.
-
-    Args:
-        first: how many people come before these in the row.
-    """
-    start = time.process_time()
-    with method(world, people, seed) as factors:
-        seconds = (time.process_time() - start) / len(people)
-        pictures = draw_prompts(
-            world.base, world.space_of(factors), factors, len(people), MINIATURE_RECIPE.token, seed=seed,
-            guidance=MINIATURE_RECIPE.guidance,
-            prompts=[PROMPTS[name][0] for name in world.judge.prompts], first=first,
-        )  # fmt: skip
-    return [{**line, "seconds": seconds} for line in world.score(pictures, people)]
-
-
-class Results:
-    """Scores in a file, one JSON line for each row, seed and person; a killed run goes on from it."""
+class Results(harness.Results):
+    """The scores of the miniature's people, in `COLUMNS`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[tuple[str, int], list[dict]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            scores = json.loads(line)
-            self.lines.setdefault((scores.pop("row"), scores.pop("seed")), []).append(scores)
-
-    def complete(self, world: World, row: str, method: Method, people: Sequence[int], seed: int, batch: int) -> None:
-        """Score those of ``people`` who are missing, ``batch`` at once.
-
-        Raises:
-            ValueError: the file has other people.
-        """
-        lines = self.lines.setdefault((row, seed), [])
-        if [line["person"] for line in lines[: len(people)]] != list(people[: len(lines)]):
-            raise ValueError(f"{self.path} has other people in row {row!r}; choose another file")
-        for first in range(len(lines), len(people), batch):
-            scored = fit_and_score(world, method, people[first : min(first + batch, len(people))], first, seed)
-            lines += scored
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps({"row": row, "seed": seed, **line}) + "\n" for line in scored)
-            means = {name: round(float(np.mean([line[name] for line in lines])), 3) for name in COLUMNS}
-            print(row, seed, f"{len(lines)}/{len(people)}", means, flush=True)
-
-    def table(self, rows: Iterable[str], columns: Sequence[str] = COLUMNS) -> str:
-        """Markdown: mean over people and seeds ± standard error over people (standard deviation over seeds)."""
-        table = ["| method | people | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
-        for row in rows:
-            seeds = [lines for (name, _), lines in self.lines.items() if name == row and lines]
-            if seeds:
-                people = len({line["person"] for lines in seeds for line in lines})
-                cells = [_cell(seeds, column) for column in columns]
-                table.append(f"| {row} | {people} | {len(seeds)} | " + " | ".join(cells) + " |")
-        return "\n".join(table)
+        super().__init__(path, COLUMNS)
 
 
 def equal_steps(reached: float, plain: Sequence[float], all_steps: Sequence[int]) -> str:
@@ -180,16 +135,3 @@ def equal_steps(reached: float, plain: Sequence[float], all_steps: Sequence[int]
     if reached > best_so_far[-1]:
         return f"more than {all_steps[-1]}"
     return f"{np.interp(reached, best_so_far, all_steps):.0f}"
-
-
-def _cell(seeds: list[list[dict]], column: str) -> str:
-    by_person: dict[int, list[float]] = {}
-    for line in (line for lines in seeds for line in lines):
-        by_person.setdefault(line["person"], []).append(line[column])
-    means = [np.mean(values) for values in by_person.values()]
-    cell = f"{np.mean(means):.2f}"
-    if len(means) > 1:
-        cell += f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.2f}"
-    if len(seeds) > 1:
-        cell += f" ({np.std([np.mean([line[column] for line in lines]) for lines in seeds], ddof=1):.2f})"
-    return cell

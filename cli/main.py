@@ -26,6 +26,7 @@ COMMANDS = {
     "preoptimize": "cli.preoptimize",
     "train": "cli.train",
     "learn-start": "cli.learn_start",
+    "eval": "cli.eval",
     "inspect": "cli.inspect",
     "convert": "cli.convert",
     "resize": "cli.resize",

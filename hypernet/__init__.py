@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hypernet.bases.loading import load_base
+    from hypernet.comparison import evaluate
     from hypernet.data_sets import preoptimize, train
     from hypernet.inputs.crops import find_crops
     from hypernet.network.hypernetwork import HyperNetwork
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "HyperNetwork": "hypernet.network.hypernetwork",
     "draw_sheet": "hypernet.sheets",
+    "evaluate": "hypernet.comparison",
     "find_crops": "hypernet.inputs.crops",
     "generate": "hypernet.sampling",
     "load_base": "hypernet.bases.loading",
@@ -33,6 +35,7 @@ _PLACES = {
 __all__ = [
     "HyperNetwork",
     "draw_sheet",
+    "evaluate",
     "find_crops",
     "generate",
     "load_base",

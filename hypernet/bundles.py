@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypernet.recipe import PersonalizeConfig
+from hypernet.recipe import BaselineConfig, PersonalizeConfig
 
 if TYPE_CHECKING:
     from lidb_peft import LiDBConfig
@@ -26,12 +26,16 @@ class Bundle:
         hypernetwork: likewise.
         recipe: how to personalise it.
         lidb_options: of its `LiDBConfig`.
+        baselines: how what we compare with is fitted on it.
+        faces: returns a `hypernet.evaluation.faces.FaceNetwork` for what it draws.
     """
 
     base: Callable[[], Path] | None = None
     hypernetwork: Callable[[], Path] | None = None
     recipe: PersonalizeConfig = field(default_factory=PersonalizeConfig)
     lidb_options: dict[str, Any] = field(default_factory=dict)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
+    faces: Callable[[], Any] | None = None
 
     @property
     def lidb_config(self) -> "LiDBConfig":

@@ -35,7 +35,7 @@ FACES = ("largest", "leftmost", "rightmost")
 QUANTIZATIONS = ("nf4", "int8")
 
 
-Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeConfig | TrainConfig")
+Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeConfig | TrainConfig | BaselineConfig")
 
 
 def changed(config: Config, options: Mapping[str, Any]) -> Config:
@@ -257,6 +257,63 @@ class PreoptimizeConfig:
             raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more, or None for auto")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """How what we compare with is fitted: steps and learning rates.
+
+    DreamBooth's are those that diffusers' example advises for faces, Textual Inversion's those of Gal et al. 2023.
+
+    Attributes:
+        lora_rank: of LoRA DreamBooth.
+        inversion_start: the word whose embedding Textual Inversion starts from.
+        class_pictures: of the base's own, for DreamBooth's prior preservation.
+    """
+
+    dreambooth_steps: int = 1200
+    dreambooth_lr: float = 2e-6
+    lora_steps: int = 800
+    lora_lr: float = 1e-4
+    lora_rank: int = 4
+    inversion_steps: int = 5000
+    inversion_lr: float = 5e-3
+    inversion_start: str = "face"
+    class_pictures: int = 200
+
+    def __post_init__(self):
+        for name in ("dreambooth_steps", "lora_steps", "inversion_steps", "class_pictures", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("dreambooth_lr", "lora_lr", "inversion_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number above 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How methods are compared.
+
+    Attributes:
+        seeds: fits and pictures of each person by each method.
+        pictures: of each prompt.
+        num_steps: of sampling.
+        people: the first so many; None is all.
+        batch_size: people fitted at once by our own methods.
+    """
+
+    seeds: int = 1
+    pictures: int = 2
+    num_steps: int = 30
+    people: int | None = None
+    batch_size: int = 1
+
+    def __post_init__(self):
+        for name in ("seeds", "pictures", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.people is not None and self.people < 2:
+            raise ValueError(f"people is {self.people}; a table needs 2 or more")
 
 
 @dataclass(frozen=True)

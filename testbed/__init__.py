@@ -3,11 +3,16 @@
 from pathlib import Path
 
 from hypernet.bundles import Bundle
-from hypernet.recipe import PersonalizeConfig
+from hypernet.recipe import BaselineConfig, PersonalizeConfig
 
 MINIATURE_SIZE_PX = 32
 MINIATURE_RECIPE = PersonalizeConfig(
     adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=4, max_timestep=500, guidance=3.0
+)  # fmt: skip
+# Chosen on validation identities, docs/results.md.
+MINIATURE_BASELINES = BaselineConfig(
+    dreambooth_steps=400, dreambooth_lr=3e-4, lora_steps=400, lora_lr=1e-3, lora_rank=8,
+    inversion_steps=400, inversion_lr=1e-2, inversion_start="sks",
 )  # fmt: skip
 # About the fractions of each width that the paper's 100 and 50 keep in SD1.5: 31 % and 16 % of the narrowest.
 MINIATURE_DIMS = {"down_dim": 20, "up_dim": 10}
@@ -47,4 +52,12 @@ def miniature_lidb_config():
 
 def bundle() -> Bundle:
     """What goes with ``base="testbed"``."""
-    return Bundle(miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS)
+    return Bundle(
+        miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS, MINIATURE_BASELINES, _faces
+    )
+
+
+def _faces():
+    from testbed.faces import DrawnFaces
+
+    return DrawnFaces()

@@ -15,16 +15,19 @@ from lidb_peft.families import COMPONENTS, FAMILIES
 ROOT = Path(__file__).parents[1]
 CHAIN = ("cli", "testbed", "hypernet", "converters", "lidb_peft")
 PARTS = {
-    "hypernet": ("training", "fitting", "network", "inputs"),
+    "hypernet": ("evaluation", "training", "fitting", "network", "inputs"),
     "converters": ("inspection", "arithmetic", "formats"),
 }
 # What puts the parts of a package together: no part may import it.
-HEADS = {"hypernet": ("request", "personalization", "personalization_each"), "converters": ("batch", "convert")}
+HEADS = {
+    "hypernet": ("request", "personalization", "personalization_each", "comparison"),
+    "converters": ("batch", "convert"),
+}
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]
 # Entry points like the CLI: each may reach one package to the left, and nothing may import it.
 ENTRIES = {Path("lidb_peft/kohya.py"): "converters", Path("lidb_peft/__main__.py"): "cli"}
 OPTIONAL = {"bitsandbytes", "xformers", "mediapipe", "tensorboard", "tensorflow", "triton", "wandb", "matplotlib",
-            "skimage", "datasets", "pillow_heif"}  # fmt: skip
+            "skimage", "datasets", "pillow_heif", "dlib", "facenet_pytorch", "torchmetrics"}  # fmt: skip
 OF_ONE_KIND = {"unet", "time_ids", "alphas_cumprod", "added_cond_kwargs", "img_ids", "sd1", "sd2", "sdxl", "flux",
                "flux1", "text_encoder_2"}  # fmt: skip
 # What a family is, is in lidb_peft/families; who names one elsewhere has a reason, which is said here.

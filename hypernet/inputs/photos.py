@@ -103,7 +103,12 @@ class Photo:
 
     def to_tensor(self) -> Tensor:
         """Return the image as ``(3, size_px, size_px)`` float32 in [-1, 1]."""
-        return torch.from_numpy(np.array(self.image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return to_pixels(self.image)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as ``(3, h, w)`` float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 class NoFaceError(ValueError):

@@ -22,27 +22,33 @@ PRIOR_WEIGHT = 1.0
 def dreambooth(
     base: BaseModel, subject: Subject, class_moments: Tensor, steps: int, lr: float, seed: int
 ) -> Iterator[None]:
-    """All weights of UNet and text encoder, with prior preservation (Ruiz et al. 2023, equation 2), by AdamW.
+    """All weights of the models that are adapted, with prior preservation (Ruiz et al. 2023, equation 2), by AdamW.
 
     Args:
         subject: one person with one photo.
         class_moments: VAE moments of the base's own pictures of the class, ``(n, 8, h, w)``; one each step.
         lr: at the start; it decays linearly to a tenth, as the fits' does.
+
+    Raises:
+        ValueError: the base is not in float32, in which alone so small steps are not lost.
     """
+    if base.dtype != torch.float32:
+        raise ValueError("DreamBooth trains the base's own weights, and half precision would round its steps away; "
+                         "pass --precision fp32")  # fmt: skip
     generator = torch.Generator().manual_seed(derive_seed(seed, "dreambooth", subject.key))
     prompts = base.prepare_prompts([subject.prompt, subject.class_prompt])
-    weights = torch.tensor([1.0, PRIOR_WEIGHT])
+    weights = torch.tensor([1.0, PRIOR_WEIGHT], device=base.device)
 
     def loss() -> Tensor:
         chosen = torch.randint(len(class_moments), (1,), generator=generator)
-        moments = torch.cat([subject.moments, class_moments[chosen]])
-        noise = draw_noise(base, moments.shape, [generator, generator])
+        moments = torch.cat([subject.moments, class_moments[chosen]]).to(base.device)
+        noise = draw_noise(base, moments.shape, [generator, generator]).to(base.device)
         noisy_latents, target = noise_photos(base, moments, noise)
         noise_pred = base.denoise(noisy_latents, noise.timesteps, base.encode_prompts(prompts))
         return (weights * denoising_error(noise_pred, target)).sum()
 
-    with _restored(base.unet, base.text_encoder):
-        _train([*base.unet.parameters(), *base.text_encoder.parameters()], loss, steps, lr)
+    with _restored(*base.adapted.values()):
+        _train([weight for model in base.adapted.values() for weight in model.parameters()], loss, steps, lr)
         yield
 
 
@@ -60,22 +66,23 @@ def textual_inversion(
         lr: as for `dreambooth`.
 
     Raises:
-        ValueError: ``token`` or ``start`` is not a single token.
+        ValueError: ``token`` or ``start`` is not a single token, or the base has several text encoders that are
+            adapted, or none.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "inversion", each.key)) for each in subjects]
-    moments = torch.cat([subject.moments for subject in subjects])
+    moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
     prompts = base.prepare_prompts([subject.prompt for subject in subjects])
-    embedding = base.text_encoder.get_input_embeddings()
-    vectors = nn.Parameter(embedding.weight[_token_id(base, start)].repeat(len(subjects), 1))
+    embedding = _text_encoder(base).get_input_embeddings()
+    vectors = nn.Parameter(embedding.weight[_token_id(base, start)].float().repeat(len(subjects), 1))
     token_id = _token_id(base, token)
 
     def read_as_vectors(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         (ids,) = inputs
         own = vectors.repeat_interleave(len(ids) // len(vectors), dim=0)[:, None]
-        return torch.where((ids == token_id)[..., None], own, output)
+        return torch.where((ids == token_id)[..., None], own.to(output.dtype), output)
 
     def loss() -> Tensor:
-        noise = draw_noise(base, moments.shape, generators)
+        noise = draw_noise(base, moments.shape, generators).to(base.device)
         noisy_latents, target = noise_photos(base, moments, noise)
         noise_pred = base.denoise(noisy_latents, noise.timesteps, base.encode_prompts(prompts))
         return denoising_error(noise_pred, target).sum()
@@ -110,6 +117,14 @@ def _restored(*models: nn.Module) -> Iterator[None]:
             model.requires_grad_(False)
             model.load_state_dict(state)
             assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def _text_encoder(base: BaseModel) -> nn.Module:
+    encoders = [model for model in base.adapted.values() if model is not base.denoiser]
+    if len(encoders) != 1:
+        raise ValueError(f"Textual Inversion is for bases with one text encoder that is adapted, and {base.name} has "
+                         f"{len(encoders)}; leave the method out")  # fmt: skip
+    return encoders[0]
 
 
 def _token_id(base: BaseModel, word: str) -> int:

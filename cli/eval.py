@@ -1,0 +1,118 @@
+"""`hdb eval`."""
+
+from pathlib import Path
+
+import click
+
+from cli.bases import base_options, given_options, hypernet_option, pop_base, recipe_options
+from hypernet.recipe import EvaluationConfig
+
+# As in hypernet.comparison and hypernet.evaluation, which take seconds to import.
+METHODS = ("ours", "only-hypernetwork", "no-hypernetwork", "dreambooth", "lora-dreambooth", "textual-inversion")
+FACE_NETWORKS = ("auto", "facenet", "dlib", "none")
+DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
+
+
+class _Methods(click.ParamType):
+    name = "methods"
+
+    def convert(self, value, param, ctx) -> tuple[str, ...]:
+        names = tuple(value if isinstance(value, tuple) else value.split(","))
+        for name in names:
+            if name not in METHODS:
+                self.fail(f"{name!r} is no method; choose from {', '.join(METHODS)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+class _Setting(click.ParamType):
+    name = "setting"
+
+    def convert(self, value, param, ctx) -> tuple[str, int | float | str]:
+        if isinstance(value, tuple):
+            return value
+        name, separator, text = value.partition("=")
+        if not separator:
+            self.fail(f"{value!r} is no NAME=VALUE, such as dreambooth_steps=400", param, ctx)
+        for kind in (int, float):
+            try:
+                return name, kind(text)
+            except ValueError:
+                continue
+        return name, text
+
+
+@click.command(name="eval")
+@click.argument("people_source", metavar="[PEOPLE]", required=False)
+@click.option("--methods", type=_Methods(), metavar="NAME,...", default=METHODS, show_default="all",
+              help=f"Of {', '.join(METHODS)}.")  # fmt: skip
+@click.option("--lora", "loras", multiple=True, type=click.Path(path_type=Path),
+              help="Instead of PEOPLE: judge this LoRA file; may be repeated.")  # fmt: skip
+@click.option("--reference", "references", multiple=True, type=click.Path(path_type=Path),
+              help="A photo of the person that the LoRAs show; may be repeated.")  # fmt: skip
+@click.option("--trigger", show_default="what the file says, or a sks face", help="What calls a LoRA's person up.")
+@hypernet_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="evaluation", show_default=True,
+              help="Folder for scores, pictures, table and sheet; a run that was stopped resumes there.")  # fmt: skip
+@click.option("--face-network", type=click.Choice(FACE_NETWORKS), default="auto", show_default=True,
+              help="What recognises faces: facenet-pytorch trained on VGGFace2, as the paper's, or dlib; auto is "
+              "facenet where it is installed, and for testbed its own.")  # fmt: skip
+@click.option("--dino", default=DINO, show_default=True, metavar="ID|DIR|none", help="A DINO of transformers.")
+@click.option("--clip", default=CLIP, show_default=True, metavar="ID|DIR|none", help="A CLIP of transformers.")
+@click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), show_default="30 for faces",
+              help="A text file, a prompt a line with {} for the person.")  # fmt: skip
+@click.option("--pictures", type=click.IntRange(1), default=EvaluationConfig.pictures, show_default=True,
+              help="Of each prompt; with 1 there is no diversity.")  # fmt: skip
+@click.option("--sampling-steps", "num_steps", type=click.IntRange(1), default=EvaluationConfig.num_steps,
+              show_default=True, help="Of each picture.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=EvaluationConfig.seeds, show_default=True,
+              help="How often each person is fitted and drawn.")  # fmt: skip
+@click.option("--people", type=click.IntRange(2), show_default="all", help="Only the first so many of PEOPLE.")
+@click.option("--batch-size", type=click.IntRange(1), default=EvaluationConfig.batch_size, show_default=True,
+              help="People fitted at once by our own methods.")  # fmt: skip
+@click.option("--baseline", "baselines", multiple=True, type=_Setting(), metavar="NAME=VALUE",
+              help="How a baseline is fitted, e.g. dreambooth_steps=400; may be repeated.")  # fmt: skip
+@recipe_options(("steps", "crop", "face_detector", "face", "token", "prompt"), own=("token", "prompt"))
+@base_options
+def command(
+    people_source, methods, loras, references, trigger, hypernet, out, face_network, dino, clip, prompts, pictures,
+    num_steps, seeds, people, batch_size, baselines, **options,
+) -> None:  # fmt: skip
+    """Compare methods on PEOPLE by the paper's metrics, or judge LoRA files of a person.
+
+    PEOPLE is a folder with a sub-folder of photos for each person: the first photo is shown to the methods, and the
+    others are compared with. Scores and pictures are kept in --out, and what is there is not done again.
+
+    \b
+    hdb eval faces/ --hypernet hypernet/best --methods ours,only-hypernetwork,no-hypernetwork,lora-dreambooth
+    hdb eval --lora me.safetensors --lora theirs.safetensors --reference me1.jpg --reference me2.jpg
+    """  # fmt: skip
+    _check_usage(people_source, loras, references, trigger)
+    base = pop_base(options)
+    from cli.progress import progress_bars
+    from hypernet.comparison import JudgeModels, evaluate, evaluate_loras
+
+    common = {
+        "base": base, "out": out, "models": JudgeModels(face_network, dino, clip), "prompts": prompts,
+        "config": EvaluationConfig(seeds, pictures, num_steps, people, batch_size), **given_options(options),
+    }  # fmt: skip
+    with progress_bars() as report:
+        if loras:
+            found = evaluate_loras(loras, references, trigger=trigger, progress=report, **common)
+        else:
+            found = evaluate(
+                people_source, methods=methods, hypernet=hypernet or "auto",
+                baseline_options=dict(baselines), progress=report, **common,
+            )  # fmt: skip
+    click.echo(found.table)
+    for each in found.skipped:
+        click.echo(f"left out {each.name}: {each.reason}", err=True)
+    click.echo(f"wrote {found.out}")
+
+
+def _check_usage(people, loras, references, trigger) -> None:
+    if bool(people) == bool(loras):
+        raise click.UsageError("pass a folder of PEOPLE, or LoRA files with --lora and --reference, and not both")
+    if loras and not references:
+        raise click.UsageError("--lora needs --reference, a photo of the person to compare with")
+    if people and (references or trigger):
+        raise click.UsageError("--reference and --trigger go with --lora; leave them out")

@@ -1,0 +1,1 @@
+"""How well pictures show people and follow prompts: the networks that judge, metrics, baselines, results in files."""
