@@ -29,7 +29,7 @@ from hypernet.evaluation.prompts import read_prompts
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, open_people, prepare_person
-from hypernet.inputs.photos import load_photo, to_pixels
+from hypernet.inputs.photos import open_photos, to_pixels
 from hypernet.network.prediction import Hypernet
 from hypernet.personalization import OpenedRequest, recipe_space
 from hypernet.recipe import (
@@ -340,13 +340,15 @@ def evaluate_loras(
         with lora_applied(base, file):
             pass
     judge = models.open(base, [text.format(recipe.class_prompt) for text in texts])
-    photos = tuple(load_photo(file, base.size_px, recipe.crop, recipe.face_detector) for file in references)
+    opened, left_out = open_photos(references, recipe.crop, recipe.face_detector, recipe.face)
+    photos = tuple(photo.prepare(base.size_px) for photo in opened)
     person = PreparedPerson("person", photos)
     reference = Reference("person", [photos[0].image], [photo.image for photo in photos])
     bench = PeopleBench(base, judge, config, recipe, texts, out, {"person": person}, BaselineConfig(), triggers)
     rows = {row: partial(from_file, lora=file) for row, file in files.items()}
     settings = {"references": person.key, "trigger": trigger or ""}
-    return _compare(bench, rows, [reference], settings, (), progress)
+    skipped = [Skipped("a reference photo", reason) for reason in left_out]
+    return _compare(bench, rows, [reference], settings, skipped, progress)
 
 
 def _compare(
@@ -433,7 +435,7 @@ def _meet(
     shown: dict[str, PreparedPerson] = {}
     references, skipped = [], []
     for person in people:
-        prepared, left_out = prepare_person(person, size_px, recipe.crop, recipe.face_detector)
+        prepared, left_out = prepare_person(person, size_px, recipe.crop, recipe.face_detector, face=recipe.face)
         skipped += left_out
         if prepared is None:
             continue
