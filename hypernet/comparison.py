@@ -28,8 +28,9 @@ from hypernet.evaluation.models import CLIP, DINO, load_clip, load_dino
 from hypernet.evaluation.prompts import read_prompts
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, open_people, prepare_person
-from hypernet.inputs.photos import open_photos, to_pixels
+from hypernet.inputs.photos import to_pixels
 from hypernet.network.prediction import Hypernet
 from hypernet.personalization import OpenedRequest, recipe_space
 from hypernet.recipe import (
@@ -42,7 +43,8 @@ from hypernet.recipe import (
     changed,
 )  # fmt: skip
 from hypernet.request import PeopleRequest, request_people
-from hypernet.sampling import contact_sheet, generate, lora_applied, save_picture
+from hypernet.sampling import generate, lora_applied, save_picture
+from hypernet.sheets import contact_sheet
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.files import atomic_folder, atomic_path, locked_folder
 from lidb_peft.outputs import NO_FILE_NAME, check_output_folder
