@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from converters import FileDescription
+    from converters.inspection.facts import BlockStatistics
 
 _HAS_WARNINGS = 3
 _MAX_CHARS = 600
@@ -18,8 +19,9 @@ _TOPIC_CHARS = 40
 @click.command(name="inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@click.option("--layers", is_flag=True, help="List what each layer does: rank, alpha, norm of its update, rms change.")
 @click.pass_context
-def command(context: click.Context, file: Path, as_json: bool) -> None:
+def command(context: click.Context, file: Path, as_json: bool, layers: bool) -> None:
     """Say what a LoRA or LiDB file holds, whoever made it, and what would go wrong with it.
 
     Of a PNG it says what the picture was drawn with, if that is in it, as Automatic1111 and hdb generate write it.
@@ -28,6 +30,7 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
 
     \b
     hdb inspect me.safetensors
+    hdb inspect me.safetensors --layers
     hdb inspect pytorch_lora_weights.safetensors --json
     hdb inspect picture.png
     """
@@ -38,6 +41,8 @@ def command(context: click.Context, file: Path, as_json: bool) -> None:
 
     description = describe(file)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else as_text(description))
+    if layers and not as_json:  # which has them anyway
+        click.echo(layers_as_text(description))
     if description.warnings:
         context.exit(_HAS_WARNINGS)
 
@@ -72,13 +77,30 @@ def as_text(description: "FileDescription") -> str:
         ("layers", _layers(description.layers)),
         ("LiDB", _lidb(description.metadata)),
         ("numbers", f"{description.num_parameters:,} in {', '.join(description.dtypes)}"),
-        *((f"norm {block}", f"{norm:.4g}") for block, norm in description.norms.items()),
+        *((f"norm {name}", _block(block)) for name, block in description.blocks.items()),
         ("title", description.title),
         ("trigger words", ", ".join(description.trigger_words)),
         *((f"hash {name}", value) for name, value in description.hashes.items()),
         *(("warning", warning) for warning in description.warnings),
     ]
     return "\n".join(f"{topic:26}{printable(finding, _MAX_CHARS)}" for topic, finding in rows if finding)
+
+
+def layers_as_text(description: "FileDescription") -> str:
+    """A line for each layer: its name, what it is and what it does."""
+    from lidb_peft.safe_read import printable
+
+    rows = [("rank", "alpha", "norm", "rms", "layer")]
+    for layer in description.statistics:
+        numbers = ("-" if number is None else f"{number:.4g}" for number in (layer.alpha, layer.norm, layer.rms))
+        rows.append((str(layer.rank or "-"), *numbers, printable(layer.name, _MAX_CHARS)))
+    return "\n".join(f"{rank:>6}{alpha:>10}{norm:>12}{rms:>12}  {name}" for rank, alpha, norm, rms, name in rows)
+
+
+def _block(block: "BlockStatistics") -> str:
+    ranks = f" of rank {_numbers(block.ranks)}" if block.ranks else ""
+    layers = f"{block.num_layers} layer{'' if block.num_layers == 1 else 's'}{ranks}"
+    return f"{block.norm:.4g}, rms {block.rms:.2g}, {layers}"
 
 
 def _in_brackets(text: str) -> str:

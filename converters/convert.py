@@ -14,26 +14,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from converters.arithmetic.low_rank import to_low_rank
 from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
 from converters.formats.family import stated_base
 from converters.formats.foreign import name_foreign
 from converters.formats.kohya import kohya_layers, kohya_tensors, write_tensors
-from converters.formats.layout import SPELLINGS, read_layout
+from converters.formats.layout import SPELLINGS
 from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
-from converters.formats.reading import find_sources, is_adapter_folder, read_lora
+from converters.formats.reading import Source, find_sources, is_adapter_folder, read_sources
 from converters.key_maps import kohya_place
-from converters.lora import DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha, with_shared_alphas
+from converters.lora import BECOMES_FLOAT32, DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha, with_shared_alphas
 from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
 from converters.shapes import fit_shapes, has_layer, kernel_side
 from converters.sidecar import Companions, check_companions, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
-from lidb_peft.files import atomic_folder, write_safetensors
+from lidb_peft.files import Tensors, atomic_folder, write_safetensors
 from lidb_peft.outputs import check_output, check_output_folder
-from lidb_peft.safe_read import count, examples, read_header
+from lidb_peft.safe_read import count, examples
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
 LIDB_FORMATS = {"theta": "LiDB weights in one file", "lidb": "LiDB weights in the folders that PEFT saves"}
@@ -68,14 +68,15 @@ def detect_format(path: str | os.PathLike) -> str:
         FileNotFoundError: there is nothing.
         ValueError: it is a damaged file, or no adapter of a known format.
     """
-    source = find_sources(Path(path))[0]
-    header = read_header(source.file)
-    names = list(header.tensors)
+    return _format_of(find_sources(Path(path))[0])
+
+
+def _format_of(source: Source) -> str:
+    names, layout = list(source.header.tensors), source.layout
     if names == ["theta"]:
         return "theta"
-    layout = read_layout(names)
     if not layout.modules:
-        raise ValueError(f"{source.file} is {name_foreign(names, header.metadata)}; name a LoRA or theta file")
+        raise ValueError(f"{source.file} is {name_foreign(names, source.header.metadata)}; name a LoRA or theta file")
     if layout.style == "PEFT":
         return "lidb" if layout.algorithm == "LiDB" else "peft"
     old = SPELLINGS["diffusers-old"]["lora_A"]
@@ -123,7 +124,8 @@ def prepare_conversion(
     source, target = Path(source), Path(target)
     _check_choices(to, dtype, family)
     check_target(target, [source], to, overwrite, parents=True)
-    found = detect_format(source)
+    sources = find_sources(source)
+    found = _format_of(sources[0])
     if to in LIDB_FORMATS:
         if found not in LIDB_FORMATS:
             raise ValueError(
@@ -134,7 +136,7 @@ def prepare_conversion(
     if found in LIDB_FORMATS:
         lora = _read_lidb(found, source, models).to_lora()
     else:
-        lora = _as_lora(read_lora(source, rank is not None, drop_nan, alpha), source, rank, dtype)
+        lora = _as_lora(read_sources(source, sources, rank is not None, drop_nan, alpha), source, rank, dtype)
     lora, companions = _with_companions(replace(lora, family=family or lora.family), [source], trigger)
     lora, notes = _fit_to(lora, to, dtype)
     return Conversion(found, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
@@ -195,8 +197,14 @@ def prepare_writing(
     _check_choices(to, family=family)
     check_target(target, sources, to, overwrite)
     lora, companions = _with_companions(replace(lora, family=family or lora.family), sources)
-    lora, notes = _fit_to(lora, to)
+    lora, notes = _fit_to(lora, to, _one_dtype(lora))
     return Conversion(to, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
+
+
+def _one_dtype(lora: Lora) -> torch.dtype | None:
+    """The dtype of a LoRA that was computed, which folding its alphas is not to widen; None if there are several."""
+    dtypes = {tensor.dtype for layer in lora.layers.values() for tensor in layer.tensors()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else None
 
 
 def _check_choices(to: str, dtype: torch.dtype | None = None, family: str = "") -> None:
@@ -236,11 +244,13 @@ def _with_companions(lora: Lora, sources: Sequence[Path], trigger: str = "") -> 
 def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora, tuple[str, ...]]:
     """Make a LoRA what a format can hold, in ``dtype``; and say what that took."""
     notes = list(lora.notes)
-    if dtype is not None:  # folding then rounds as little as it can
-        lora = replace(lora, layers={name: layer.widened(dtype) for name, layer in lora.layers.items()})
-    elif any(tensor.dtype == torch.float64 for layer in lora.layers.values() for tensor in layer.tensors()):
+    if dtype is None and any(
+        tensor.dtype == torch.float64 for layer in lora.layers.values() for tensor in layer.tensors()
+    ):
         raise ValueError("its numbers are float64, which no reader of LoRA files needs; choose a dtype: --dtype fp32")
     lora = fit_shapes(lora, for_kohya=to == "kohya")
+    if dtype is not None:  # folding then rounds as little as it can
+        lora = replace(lora, layers={name: layer.widened(dtype) for name, layer in lora.layers.items()})
     reads_mixed_ranks = bool(lora.family) and get_family(lora.family).reads_mixed_ranks
     scale = _stated_scale(lora) if to == "kohya" else 1.0
     if to != "peft" and scale is not None:
@@ -249,6 +259,8 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
     if to == "kohya" and not reads_mixed_ranks:
         lora, taken = with_shared_alphas(lora)
         notes += taken
+    if dtype is not None and BECOMES_FLOAT32 in notes:  # on the way to what was asked for
+        notes.remove(BECOMES_FLOAT32)
     if to == "kohya" and reads_mixed_ranks:
         notes += _notes_on_stacks(lora)
     notes += _notes_on_readers(lora, to)
@@ -322,7 +334,7 @@ def _writer(
         if not lora.family:
             fitting = [name for name in FAMILIES if all(has_layer(layer, name) for layer in lora.layers)] or FAMILIES
             raise ValueError(f"its layers do not tell its model family; say which: --family {', '.join(fitting)}")
-        tensors = kohya_tensors(lora, lora.family) | lora.embeddings
+        tensors = {**kohya_tensors(lora, lora.family), **lora.embeddings}
         trigger = lora.metadata.get("modelspec.trigger_phrase", "")
         if companions.entries or trigger:
             check_companions(target, str(companions.entries.get("activation text") or trigger), overwrite=overwrite)
@@ -332,7 +344,7 @@ def _writer(
 
 
 def _write_kohya(
-    target: Path, tensors: dict[str, Tensor], lora: Lora, companions: Companions, v_prediction: bool | None
+    target: Path, tensors: Tensors, lora: Lora, companions: Companions, v_prediction: bool | None
 ) -> list[Path]:
     ((rank, alpha), _) = Counter((layer.rank, layer.alpha) for layer in lora.layers.values()).most_common(1)[0]
     stated = stated_v_prediction(lora.metadata)
@@ -348,7 +360,7 @@ def _write_kohya(
     return [target, *written]
 
 
-def _write_file(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[Path]:
+def _write_file(target: Path, tensors: Tensors, metadata: dict[str, str]) -> list[Path]:
     write_safetensors(target, tensors, {"format": "pt"} | metadata)
     return [target]
 
@@ -361,7 +373,7 @@ def _write_lidb(target: Path, weights: LiDBWeights, to: str, dtype: torch.dtype 
 
 
 def _write_folders(
-    target: Path, folders: Mapping[str, tuple[dict[str, object], dict[str, Tensor]]], metadata: dict[str, str]
+    target: Path, folders: Mapping[str, tuple[dict[str, object], Tensors]], metadata: dict[str, str]
 ) -> list[Path]:
     """Write ``target/component`` for each, all of them or none; what else an earlier adapter's folder holds stays."""
     with atomic_folder(target, overwrite=True) as whole:

@@ -6,21 +6,26 @@ is a number of the layer here.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lidb_peft.families import DENOISERS
+from lidb_peft.files import LazyTensor
 from lidb_peft.relax import LoraFactors
+from lidb_peft.safe_read import count
 
 if TYPE_CHECKING:
     from converters.full_update import FullUpdate, SumOfUpdates
 
 # Written to LoRA files; float64 is read too, but nobody else reads it.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BECOMES_FLOAT32 = "its numbers become float32, because halves cannot hold them with alpha folded in"
+"""A note of folding alphas."""
 _HELD_DTYPES = (*DTYPES, torch.float64)
 # Their numbers are all among float16's.
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -38,7 +43,7 @@ def is_finite(tensor: Tensor) -> bool:
 
     Twenty times as fast as ``isfinite().all()``, as NaN spreads, and without its copies.
     """
-    if not tensor.is_floating_point() or not tensor.numel():
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
@@ -63,6 +68,8 @@ class LoraLayer:
         lora_B: ``(out, rank)``; of a convolution ``(out, rank, 1, 1)``.
         alpha: finite and not 0.
         magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
+        compute: of a layer that is computed when it is needed: what returns its tensors, which are on the meta device
+            here; see `loaded`.
 
     Raises:
         ValueError: shapes that have different ranks, a dtype that is none of floating point, NaN or infinity.
@@ -72,9 +79,11 @@ class LoraLayer:
     lora_B: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    compute: Callable[[], tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lora_A, lora_B = self.lora_A, self.lora_B
+        assert (self.compute is not None) <= lora_A.is_meta, "numbers beside those that are computed"
         are_factors = lora_A.dim() == lora_B.dim() in (2, 4) and lora_B.shape[2:] in ((), (1, 1))
         if not are_factors or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} have different ranks")
@@ -94,10 +103,33 @@ class LoraLayer:
             if not is_finite(tensor):
                 raise NotFiniteError
 
+    def loaded(self) -> "LoraLayer":
+        """Return the layer with its numbers, computed anew if they are not there."""
+        if self.compute is None:
+            return self
+        lora_A, lora_B, *magnitude = self.compute()
+        return LoraLayer(lora_A, lora_B, self.alpha, *magnitude)
+
+    def later(self, change: "Callable[[LoraLayer], LoraLayer]") -> "LoraLayer":
+        """Return what ``change`` makes of the layer, computed when it is loaded.
+
+        Args:
+            change: takes a layer on the meta device too, and gives it the shapes and dtypes that it will have.
+        """
+        outline = change(LoraLayer(*(tensor.to("meta") for tensor in self.tensors()[:2]), self.alpha,
+                                   *(tensor.to("meta") for tensor in self.tensors()[2:])))  # fmt: skip
+        return replace(outline, compute=lambda: change(self.loaded()).tensors())
+
+    def with_alpha(self, alpha: float) -> "LoraLayer":
+        """Return the same numbers with another alpha."""
+        return self if alpha == self.alpha else replace(self, alpha=alpha)
+
     def widened(self, dtype: torch.dtype) -> "LoraLayer":
         """Return the layer in dtypes that hold both what it has and what ``dtype`` can; exact."""
-        lora_A, lora_B, *magnitude = (tensor.to(torch.promote_types(tensor.dtype, dtype)) for tensor in self.tensors())
-        return LoraLayer(lora_A, lora_B, self.alpha, *magnitude)
+        dtypes = [torch.promote_types(tensor.dtype, dtype) for tensor in self.tensors()]
+        if all(tensor.dtype == dtype for tensor, dtype in zip(self.tensors(), dtypes, strict=True)):
+            return self
+        return self.later(partial(_in_dtypes, dtypes=dtypes))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what the layer holds besides alpha."""
@@ -115,6 +147,34 @@ class LoraLayer:
     def is_convolution(self) -> bool:
         """Whether it is more than a matrix: a convolution with a kernel larger than 1x1."""
         return math.prod(self.lora_A.shape[2:]) > 1
+
+
+def _in_dtypes(layer: LoraLayer, dtypes: Sequence[torch.dtype]) -> LoraLayer:
+    lora_A, lora_B, *magnitude = (tensor.to(dtype) for tensor, dtype in zip(layer.tensors(), dtypes, strict=True))
+    return LoraLayer(lora_A, lora_B, layer.alpha, *magnitude)
+
+
+class Loader:
+    """Gives layers' tensors to a writer, which takes those of one layer one after the other: one layer is in memory."""
+
+    def __init__(self) -> None:
+        self._layer: LoraLayer | None = None
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def tensors(self, layer: LoraLayer) -> tuple[Tensor | LazyTensor, ...]:
+        """Return what `LoraLayer.tensors` does, to be computed when it is written if the layer is."""
+        if layer.compute is None:
+            return layer.tensors()
+        return tuple(
+            LazyTensor(tensor.dtype, tuple(tensor.shape), partial(self._load, layer, index))
+            for index, tensor in enumerate(layer.tensors())
+        )
+
+    def _load(self, layer: LoraLayer, index: int) -> Tensor:
+        if self._layer is not layer:
+            self._layer, self._tensors = layer, ()  # the other layer's make room first
+            self._tensors = layer.loaded().tensors()
+        return self._tensors[index]
 
 
 @dataclass(frozen=True)
@@ -175,11 +235,10 @@ def with_one_alpha(lora: Lora, scale: float | None = None, one_rank: bool = True
     layers = {}
     for name, layer in folded.layers.items():
         if one_rank:
-            layers[name] = replace(
-                layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(layer.lora_B, 1, rank), alpha=alpha
-            )
+            padded = layer if layer.rank == rank else layer.later(partial(_padded, rank=rank))
+            layers[name] = padded.with_alpha(alpha)
         else:
-            layers[name] = layer if ratios[name] == 1 else replace(layer, alpha=alpha * layer.rank / rank)
+            layers[name] = layer if ratios[name] == 1 else layer.with_alpha(alpha * layer.rank / rank)
     num_padded = sum(layer.rank < rank for layer in lora.layers.values())
     if num_padded and one_rank:
         padding = f"{num_padded} layers are padded with zeros to rank {rank}"
@@ -209,27 +268,28 @@ def with_shared_alphas(lora: Lora) -> tuple[Lora, list[str]]:
         shared |= dict.fromkeys(unheeded if is_commonest else own, alpha)
     ratios = {name: layer.alpha / shared.get(name, layer.alpha) for name, layer in lora.layers.items()}
     folded, notes = _fold_alphas(lora, ratios)
-    layers = {name: replace(layer, alpha=shared.get(name, layer.alpha)) for name, layer in folded.layers.items()}
+    layers = {name: layer.with_alpha(shared.get(name, layer.alpha)) for name, layer in folded.layers.items()}
     return replace(folded, layers=layers), notes
 
 
 def _fold_alphas(lora: Lora, ratios: Mapping[str, float]) -> tuple[Lora, list[str]]:
     """Multiply each layer's ``lora_B`` by its ratio, alphas left as they are; and say what that took."""
     folded = [name for name, ratio in ratios.items() if ratio != 1]
-    inexact = [name for name in folded if not _is_exact_product(lora.layers[name].lora_B, ratios[name])]
+    inexact = [name for name in folded if not _is_exact_product(lora.layers[name].loaded().lora_B, ratios[name])]
     needs_float32 = any(lora.layers[name].lora_B.dtype != torch.float32 for name in inexact)
-    layers, errors = {}, []
-    for name, layer in lora.layers.items():
-        layer = layer.widened(torch.float32) if needs_float32 else layer
-        lora_B, error = _fold(name, layer.lora_B, ratios[name])
-        layers[name] = replace(layer, lora_B=lora_B)
-        errors.append(error)
+    layers, error = dict(lora.layers), 0.0
+    if needs_float32:
+        layers = {name: layer.widened(torch.float32) for name, layer in layers.items()}
+    for name in inexact:
+        error = max(error, _rounding_error(name, layers[name].loaded().lora_B, ratios[name]))
+    for name in folded:
+        layers[name] = layers[name].later(partial(_folded, name=name, ratio=ratios[name]))
     notes = []
     if needs_float32:
-        notes.append("its numbers become float32, because halves cannot hold them with alpha folded in")
+        notes.append(BECOMES_FLOAT32)
     if folded:
-        exactness = f"rounded by up to {max(errors):.1e} of the largest number" if any(errors) else "which is exact"
-        notes.append(f"the alphas of {len(folded)} layers are folded into lora_up, {exactness}")
+        exactness = f"rounded by up to {error:.1e} of the largest number" if error else "which is exact"
+        notes.append(f"the alphas of {count(folded, 'layer')} are folded into lora_up, {exactness}")
     return replace(lora, layers=layers), notes
 
 
@@ -238,13 +298,25 @@ def _is_exact_product(tensor: Tensor, ratio: float) -> bool:
     return (is_power_of_two(ratio) or not tensor.any()) and torch.equal(tensor * ratio / ratio, tensor)
 
 
-def _fold(name: str, lora_B: Tensor, ratio: float) -> tuple[Tensor, float]:
-    """Multiply ``lora_B``; the second is the largest error, as a part of the largest entry."""
-    if ratio == 1 or _is_exact_product(lora_B, ratio):
-        return lora_B * ratio, 0.0
+def _folded(layer: LoraLayer, name: str, ratio: float) -> LoraLayer:
+    # By a power of two float64 and the dtype itself round alike.
+    lora_B = (
+        layer.lora_B * ratio
+        if is_power_of_two(ratio)
+        else round_to(name, layer.lora_B.double() * ratio, layer.lora_B.dtype)
+    )
+    return replace(layer, lora_B=lora_B)
+
+
+def _rounding_error(name: str, lora_B: Tensor, ratio: float) -> float:
+    """The largest error of `_folded`, as a part of the largest entry."""
     exact = lora_B.double() * ratio
-    rounded = round_to(name, exact, lora_B.dtype)
-    return rounded, ((rounded.double() - exact).abs().max() / exact.abs().max()).item()
+    largest = exact.abs().max()
+    return ((round_to(name, exact, lora_B.dtype).double() - exact).abs().max() / largest).item() if largest else 0.0
+
+
+def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
+    return replace(layer, lora_A=_pad(layer.lora_A, 0, rank), lora_B=_pad(layer.lora_B, 1, rank))
 
 
 def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -254,8 +326,28 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def to_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
-    """Return ``lora`` in ``dtype``; see `layer_to_dtype`."""
-    return replace(lora, layers={name: layer_to_dtype(name, layer, dtype) for name, layer in lora.layers.items()})
+    """Return ``lora`` in ``dtype``, whose layers are rounded when they are loaded; see `layer_to_dtype`."""
+    layers = dict(lora.layers)
+    for name, layer in lora.layers.items():
+        if any(tensor.dtype != dtype for tensor in layer.tensors()):
+            _check_range(name, layer, dtype)
+            layers[name] = layer.later(partial(_rounded, name=name, dtype=dtype))
+    return replace(lora, layers=layers)
+
+
+def _check_range(name: str, layer: LoraLayer, dtype: torch.dtype) -> None:
+    """Raise now what `layer_to_dtype` would raise."""
+    limit = torch.finfo(dtype).max
+    if all(torch.finfo(tensor.dtype).max <= limit for tensor in layer.tensors()):
+        return
+    loaded = layer.loaded()
+    # Balancing brings what is large and what is small together, and nothing far beyond the larger.
+    if any(abs(extreme) > limit / 4 for tensor in loaded.tensors() for extreme in torch.aminmax(tensor)):
+        layer_to_dtype(name, loaded, dtype)
+
+
+def _rounded(layer: LoraLayer, name: str, dtype: torch.dtype) -> LoraLayer:
+    return layer_to_dtype(name, layer, dtype)
 
 
 def layer_to_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
@@ -265,7 +357,10 @@ def layer_to_dtype(name: str, layer: LoraLayer, dtype: torch.dtype) -> LoraLayer
         ValueError: a value is beyond ``dtype``.
     """
     lora_A, lora_B, magnitude = layer.lora_A, layer.lora_B, layer.magnitude
-    if not all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (lora_A, lora_B)):
+    is_outline = lora_A.is_meta
+    if not is_outline and not all(
+        torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in (lora_A, lora_B)
+    ):
         lora_A, lora_B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (lora_A, lora_B))
         lora_A, lora_B = balance(lora_A, lora_B)
     magnitude = None if magnitude is None else round_to(name, magnitude, dtype)

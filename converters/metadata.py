@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from lidb_peft.families import FAMILIES, get_family
-from lidb_peft.files import header_bytes, safetensors_chunks
+from lidb_peft.files import Tensors, header_bytes, tensor_infos
 from lidb_peft.safe_read import Header
 
 # ModelSpec's names of diffusers' prediction types; it has none for flow matching.
@@ -124,7 +122,7 @@ def trigger_entries(trigger: str, num_photos: int = 0) -> dict[str, str]:
 
 
 def legacy_hash(path: Path, header: Header) -> str:
-    """Return the ``sshs_legacy_hash`` of a file, as `add_hashes` does; "" if it were of metadata, in random order."""
+    """Return the ``sshs_legacy_hash`` of a file, as `KohyaHashes` does; "" if it were of metadata, in random order."""
     kept = {key: value for key, value in header.metadata.items() if key.startswith("ss_")}
     skipped = _LEGACY_BYTES.start - len(header_bytes(header.tensors, kept))
     if skipped < 0:
@@ -134,16 +132,26 @@ def legacy_hash(path: Path, header: Header) -> str:
         return hashlib.sha256(file.read(len(_LEGACY_BYTES))).hexdigest()[:8]
 
 
-def add_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    """Return ``metadata`` with ``sshs_model_hash`` and ``sshs_legacy_hash``, computed as kohya does.
+class KohyaHashes:
+    """kohya's ``sshs_model_hash`` and ``sshs_legacy_hash`` of a file, computed of its bytes as they are written.
 
     kohya hashes a file that has only the ``ss_*`` keys: all of it after the header, or a piece of it.
     """
-    chunks = safetensors_chunks(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    model, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
-    for chunk in chunks:
-        if position:  # the first is the header
-            model.update(chunk)
-        legacy.update(chunk[max(_LEGACY_BYTES.start - position, 0) : max(_LEGACY_BYTES.stop - position, 0)])
-        position += len(chunk)
-    return metadata | {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+
+    def __init__(self, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+        self._model, self._legacy = hashlib.sha256(), hashlib.sha256()
+        kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        self._position = 0
+        self._update_legacy(header_bytes(tensor_infos(tensors), kept))
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        self._model.update(chunk)
+        self._update_legacy(chunk)
+
+    def entries(self) -> dict[str, str]:
+        return {"sshs_model_hash": self._model.hexdigest(), "sshs_legacy_hash": self._legacy.hexdigest()[:8]}
+
+    def _update_legacy(self, chunk: bytes | memoryview) -> None:
+        start, stop = (max(end - self._position, 0) for end in (_LEGACY_BYTES.start, _LEGACY_BYTES.stop))
+        self._legacy.update(chunk[start:stop])
+        self._position += len(chunk)

@@ -7,6 +7,7 @@ reverse is exact too: layers with one ``lora_A`` are stacked as they are, others
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,23 +95,36 @@ def stack(layers: Sequence[LoraLayer | None], widths: Sequence[int]) -> LoraLaye
     expected = [(unit * widths[index], *first.lora_A.shape[1:]) for index, _ in present]
     if rest or shapes != expected:
         raise ValueError(f"updates of shapes {shapes}, which are no layers of one stack of widths {tuple(widths)}")
-    magnitudes = [layer.magnitude for _, layer in present]
-    has_magnitude = any(magnitude is not None for magnitude in magnitudes)
-    if has_magnitude and (len(present) < len(layers) or any(magnitude is None for magnitude in magnitudes)):
+    has_magnitude = any(layer.magnitude is not None for _, layer in present)
+    if has_magnitude and (len(present) < len(layers) or any(layer.magnitude is None for _, layer in present)):
         raise ValueError("DoRA on some of the layers that are one module there, and not on all; convert to diffusers")
-    shares = all(layer.alpha == first.alpha and torch.equal(layer.lora_A, first.lora_A) for _, layer in present)
+    shared = first.loaded().lora_A
+    shares = all(layer.alpha == first.alpha and torch.equal(layer.loaded().lora_A, shared) for _, layer in present)
     if not shares:
         present = _of_one_scale(present)
-    lora_A = present[0][1].lora_A if shares else torch.cat([layer.lora_A for _, layer in present])
-    dtype = torch.promote_types(lora_A.dtype, present[0][1].lora_B.dtype)
-    lora_B = torch.zeros(unit * sum(widths), len(lora_A), dtype=dtype)
+    alpha = first.alpha if shares else present[0][1].scale * sum(layer.rank for _, layer in present)
+
+    outlines = [(index, replace(layer.later(lambda own: own), compute=None)) for index, layer in present]
+    return replace(
+        _stacked(outlines, widths, shares, alpha),
+        compute=lambda: _stacked([(i, layer.loaded()) for i, layer in present], widths, shares, alpha).tensors(),
+    )
+
+
+def _stacked(present: Sequence[tuple[int, LoraLayer]], widths: Sequence[int], shares: bool, alpha: float) -> LoraLayer:
+    """Put layers of one scale below each other, block by block unless they share ``lora_A``."""
+    first_index, first = present[0]
+    lora_A = first.lora_A if shares else torch.cat([layer.lora_A for _, layer in present])
+    dtype = torch.promote_types(lora_A.dtype, first.lora_B.dtype)
+    unit = len(first.lora_B) // widths[first_index]
+    lora_B = torch.zeros(unit * sum(widths), len(lora_A), dtype=dtype, device=lora_A.device)
     slices, at = row_slices(len(lora_B), widths), 0
     for index, layer in present:
         columns = slice(None) if shares else slice(at, at + layer.rank)
         lora_B[slices[index], columns] = layer.lora_B
         at += layer.rank
-    alpha = first.alpha if shares else present[0][1].scale * len(lora_A)
-    return LoraLayer(lora_A, lora_B, alpha, torch.cat(magnitudes) if has_magnitude else None)
+    magnitudes = [layer.magnitude for _, layer in present if layer.magnitude is not None]
+    return LoraLayer(lora_A, lora_B, alpha, torch.cat(magnitudes) if magnitudes else None)
 
 
 def _of_one_scale(present: Sequence[tuple[int, LoraLayer]]) -> list[tuple[int, LoraLayer]]:

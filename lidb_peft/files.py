@@ -5,6 +5,7 @@ process that writes into the same folder; a folder that was about to be replaced
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -297,17 +300,54 @@ def _umask() -> int:
     return mask
 
 
-def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order."""
-    names = sorted(tensors, key=lambda name: (-_DTYPES.index(tensors[name].dtype), name.encode()))
-    infos = {}
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is computed when it is written, so that a file need not be in memory whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def reshape(self, *shape: int) -> "LazyTensor":
+        """Return it in another shape, of which one side may be -1."""
+        resolved = torch.empty(self.shape, device="meta").reshape(shape).shape
+        return LazyTensor(self.dtype, tuple(resolved), lambda: self.load().reshape(shape))
+
+
+Tensors = Mapping[str, Tensor | LazyTensor]
+
+
+class Hashes(Protocol):
+    """Metadata that are computed of a file's bytes as they are written; always equally long."""
+
+    def update(self, chunk: bytes | memoryview) -> None: ...
+
+    def entries(self) -> dict[str, str]: ...
+
+
+def tensor_infos(tensors: Tensors) -> dict[str, TensorInfo]:
+    """Return where each tensor lies in a safetensors file, in the library's own order."""
+    infos: dict[str, TensorInfo] = {}
     end = 0
-    for name in names:
+    for name in sorted(tensors, key=lambda name: (-_DTYPES.index(tensors[name].dtype), name.encode())):
         start, end = end, end + tensors[name].nbytes
         infos[name] = TensorInfo(_DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape), start, end)
+    return infos
+
+
+def safetensors_chunks(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece: the header, then each tensor's bytes, in the library's own order."""
+    infos = tensor_infos(tensors)
     yield header_bytes(infos, metadata)
-    for name in names:
-        yield memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name in infos:
+        tensor = tensors[name]
+        loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor
+        assert (loaded.dtype, tuple(loaded.shape)) == (tensor.dtype, tuple(tensor.shape)), name
+        yield memoryview(loaded.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -324,7 +364,24 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+def write_safetensors(
+    path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str], hashes: Hashes | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, one tensor after the other.
+
+    Args:
+        hashes: of the tensors' bytes; what it says in the end goes to the metadata.
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(safetensors_chunks(tensors, metadata))
+        if hashes is None:
+            file.writelines(safetensors_chunks(tensors, metadata))
+            return
+        chunks = safetensors_chunks(tensors, metadata | hashes.entries())
+        num_bytes = file.write(next(chunks))
+        for chunk in chunks:
+            hashes.update(chunk)
+            file.write(chunk)
+        header = header_bytes(tensor_infos(tensors), metadata | hashes.entries())
+        assert len(header) == num_bytes, "hashes of another length"
+        file.seek(0)
+        file.write(header)

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from converters.formats.layout import SPELLINGS
 from converters.key_maps import to_old_diffusers_name
-from converters.lora import Lora, LoraLayer
+from converters.lora import Loader, Lora, LoraLayer
 from lidb_peft.families import DENOISERS, FAMILIES
+from lidb_peft.files import LazyTensor, Tensors
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
+def diffusers_tensors(lora: Lora) -> Tensors:
     """Return the tensors of a LoRA of scale 1 by diffusers' names."""
     return path_tensors(lora.layers, "diffusers", lambda layer: layer)
 
 
-def old_diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
+def old_diffusers_tensors(lora: Lora) -> Tensors:
     """Return the tensors of a LoRA of scale 1 by the names of diffusers 0.18 and 0.19.
 
     Raises:
@@ -36,19 +37,22 @@ def old_diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
         raise ValueError(f"layer {dora[0]} is DoRA, which diffusers' old LoRA files cannot hold; convert to diffusers")
     unet = {name: layer for name, layer in lora.layers.items() if name.partition(".")[0] in DENOISERS}
     others = {name: layer for name, layer in lora.layers.items() if name not in unet}
-    return path_tensors(unet, "diffusers-old", to_old_diffusers_name) | path_tensors(
-        others, "diffusers-old text encoder", lambda layer: layer
-    )
+    return {
+        **path_tensors(unet, "diffusers-old", to_old_diffusers_name),
+        **path_tensors(others, "diffusers-old text encoder", lambda layer: layer),
+    }
 
 
-def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[[str], str]) -> Tensors:
     """Return tensors under module paths: ``name_of`` a layer and an ending of ``SPELLINGS``."""
     endings = SPELLINGS[spelling]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | LazyTensor] = {}
+    loader = Loader()
     for layer_name, layer in layers.items():
         name = name_of(layer_name)
-        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = layer.lora_A, layer.lora_B
-        if layer.magnitude is not None:  # of a convolution PEFT keeps it in the shape that it multiplies
+        lora_A, lora_B, *magnitude = loader.tensors(layer)
+        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = lora_A, lora_B
+        if magnitude:  # of a convolution PEFT keeps it in the shape that it multiplies
             shape = (-1,) if layer.lora_B.dim() == 2 else (1, -1, 1, 1)
-            tensors[name + endings["dora"]] = layer.magnitude.reshape(shape)
+            tensors[name + endings["dora"]] = magnitude[0].reshape(*shape)
     return tensors

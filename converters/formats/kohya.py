@@ -14,12 +14,12 @@ from torch import Tensor
 from converters.formats.layout import SPELLINGS
 from converters.formats.reading import read_lora
 from converters.key_maps import Place, kohya_place
-from converters.lora import DTYPES, Lora, LoraLayer, balance, to_dtype, with_one_alpha
-from converters.metadata import KohyaMetadata, add_hashes, build_metadata
+from converters.lora import DTYPES, Loader, Lora, LoraLayer, balance, to_dtype, with_one_alpha
+from converters.metadata import KohyaHashes, KohyaMetadata, build_metadata
 from converters.sidecar import write_preview, write_sidecar
 from converters.stacking import stack
 from lidb_peft.families import get_family
-from lidb_peft.files import check_suffix, write_safetensors
+from lidb_peft.files import LazyTensor, Tensors, check_suffix, write_safetensors
 from lidb_peft.relax import LoraFactors
 
 if TYPE_CHECKING:
@@ -68,20 +68,20 @@ def save_kohya(
 
 def _prepare_kohya(
     path: Path, factors: LoraFactors, metadata: KohyaMetadata, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[Tensors, dict[str, str]]:
     check_suffix(path)
     tensors, rank = lora_tensors(factors, metadata.family, dtype)
     return tensors, build_metadata(metadata, path.stem, rank)
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: str | os.PathLike, tensors: Tensors, metadata: dict[str, str]) -> None:
     """Write a kohya file's tensors with ``metadata``, to which kohya's hashes are added.
 
     Raises:
         ValueError: a file name without ``.safetensors``.
     """
     check_suffix(path)
-    write_safetensors(path, tensors, add_hashes(tensors, metadata))
+    write_safetensors(path, tensors, metadata, KohyaHashes(tensors, metadata))
 
 
 def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
@@ -90,7 +90,7 @@ def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
     return lora.factors(), lora.metadata
 
 
-def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[Tensors, int]:
     """Return the tensors of a kohya file that holds ``factors``, and its rank, which is its alpha too.
 
     Raises:
@@ -105,22 +105,24 @@ def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple
     return kohya_tensors(to_dtype(lora, dtype), family), max(layer.rank for layer in layers.values())
 
 
-def kohya_tensors(lora: Lora, family: str) -> dict[str, Tensor]:
+def kohya_tensors(lora: Lora, family: str) -> Tensors:
     """Return a LoRA's tensors under the names that kohya gives the layers of ``family``.
 
     Raises:
         ValueError: a layer that the family does not have.
     """
     endings = SPELLINGS["kohya"]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | LazyTensor] = {}
+    loader = Loader()
     for name, layer in kohya_layers(lora, family).items():
-        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = layer.lora_A, layer.lora_B
+        lora_A, lora_B, *magnitude = loader.tensors(layer)
+        tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = lora_A, lora_B
         alpha = torch.tensor(layer.alpha, dtype=layer.lora_B.dtype)
         if alpha.item() != layer.alpha:  # bfloat16 counts exactly to 256 only
             alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         tensors[name + endings["alpha"]] = alpha
-        if layer.magnitude is not None:
-            tensors[name + endings["dora"]] = layer.magnitude.reshape(-1, *(1,) * (layer.lora_B.dim() - 1))
+        if magnitude:
+            tensors[name + endings["dora"]] = magnitude[0].reshape(-1, *(1,) * (layer.lora_B.dim() - 1))
     return tensors
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from converters.formats.layout import BASIS_START, read_layout
+from converters.formats.layout import BASIS_START
 from converters.formats.reading import Source, find_sources, place_of
 from converters.lora import Lora, LoraLayer
 from lidb_peft import LiDBConfig
@@ -26,7 +26,7 @@ from lidb_peft.naming import find_layers
 from lidb_peft.patterns import check_patterns
 from lidb_peft.record import check_record, recorded_models
 from lidb_peft.relax import peft_factors
-from lidb_peft.safe_read import examples, printable, read_header
+from lidb_peft.safe_read import examples, printable
 from lidb_peft.space import LiDBSpace
 from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
@@ -151,9 +151,8 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
 
 
 def _read_folder(source: Source) -> _Folder:
-    header = read_header(source.file)
-    names = list(header.tensors)
-    modules = read_layout(names).modules.values()
+    header, names = source.header, list(source.header.tensors)
+    modules = source.layout.modules.values()
     layers = tuple(name for module in modules for name in place_of(source, module).layers)
     if not layers:
         raise ValueError(f"{source.file} holds no LiDB layers")

@@ -4,17 +4,17 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from converters.formats.diffusers import path_tensors
 from converters.lora import Lora, LoraLayer
 from lidb_peft.families import FAMILIES
+from lidb_peft.files import Tensors
 
 _CLIP = "CLIPTextModel"  # the one with a projection has the level still
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], dict[str, Tensor]]]:
+def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], Tensors]]:
     """Return component -> what ``PeftModel.from_pretrained`` reads: its config, and tensors by its names.
 
     Ranks and alphas that differ go into PEFT's patterns. Text encoders are named as the installed transformers does.
@@ -30,9 +30,7 @@ def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], dict[str, Ten
     return {name: _peft_folder(name, layers, base) for name, layers in components.items()}
 
 
-def _peft_folder(
-    component: str, layers: dict[str, LoraLayer], base: str | None
-) -> tuple[dict[str, object], dict[str, Tensor]]:
+def _peft_folder(component: str, layers: dict[str, LoraLayer], base: str | None) -> tuple[dict[str, object], Tensors]:
     dora = {path for path, layer in layers.items() if layer.magnitude is not None}
     if 0 < len(dora) < len(layers):
         plain = next(path for path in layers if path not in dora)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,16 @@ from converters.lora import Lora, LoraLayer, NotFiniteError
 from converters.shapes import has_layer, kernel_side
 from converters.stacking import unstack
 from lidb_peft.families import COMPONENTS, FAMILIES, TITLES
-from lidb_peft.safe_read import PICKLE_SUFFIXES, count, examples, printable, read_json_object, read_tensors
+from lidb_peft.safe_read import (
+    PICKLE_SUFFIXES,
+    Header,
+    count,
+    examples,
+    iter_tensors,
+    printable,
+    read_header,
+    read_json_object,
+)
 
 # A LoRA of another model family has thousands of keys, all of them unknown.
 _MAX_KEYS_SHOWN = 3
@@ -40,6 +50,21 @@ class Source:
     file: Path
     config: Mapping[str, object] | None = None
     component: str = ""
+
+    @cached_property
+    def header(self) -> Header:
+        """The file's, read once."""
+        return read_header(self.file)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which tensor belongs to which layer."""
+        return read_layout(list(self.header.tensors))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the file's, mapped from the disk."""
+        _ = self.header  # checked before the library looks at it
+        return dict(iter_tensors(self.file))
 
     def configs(self, metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, object]]:
         """Return component -> ``LoraConfig`` fields, "" for any; from the file's ``metadata`` if none is beside it.
@@ -86,21 +111,20 @@ def read_lora(
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that holds anything that a `Lora` cannot; what it is, is named.
     """
-    loaded = [(source, *read_tensors(source.file)) for source in find_sources(Path(path))]
-    return assemble(path, loaded, full_updates, drop_nan, alpha)
+    return read_sources(path, find_sources(Path(path)), full_updates, drop_nan, alpha)
 
 
-def assemble(
+def read_sources(
     path: str | os.PathLike,
-    loaded: Iterable[tuple[Source, Mapping[str, Tensor], Mapping[str, str]]],
+    sources: Iterable[Source],
     full_updates: bool = False,
     drop_nan: bool = False,
     alpha: float | None = None,
 ) -> Lora:
-    """Make a LoRA of the tensors and metadata of each source of the adapter at ``path``; see `read_lora`."""
+    """Make a LoRA of the sources of the adapter at ``path``; see `read_lora`."""
     found = _Found()
-    for source, tensors, metadata in loaded:
-        _read_source(source, tensors, metadata, found, drop_nan, alpha)
+    for source in sources:
+        _read_source(source, found, drop_nan, alpha)
     if found.full_updates and not full_updates:
         algorithms = " and ".join(sorted({update.algorithm for update in found.full_updates.values()}))
         raise ValueError(
@@ -125,11 +149,8 @@ def assemble(
     )
 
 
-def _read_source(
-    source: Source, tensors: Mapping[str, Tensor], entries: Mapping[str, str], found: _Found, drop_nan: bool,
-    alpha: float | None,
-) -> None:  # fmt: skip
-    layout = read_layout(list(tensors))
+def _read_source(source: Source, found: _Found, drop_nan: bool, alpha: float | None) -> None:
+    layout, entries, tensors = source.layout, source.header.metadata, source.tensors()
     if not layout.modules and tensors:
         raise ValueError(f"{source.file} is {name_foreign(tensors, entries)}; name a LoRA")
     modules = _read_modules(source, layout, entries, alpha)

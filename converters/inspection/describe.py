@@ -5,22 +5,30 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from converters.formats.family import find_base, shown_base, stated_base
 from converters.formats.foreign import name_foreign
-from converters.formats.layout import read_layout
+from converters.formats.layout import Layout
 from converters.formats.lora_config import METADATA_KEY
-from converters.formats.reading import find_sources
+from converters.formats.reading import Source, find_sources
 from converters.inspection.checks import find_warnings
-from converters.inspection.facts import Configs, block_norms, gather_facts
+from converters.inspection.facts import (
+    BlockStatistics,
+    Configs,
+    LayerStatistics,
+    block_statistics,
+    gather_facts,
+    layer_statistics,
+)
 from converters.inspection.refusals import find_refusals
 from converters.lora import is_finite
 from converters.metadata import legacy_hash
 from converters.sidecar import read_sidecar
 from lidb_peft.record import from_metadata
-from lidb_peft.safe_read import Header, iter_tensors, read_header
+from lidb_peft.safe_read import Header, iter_tensors
 
 # Metadata that one program alone writes.
 _PROGRAMS = {"ss_sd_scripts_commit_hash": "kohya sd-scripts", "ot_revision": "OneTrainer", METADATA_KEY: "diffusers"}
@@ -41,7 +49,8 @@ class FileDescription:
         base_model_name: the checkpoint it was made on, if it says so.
         ranks, alphas: every value that occurs, ascending; readers take a missing alpha as the rank.
         layers: component -> number of adapted layers.
-        norms: block of the UNet, or text encoder -> Frobenius norm of its updates; LoRA only.
+        statistics: what each layer does, one by one.
+        blocks: block of the denoiser, ``unet IN04``, or text encoder -> what its layers do together.
         dtypes: dtypes of its tensors, e.g. ``float16``.
         num_parameters, size_bytes: numbers stored, bytes on disk.
         title, trigger_words: what it calls itself, what to write in a prompt.
@@ -59,7 +68,8 @@ class FileDescription:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     layers: dict[str, int]
-    norms: dict[str, float]
+    statistics: tuple[LayerStatistics, ...] = field(repr=False)
+    blocks: dict[str, BlockStatistics]
     dtypes: tuple[str, ...]
     num_parameters: int
     size_bytes: int
@@ -70,52 +80,51 @@ class FileDescription:
     metadata: dict[str, str] = field(repr=False)
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as plain JSON values; an alpha that is not finite becomes text."""
-        entries = asdict(self)
-        alphas = [alpha if math.isfinite(alpha) else str(alpha) for alpha in self.alphas]
-        return (
-            entries
-            | {key: list(entries[key]) for key in ("ranks", "dtypes", "trigger_words", "warnings")}
-            | {"alphas": alphas}
-        )
+        """Everything as plain JSON values; a number that is not finite becomes text."""
+        return _plain(asdict(self))
 
 
 def describe(path: str | os.PathLike) -> FileDescription:
-    """Describe a LoRA or theta file, or a folder that PEFT or diffusers saved one in, of one model.
+    """Describe a LoRA or theta file, or a folder that PEFT or diffusers saved one in, of one model or several.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a pickle, a damaged file, a whole checkpoint, or anything else that is no adapter.
     """
-    source, *others = find_sources(Path(path))
-    if others:
-        names = ", ".join(found.component for found in (source, *others))
-        raise ValueError(f"{path} holds the adapters of several models; name one of its folders: {names}")
-    file = source.file
-    header = read_header(file)
-    metadata = header.metadata
-    if set(header.tensors) == {"theta"} and from_metadata(metadata):
-        return _describe_theta(file, header)
-    layout = read_layout(list(header.tensors))
-    if not layout.modules:
-        raise ValueError(f"{file} is {name_foreign(header.tensors, metadata)}; name a LoRA or theta file")
-    configs = source.configs(metadata)
-    tensors = dict(iter_tensors(file))
-    modules = gather_facts(source, tensors, layout, configs)
+    sources = find_sources(Path(path))
+    first = sources[0]
+    if set(first.header.tensors) == {"theta"} and from_metadata(first.header.metadata):
+        return _describe_theta(first.file, first.header)
+    for source in sources:
+        if not source.layout.modules:
+            what = name_foreign(source.header.tensors, source.header.metadata)
+            raise ValueError(f"{source.file} is {what}; name a LoRA or theta file")
+    metadata: dict[str, str] = {}
+    configs: dict[str, Mapping[str, object]] = {}
+    modules = []
+    for source in sources:
+        metadata |= source.header.metadata
+        own = source.configs(source.header.metadata)
+        configs |= {f"{source.component}{component}": config for component, config in own.items()}
+        modules += gather_facts(source, source.tensors(), own)
+    layout = _joined([source.layout for source in sources])
     base = find_base(((module.name, module.layer, module.in_features) for module in modules), metadata)
     if not any(module.layer for module in modules):
-        base = stated_base(metadata) or name_foreign(header.tensors, metadata).removeprefix("a LoRA of ")
-    hashes = _hashes(file, header)
-    sidecar = read_sidecar(file) or {}
+        names = [name for source in sources for name in source.header.tensors]
+        base = stated_base(metadata) or name_foreign(names, metadata).removeprefix("a LoRA of ")
+    hashes = _hashes(first.file, first.header) if len(sources) == 1 else _hashes_of(sources)
+    sidecar = (read_sidecar(first.file) or {}) if len(sources) == 1 else {}
+    shown = first.file if len(sources) == 1 else Path(path)
     warnings = [
         *find_warnings(layout, modules, metadata, base, str(sidecar.get("sd version") or "")),
-        *_hash_warnings(hashes, metadata),
-        *(find_refusals(source, tensors, metadata) if layout.algorithm != "LiDB" else ()),
+        *(_hash_warnings(hashes, metadata) if len(sources) == 1 else ()),
+        *(find_refusals(shown, sources) if layout.algorithm != "LiDB" else ()),
     ]
     peft_type = next((str(config["peft_type"]) for config in configs.values() if "peft_type" in config), "")
     algorithm = layout.algorithm or peft_type
+    statistics = layer_statistics(modules, base)
     return FileDescription(
-        path=str(file),
+        path=str(shown),
         made_by=_made_by(metadata),
         kind=f"{layout.style} {algorithm}",
         base=shown_base(base) or None,
@@ -123,16 +132,39 @@ def describe(path: str | os.PathLike) -> FileDescription:
         ranks=tuple(sorted({module.rank for module in modules if module.rank})),
         alphas=tuple(sorted({module.alpha for module in modules if module.alpha is not None})),
         layers=dict(Counter(module.component for module in modules)),
-        norms=block_norms(modules),
-        dtypes=_dtypes(header),
-        num_parameters=_num_parameters(header),
-        size_bytes=file.stat().st_size,
+        statistics=statistics,
+        blocks=block_statistics(statistics),
+        dtypes=tuple(sorted({dtype for source in sources for dtype in _dtypes(source.header)})),
+        num_parameters=sum(_num_parameters(source.header) for source in sources),
+        size_bytes=sum(source.file.stat().st_size for source in sources),
         title=metadata.get("modelspec.title") or metadata.get("ss_output_name", ""),
         trigger_words=_trigger_words(metadata, sidecar),
         hashes=hashes,
         warnings=tuple(warnings),
         metadata=metadata,
     )
+
+
+def _joined(layouts: Sequence[Layout]) -> Layout:
+    """The layouts of an adapter's files as that of one, but for the modules, whose names several may have."""
+    first = layouts[0]
+    algorithms = [layout.algorithm for layout in layouts]
+    unknown = [name for layout in layouts for name in layout.unknown]
+    other = next((algorithm for algorithm in algorithms if algorithm != "LoRA"), algorithms[0])
+    return replace(first, algorithm=other, unknown=unknown)
+
+
+def _hashes_of(sources: Sequence[Source]) -> dict[str, str]:
+    """sha256 of each model's file."""
+    return {f"sha256 {source.component}": _hashes(source.file, source.header)["sha256"] for source in sources}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _describe_theta(file: Path, header: Header) -> FileDescription:
@@ -158,7 +190,8 @@ def _describe_theta(file: Path, header: Header) -> FileDescription:
         ranks=(int(rank),) if rank.isdecimal() and len(rank) < 6 else (),
         alphas=(),
         layers={"all": info.shape[0]} if info.shape else {},
-        norms={},
+        statistics=(),
+        blocks={},
         dtypes=_dtypes(header),
         num_parameters=_num_parameters(header),
         size_bytes=file.stat().st_size,

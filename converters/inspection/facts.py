@@ -1,22 +1,22 @@
 """What the tensors of an adapter file say, layer by layer."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from converters.arithmetic.algebra import matrices, update_norm
-from converters.formats.layout import AdapterModule, Layout
+from converters.formats.layout import AdapterModule
 from converters.formats.lora_config import layer_alpha, stated_number
 from converters.formats.module import Module, read_module
 from converters.formats.reading import Source, known_place
+from converters.key_maps import block_name
 from converters.lora import is_finite
-from lidb_peft.families import FAMILIES
+from converters.shapes import has_layer
+from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES
 
 Configs = Mapping[str, Mapping[str, object]]
-_BLOCKS = {part.name: part.blocks for family in FAMILIES.values() for part in family.components if part.blocks}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class ModuleFacts:
     """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told.
 
     ``layer`` is our name, "" of a module of another model. ``norm`` is the Frobenius norm of the update, None of broken
-    layers and of what is not read. ``config_error`` says how PEFT's config is at odds with the tensors.
+    layers and of what is not read; ``num_weights`` how many numbers of the model it changes. ``config_error`` says how
+    PEFT's config is at odds with the tensors.
     """
 
     name: str
@@ -38,23 +39,89 @@ class ModuleFacts:
     is_zero: bool
     is_complete: bool
     norm: float | None
+    num_weights: int = 1
     config_error: str = ""
 
 
-def block_norms(modules: Sequence[ModuleFacts]) -> dict[str, float]:
-    """Return the Frobenius norm of the updates of each text encoder and block of a denoiser; to see where it acts."""
-    norms: dict[str, float] = {}
-    for module in modules:
-        if module.norm is not None:
-            found = re.search(_BLOCKS[module.component], module.name) if module.component in _BLOCKS else None
-            block = f"{module.component} {found[0].replace('.', '_')}" if found else module.component
-            norms[block] = math.hypot(norms.get(block, 0.0), module.norm)
-    return {block: norm for block, norm in norms.items() if math.isfinite(norm)}
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one adapted layer does.
+
+    Args:
+        name: the module's, in the file.
+        block: what block weights call the part of the model that it is in, after its component: ``unet IN04``.
+        rank: 0 where it cannot be told.
+        alpha: None where nothing says it.
+        norm: Frobenius norm of its update; None of broken layers and of what is not read.
+        rms: root of the mean square of what it adds to a number of the weight.
+    """
+
+    name: str
+    block: str
+    rank: int
+    alpha: float | None
+    norm: float | None
+    rms: float | None
 
 
-def gather_facts(source: Source, tensors: Mapping[str, Tensor], layout: Layout, configs: Configs) -> list[ModuleFacts]:
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the layers of one block do together; see `LayerStatistics`."""
+
+    num_layers: int
+    ranks: tuple[int, ...]
+    norm: float
+    rms: float
+
+
+def layer_statistics(modules: Sequence[ModuleFacts], base: str) -> tuple[LayerStatistics, ...]:
+    """Return what each module of an adapter for the family ``base`` does; of another model's, by component."""
+    return tuple(
+        LayerStatistics(
+            module.name,
+            _block(module, base),
+            module.rank,
+            module.alpha,
+            module.norm,
+            None if module.norm is None else module.norm / math.sqrt(module.num_weights),
+        )
+        for module in modules
+    )
+
+
+def block_statistics(layers: Sequence[LayerStatistics]) -> dict[str, BlockStatistics]:
+    """Return block -> what it does, in the order of the model; layers without a norm are left out."""
+    blocks: dict[str, list[LayerStatistics]] = {}
+    for layer in layers:
+        if layer.norm:
+            blocks.setdefault(layer.block, []).append(layer)
+    found = {}
+    for block, own in sorted(blocks.items(), key=lambda item: _place_of(item[0])):
+        norm = math.hypot(*(layer.norm for layer in own))
+        num_weights = sum((layer.norm / layer.rms) ** 2 for layer in own)
+        if math.isfinite(norm) and num_weights:
+            ranks = tuple(sorted({layer.rank for layer in own if layer.rank}))
+            found[block] = BlockStatistics(len(own), ranks, norm, norm / math.sqrt(num_weights))
+    return found
+
+
+def _block(module: ModuleFacts, base: str) -> str:
+    fitting = [base] if base in FAMILIES else [name for name in FAMILIES if has_layer(module.layer, name)]
+    block = block_name(module.layer, fitting[0]) if module.layer and fitting else ""
+    return f"{module.component} {block}" if block and module.component in DENOISERS else module.component
+
+
+def _place_of(block: str) -> tuple[int, int, str]:
+    """Where a block stands: in lists of block weights, which go through the model, behind its component."""
+    component, _, name = block.partition(" ")
+    order = list(dict.fromkeys(name for family in FAMILIES.values() for name in family.block_lists[-1]))
+    position = COMPONENTS.index(component) if component in COMPONENTS else len(COMPONENTS)
+    return position, order.index(name) if name in order else -1, block
+
+
+def gather_facts(source: Source, tensors: Mapping[str, Tensor], configs: Configs) -> list[ModuleFacts]:
     """Say what each layer's tensors, of all those of a file, hold."""
-    return [_facts(source, module, tensors, configs) for module in layout.modules.values()]
+    return [_facts(source, module, tensors, configs) for module in source.layout.modules.values()]
 
 
 def _facts(source: Source, module: AdapterModule, tensors: Mapping[str, Tensor], configs: Configs) -> ModuleFacts:
@@ -83,6 +150,7 @@ def _facts(source: Source, module: AdapterModule, tensors: Mapping[str, Tensor],
         is_zero=any(not tensor.any() for tensor in factors),
         is_complete=(lora_A is None) == (lora_B is None),
         norm=_norm(read) if read else None,
+        num_weights=_num_weights(read) if read else 1,
         config_error=config_error,
     )
 
@@ -133,3 +201,9 @@ def _norm(read: Module) -> float | None:
         norms.append(update_norm(*matrices(read.layer)))
     norm = math.hypot(*norms)
     return norm if norms and math.isfinite(norm) else None
+
+
+def _num_weights(read: Module) -> int:
+    layer = read.layer
+    sizes = [update.shape.numel() for update in read.full_updates.values()]
+    return max([*sizes, *([] if layer is None else [len(layer.lora_B) * layer.lora_A[0].numel()])], default=1)

@@ -1,22 +1,22 @@
 """Which of our commands refuse an adapter, and why: the same functions judge that read it for them."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from converters.formats.reading import Source, assemble
+from converters.formats.reading import Source, read_sources
 from converters.lora import Lora
 from converters.shapes import fit_shapes
 from lidb_peft.families import FAMILIES
 
 
-def find_refusals(source: Source, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+def find_refusals(path: Path, sources: Sequence[Source]) -> list[str]:
     """Return one sentence for each command that would not take a LoRA file as it is."""
     try:
-        lora = assemble(source.file, [(source, tensors, metadata)], full_updates=True)
+        lora = read_sources(path, sources, full_updates=True)
     except ValueError as error:
-        return [f"hdb convert, resize, merge and project refuse it: {_without_path(error, source)}"]
+        return [f"hdb convert, resize, merge and project refuse it: {_without_path(error, path)}"]
     found = []
     if lora.full_updates:
         found.append("hdb resize, merge and project refuse it, because it is no LoRA; hdb convert --rank makes one of"
@@ -49,5 +49,5 @@ def _families(lora: Lora) -> list[str]:
     return found or list(FAMILIES)
 
 
-def _without_path(error: ValueError, source: Source) -> str:
-    return str(error).removeprefix(str(source.file)).lstrip(": ")
+def _without_path(error: ValueError, path: Path) -> str:
+    return str(error).removeprefix(str(path)).lstrip(": ")

@@ -39,7 +39,6 @@ class Component:
         shapes: those layers in the published models, in natural order, as ``LiDBSpace`` lists them.
         words: every word of its module paths that is no number; kohya's names join them by underscores.
         path: regular expression that finds a path of this component, and of no other of its role.
-        blocks: regular expression for the block in a layer's name, as files spell it; "" for one that is shown whole.
         block_names: pairs (regular expression, format of its numbers): what block weights and statistics call the block
             of an original path that begins so.
         trained: what is in the paths of the layers that kohya trains by default, and every reader loads.
@@ -71,7 +70,6 @@ class Component:
     path: str
     trained: tuple[str, ...]
     kohya_prefixes: tuple[str, ...]
-    blocks: str = ""
     block_names: tuple[tuple[str, str], ...] = ()
     num_blocks: Mapping[str, int] = field(default_factory=dict)
     level: str = ""

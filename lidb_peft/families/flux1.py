@@ -73,7 +73,6 @@ FLUX1 = Family(
             shapes=_attention_shapes(),
             words=frozenset(_WORDS.split()),
             path=r"(^|\.)((single_)?transformer|double|single)_blocks\.\d+\.",
-            blocks=r"((single_)?transformer|double|single)_blocks[._]\d+",
             block_names=(
                 (r"double_blocks\.(\d+)\.", "D{:02}"),
                 (r"single_blocks\.(\d+)\.", "S{:02}"),

@@ -27,7 +27,6 @@ CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, 
 # What leads into an attention and out of it: linear layers in the newer UNets, 1x1 convolutions in the first.
 PROJECTIONS = frozenset({"proj_in", "proj_out"})
 PATH = r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\."
-BLOCKS = r"(down|up|input|output)_blocks[._]\d+|mid_block|middle_block"
 BLOCK_NAMES = (
     (r"input_blocks\.(\d+)\.", "IN{:02}"),
     (r"middle_block\.", "M00"),
@@ -80,7 +79,7 @@ def denoiser(shapes: Shapes, cross_width: int, **own: Any) -> Component:
     """
     return Component(
         name="unet", title="UNet", role="denoiser", classes=("UNet2DConditionModel",), targets=TARGETS, shapes=shapes,
-        words=WORDS, path=PATH, blocks=BLOCKS, block_names=BLOCK_NAMES, trained=TRAINED, modules=MODULES,
+        words=WORDS, path=PATH, block_names=BLOCK_NAMES, trained=TRAINED, modules=MODULES,
         kohya_prefixes=("lora_unet_", *OTHER_KOHYA_PREFIXES), path_prefixes=PATH_PREFIXES,
         checkpoint_prefixes=("model.diffusion_model.",), config={"cross_attention_dim": cross_width}, **own,
     )  # fmt: skip

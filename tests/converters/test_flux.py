@@ -308,7 +308,7 @@ def test_what_kohya_reads_and_writes_of_flux_is_said(tmp_path):
     assert found.metadata["modelspec.implementation"] == "https://github.com/black-forest-labs/flux"
     assert found.metadata["modelspec.resolution"] == "1024x1024"
     assert "modelspec.prediction_type" not in found.metadata  # kohya writes none for flow matching
-    assert list(found.norms) == ["transformer double_blocks_0"]
+    assert list(found.blocks) == ["transformer D00"]
 
 
 def test_t5_is_carried_between_kohya_files_and_named_where_diffusers_drops_it(tmp_path):

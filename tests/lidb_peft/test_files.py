@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 import lidb_peft.files as files
-from lidb_peft.files import atomic_folder, atomic_path, locked_folder, safetensors_chunks, write_safetensors
+from lidb_peft.files import LazyTensor, atomic_folder, atomic_path, locked_folder, safetensors_chunks, write_safetensors
 
 
 def to_bytes(tensors, metadata):
@@ -183,3 +185,46 @@ def test_a_full_disk_is_told_of_the_file_that_was_to_be_written_whoever_noticed_
     with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "target"):
         (tmp_path / "elsewhere").read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_lazy_tensors_are_loaded_one_after_the_other_and_write_the_same_file(tmp_path):
+    tensors = {"b": torch.randn(3, 2), "a": torch.arange(4.0).half(), "c": torch.randn(1, 2, 2)}
+    order = []
+
+    def lazy(name):
+        tensor = tensors[name]
+        return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: order.append(name) or tensor)
+
+    write_safetensors(tmp_path / "eager.safetensors", tensors, {"x": "y"})
+    write_safetensors(tmp_path / "lazy.safetensors", {name: lazy(name) for name in tensors}, {"x": "y"})
+    assert (tmp_path / "lazy.safetensors").read_bytes() == (tmp_path / "eager.safetensors").read_bytes()
+    assert order == ["b", "c", "a"]  # float32 first, then by name
+    assert lazy("c").reshape(-1, 2).shape == (2, 2)
+    assert torch.equal(lazy("c").reshape(-1, 2).load(), tensors["c"].reshape(2, 2))
+
+
+def test_a_lazy_tensor_that_cannot_be_computed_leaves_no_file(tmp_path):
+    def fail():
+        raise ValueError("no numbers")
+
+    tensors = {"a": torch.zeros(2), "b": LazyTensor(torch.float32, (2,), fail)}
+    with pytest.raises(ValueError, match="no numbers"):
+        write_safetensors(tmp_path / "a.safetensors", tensors, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_hashes_are_of_the_bytes_behind_the_header_and_written_into_it(tmp_path):
+    class Sha:
+        def __init__(self):
+            self.sha = hashlib.sha256()
+
+        def update(self, chunk):
+            self.sha.update(chunk)
+
+        def entries(self):
+            return {"hash": self.sha.hexdigest()}
+
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.randn(5), "b": torch.randn(2)}, {"x": "y"}, Sha())
+    blob = (tmp_path / "a.safetensors").read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    assert json.loads(blob[8:start])["__metadata__"] == {"hash": hashlib.sha256(blob[start:]).hexdigest(), "x": "y"}

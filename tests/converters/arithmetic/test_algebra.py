@@ -161,6 +161,25 @@ def test_a_locon_becomes_smaller_and_keeps_its_ranks_alphas_and_dtype(tmp_path, 
         assert name not in convolutions or torch.equal(found.lora_B, before.layers[name].lora_B)
 
 
+def test_one_attention_among_more_convolutions_is_resized_in_the_dtype_that_it_has(tmp_path):
+    """diffusers takes the commonest alpha for the attention's; giving all its alpha must not make them float32."""
+    half = torch.float16
+    layers = {f"unet.down_blocks.0.resnets.{i}.conv{j}": layer(2, (8, 8), 1, half, (3, 3), seed=i + j)
+              for i in range(2) for j in (1, 2)}  # fmt: skip
+    layers[LINEAR] = layer(16, (32, 32), 6, half)
+    big, small = tmp_path / "big.safetensors", tmp_path / "small.safetensors"
+    save_kohya_layers(big, layers)
+    conversion = prepare_writing(resize(read_lora(big), 12)[0], [big], small)
+    assert not any("float32" in note for note in conversion.notes)
+    conversion.write()
+    assert small.stat().st_size < big.stat().st_size
+    after = read_lora(small).layers
+    assert {found.lora_A.dtype for found in after.values()} == {half}
+    assert {name: found.rank for name, found in after.items()} == dict.fromkeys(layers, 2) | {LINEAR: 12}
+    for name, found in after.items():
+        assert close(dense(found), best(dense(layers[name]), 12)[0], 1e-3)
+
+
 def save_kohya_layers(path, layers):
     tensors = {}
     for name, found in layers.items():

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from converters.formats.kohya import kohya_tensors, save_kohya
 from converters.lora import Lora, LoraLayer, with_shared_alphas
 from converters.metadata import KohyaMetadata
+from lidb_peft.files import write_safetensors
 
 
 def tiny_tokenizer(folder):
@@ -113,7 +113,7 @@ def test_diffusers_applies_ranks_of_their_own_with_the_alphas_that_we_write(tmp_
         lora_B = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator)
         layers[name] = LoraLayer(torch.randn(rank, *shape[1:], generator=generator), lora_B, float(1 + index % 3))
     lora, _ = with_shared_alphas(Lora(layers, "sd1"))
-    save_file(kohya_tensors(lora, "sd1"), tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "a.safetensors", kohya_tensors(lora, "sd1"), {})
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
     found = layers_of(pipeline) | {"unet.down_blocks.0.resnets.0.conv1": pipeline.unet.down_blocks[0].resnets[0].conv1}
     for name, layer in layers.items():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from converters.formats.kohya import save_kohya, write_lora
 from converters.inspection.describe import describe
+from converters.key_maps import from_kohya_name
 from converters.metadata import KohyaMetadata
 from lidb_peft import LiDBConfig
 from lidb_peft.space import LiDBSpace
@@ -17,6 +18,9 @@ from lidb_peft.theta import save_theta
 
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 CLIP = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 def lora(name, width_in=768, width_out=8, rank=2, alpha=2.0, down="lora_down.weight", up="lora_up.weight"):
@@ -114,15 +118,22 @@ def test_a_peft_folder_is_described_with_its_configs_alpha(tmp_path):
     assert describe(tmp_path / "adapter_model.safetensors") == found
 
 
-def test_a_folder_of_several_models_asks_for_one_of_them(tmp_path):
-    for component, layer in (("unet", "mid_block.to_q"), ("text_encoder", "encoder.layers.0.self_attn.q_proj")):
+def test_a_folder_of_several_models_is_described_whole(tmp_path):
+    for component, layer in (("unet", ATTENTION), ("text_encoder", "encoder.layers.0.self_attn.q_proj")):
         (tmp_path / component).mkdir()
         state = lora(f"base_model.model.{layer}", alpha=None, down="lora_A.weight", up="lora_B.weight")
         save_file(state, tmp_path / component / "adapter_model.safetensors")
         (tmp_path / component / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 3}')
-    with pytest.raises(ValueError, match="several models; name one of its folders: unet, text_encoder"):
-        describe(tmp_path)
-    assert describe(tmp_path / "unet").alphas == (3.0,)
+    found = describe(tmp_path)
+    assert found.path == str(tmp_path)
+    assert found.kind == "PEFT LoRA"
+    assert found.layers == {"unet": 1, "text_encoder": 1}
+    assert found.hashes.keys() == {"sha256 unet", "sha256 text_encoder"}
+    assert found.size_bytes == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    assert found.alphas == describe(tmp_path / "unet").alphas == (3.0,)
+    assert found.base == "SD1"
+    assert found.warnings == ()
+    assert json.loads(json.dumps(found.to_dict()))["blocks"].keys() == {"unet M00", "text_encoder"}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,7 @@ def test_pefts_config_scales_an_update_or_is_at_odds_with_it(tmp_path, config, a
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = described(tmp_path, state, name="adapter_model.safetensors")
     assert found.alphas == pytest.approx(alphas)
-    assert found.norms == pytest.approx({"unet mid_block": norm})
+    assert norms(found) == pytest.approx({"unet M00": norm})
     assert len(found.warnings) == 2 * bool(message)  # the second says that our commands refuse it for that
     assert re.search(message, " ".join(found.warnings))
 
@@ -227,22 +238,42 @@ def test_a_plain_lora_of_another_tool_has_no_warnings(tmp_path):
     assert found.trigger_words == ("sks", "a")
 
 
+def norms(description):
+    return {name: block.norm for name, block in description.blocks.items()}
+
+
+def to_name(tensor):
+    return tensor.partition(".")[0]
+
+
 def test_norms_are_those_of_the_blocks_updates(tmp_path, random_factors, sd1_shapes):
     factors = random_factors(sd1_shapes, up_scale=0.1)
     save_kohya(tmp_path / "a.safetensors", factors, KohyaMetadata(), torch.float32)
-    found = describe(tmp_path / "a.safetensors").norms
+    found = describe(tmp_path / "a.safetensors")
 
     def norm(start):
         updates = [up.double() @ down.double() for name, (down, up) in factors.items() if name.startswith(start)]
         return torch.cat([update.flatten() for update in updates]).norm().item()
 
-    assert found == pytest.approx(
+    assert norms(found) == pytest.approx(
         {
-            "unet down_blocks_0": norm("unet.down_blocks.0"),
-            "unet mid_block": norm("unet.mid_block"),
+            "unet IN01": norm("unet.down_blocks.0"),
+            "unet M00": norm("unet.mid_block"),
             "text_encoder": norm("text_encoder"),
         }
     )
+    assert [layer.name for layer in found.statistics] == list(
+        dict.fromkeys(map(to_name, load_file(tmp_path / "a.safetensors")))
+    )
+    for layer in found.statistics:
+        down, up = factors[from_kohya_name(layer.name)]
+        update = up.double() @ down.double()
+        assert (layer.norm, layer.rms) == pytest.approx((update.norm().item(), update.square().mean().sqrt().item()))
+        assert (layer.rank, layer.alpha) == (3, 3.0)
+        assert layer.block in found.blocks
+    block = found.blocks["unet IN01"]
+    assert (block.num_layers, block.ranks) == (3, (3,))
+    assert block.rms == pytest.approx(block.norm / (32 * 32 * 2 + 768 * 32) ** 0.5)
 
 
 def test_alpha_scales_a_norm_and_a_kernel_counts(tmp_path):
@@ -252,9 +283,9 @@ def test_alpha_scales_a_norm_and_a_kernel_counts(tmp_path):
         "lora_unet_mid_block_resnets_0_conv1.alpha": torch.tensor(6.0),
     }
     # every entry of the 5 x 36 update is 6 / 2 * 2
-    assert described(tmp_path, state).norms == pytest.approx({"unet mid_block": 6 * (5 * 36) ** 0.5})
+    assert norms(described(tmp_path, state)) == pytest.approx({"unet M00": 6 * (5 * 36) ** 0.5})
     odd = lora(UNET) | {f"{UNET}.lora_up.weight": torch.ones(8, 3)}
-    assert described(tmp_path, odd).norms == {}
+    assert described(tmp_path, odd).blocks == {}
 
 
 @pytest.mark.parametrize(
@@ -335,10 +366,10 @@ def test_the_norm_is_that_of_the_update_whatever_the_algorithm(tmp_path):
     state = {f"{conv}.lora_down.weight": down, f"{conv}.lora_mid.weight": core, f"{conv}.lora_up.weight": up,
              f"{conv}.alpha": torch.tensor(2.0)}  # fmt: skip
     update = 2 / 4 * torch.einsum("om,mnhw,ni->oihw", up[:, :, 0, 0], core, down[:, :, 0, 0])
-    assert described(tmp_path, state).norms == pytest.approx({"unet down_blocks_0": update.norm().item()}, rel=1e-5)
+    assert norms(described(tmp_path, state)) == pytest.approx({"unet IN01": update.norm().item()}, rel=1e-5)
     w1, w2 = torch.randn(2, 4, generator=generator), torch.randn(3, 2, generator=generator)
-    norms = described(tmp_path, {f"{UNET}.lokr_w1": w1, f"{UNET}.lokr_w2": w2}).norms
-    assert norms == pytest.approx({"unet down_blocks_0": torch.kron(w1, w2).norm().item()}, rel=1e-5)
+    found = norms(described(tmp_path, {f"{UNET}.lokr_w1": w1, f"{UNET}.lokr_w2": w2}))
+    assert found == pytest.approx({"unet IN01": torch.kron(w1, w2).norm().item()}, rel=1e-5)
 
 
 def test_other_algorithms_and_other_models_are_named(tmp_path):
