@@ -58,15 +58,16 @@ def todays_spelling(command: str, arguments: list[str]) -> list[str]:
 
 # Title -> options in their order, of whatever command; what is in no list comes after all of them.
 SECTIONS = {
-    "Everyday": "base hypernet lora out each targets resume steps rank preview no-preview overwrite seed",
+    "Everyday": "base hypernet lora weights out each targets resume steps rank preview no-preview overwrite seed",
     "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm optimizer batch-size "
            "gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
     "Loss": "denoising target-distance compare preservation preserve background timesteps-per-step max-timestep "
             "deep-supervision caption-dropout same-photo",
     "Hypernetwork": "encoder train-encoder learned-bases k hidden-size num-hidden-layers num-attention-heads",
-    "Photos": "crop face-detector flip jitter streaming num-workers validation validation-images",
+    "Photos": "crop face face-detector flip jitter streaming num-workers validation validation-images",
     "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
-    "Base model": "components revision train-text-encoder guidance-scale guidance",
+    "Pictures": "negative size sampler guidance clip-skip num-images seeds pictures",
+    "Base model": "components revision train-text-encoder guidance-scale",
     "LiDB weights": "save-theta from-theta",
     "Progress": "log-every checkpoint-every tracker",
     "Further": "",

@@ -21,7 +21,8 @@ has r * (a + b) numbers. `*batch` may be empty. What is not listed here may chan
 """
 # What hypernet is used by from Python beside its __all__, by the end of the dotted name.
 HYPERNET = (
-    "BaseModel", "PersonalizeConfig", "Personalization", "personalize_to_files", "PersonalizedEach", "load_photo",
+    "BaseModel", "BaseConfig", "NetworkConfig", "StartConfig",
+    "PersonalizeConfig", "Personalization", "personalize_to_files", "PersonalizedEach", "load_photo",
     "open_photos", "Crop", "StepReport", "open_people", "PreoptimizeConfig", "TargetStore", "TrainConfig",
     "HyperNetworkConfig", "predicted_recipe", "FitConfig", "Subject", "fit_theta", "fit_lora", "generate_to_file",
     "DrawConfig", "Sheet", "SheetPicture", "Infotext", "read_picture",

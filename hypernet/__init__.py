@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypernet.bases.loading import load_base
     from hypernet.comparison import evaluate
-    from hypernet.data_sets import preoptimize, train
+    from hypernet.data_sets import learn_start, preoptimize, train
     from hypernet.inputs.crops import find_crops
     from hypernet.network.hypernetwork import HyperNetwork
     from hypernet.personalization import personalize
@@ -26,6 +26,7 @@ _PLACES = {
     "evaluate": "hypernet.comparison",
     "find_crops": "hypernet.inputs.crops",
     "generate": "hypernet.sampling",
+    "learn_start": "hypernet.data_sets",
     "load_base": "hypernet.bases.loading",
     "personalize": "hypernet.personalization",
     "personalize_each": "hypernet.personalization_each",
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "find_crops",
     "generate",
+    "learn_start",
     "load_base",
     "personalize",
     "personalize_each",

@@ -1,4 +1,4 @@
-"""From a folder of people to targets, and to a hypernetwork: ``hdb preoptimize`` and ``hdb train`` as one call each.
+"""From a folder of people to targets, a hypernetwork, a start: `hdb preoptimize`, `train`, `learn-start`, a call each.
 
 What is asked for becomes a request, resolved and checked before a base model is loaded; what acts on it takes it as it
 is.
@@ -7,6 +7,7 @@ is.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from hypernet.bases.loading import Base, as_base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.devices import choose_device, join_processes, wait_for_others
 from hypernet.fitting import preoptimize as preoptimization
+from hypernet.fitting.starts import save_start
 from hypernet.inputs.people import People, open_people, with_detector
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import read_config
-from hypernet.network.prediction import predicted_start
+from hypernet.network.prediction import load_network, predicted_recipe, predicted_start
+from hypernet.personalization import recipe_space
 from hypernet.recipe import (
     DEFAULT_BASE,
     DEFAULT_ENCODER,
@@ -27,12 +30,15 @@ from hypernet.recipe import (
     PersonalizeConfig,
     PreoptimizeConfig,
     StageProgress,
+    StartConfig,
     TrainConfig,
     changed,
 )
-from hypernet.training import loop
+from hypernet.training import loop, start
 from hypernet.training.setup import check_folder, open_network
+from hypernet.training.start import StartState
 from lidb_peft import LiDBConfig, LiDBSpace
+from lidb_peft.outputs import check_output
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -140,7 +146,7 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     state, base = _on_own_device(request.base)
     people, config = request.people, request.config
     space = LiDBSpace(base.adapted, request.lidb_config)
-    start, start_name = (
+    predict, start_name = (
         (None, "theta_0") if request.network is None else predicted_start(request.network, space, base.device)
     )
     with state.main_process_first():  # which makes the store
@@ -148,7 +154,7 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     count = people.count()
     _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch_size or store.batch)
     result = preoptimization.preoptimize(
-        people, base, space, store, config, start, state.process_index, state.num_processes,
+        people, base, space, store, config, predict, state.process_index, state.num_processes,
         progress if state.is_main_process else None,
     )  # fmt: skip
     wait_for_others(state)
@@ -224,6 +230,56 @@ def train_network(request: TrainRequest, progress: StageProgress | None = None) 
         request.people, base, network, request.out, request.config, request.targets, request.held_out, request.resume,
         request.trackers, progress, space,
     )  # fmt: skip
+
+
+def learn_start(
+    people: People | str | Path,
+    out: str | Path,
+    base: Base = DEFAULT_BASE,
+    config: StartConfig | None = None,
+    recipe: PersonalizeConfig | None = None,
+    hypernet: str | Path = "auto",
+    progress: StageProgress | None = None,
+    **options: Any,
+) -> StartState:
+    """Learn where finetunings start, and write it as a LoRA, see `hypernet.training.start`; a stopped run is resumed.
+
+    Args:
+        people: what `open_people` opens, such as a folder, or has opened.
+        base: a loaded base model, or what `load_base` loads.
+        config: how to learn.
+        recipe: of the finetunings, as they will be; by default the base's own, beside a hypernetwork
+            `predicted_recipe`.
+        hypernet: id or folder of the hypernetwork beside whose predictions is finetuned; ``auto`` is a bundled base's
+            own, ``none`` does without.
+        progress: called with ("learn start", rounds done, rounds in all).
+        options: fields of the recipe to change, such as ``rank=8``.
+
+    Raises:
+        ValueError, OSError: as `rounds_of`, `resumable_start` and `learn_start` of `hypernet.training.start`, or
+            ``out`` cannot be written.
+    """
+    out, name, config = Path(out), base_name(base), config or StartConfig()
+    source = people.source if isinstance(people, People) else str(people)
+    # A base's folder may have a start in it.
+    check_output(out, [source, *(file for file in base_inputs(base) if Path(file).is_file())])
+    bundle, network_config = find_bundle(name), _network_config(hypernet, base)
+    if recipe is None:
+        recipe = bundle.recipe if network_config is None else predicted_recipe(network_config, bundle.recipe)
+    recipe = with_detector(changed(recipe, options))
+    opened = open_people(people) if isinstance(people, str | Path) else people
+    network = None if network_config is None else load_network(network_config).requires_grad_(False)
+    base = as_base(base)
+    space = recipe_space(base, recipe, bundle.lidb_config) if network is None else network.space_on(base.adapted)
+    of_round = start.rounds_of(opened, base, recipe, config, network)
+    report = None if progress is None else partial(progress, "learn start")
+    with start.resumable_start(out.with_suffix(".unfinished"), space, recipe.rank, config.seed) as (state, checkpoint):
+        start.learn_start(
+            base, space, of_round, config, recipe.lora_fit, state, recipe.rank,
+            None if network is None else network.bases, report, checkpoint,
+        )  # fmt: skip
+        save_start(out, state.start, recipe.rank, space)
+    return state
 
 
 def _network_config(hypernet: str | Path, base: Base) -> HyperNetworkConfig | None:

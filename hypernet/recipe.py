@@ -32,6 +32,7 @@ AUTO = ("auto", "on", "off")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 FACE_DETECTORS = ("auto", "yunet", "cascade")
 FACES = ("largest", "leftmost", "rightmost")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZATIONS = ("nf4", "int8")
 
 

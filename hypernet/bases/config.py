@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, QUANTIZATIONS, setting
+from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PRECISIONS, QUANTIZATIONS, setting
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BaseConfig:
 
     base: str = DEFAULT_BASE
     device: str = "auto"
-    precision: str = "auto"
+    precision: str = setting("auto", PRECISIONS)
     attention: str = setting("auto", ATTENTIONS)
     compile: bool = False
     components: str | None = None

@@ -63,16 +63,16 @@ def load_transformer(path: Path, config_folder: Path, dtype: torch.dtype) -> "Fl
     config = json.loads((config_folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    weights = {ours: value.to(dtype) for name, tensor in iter_tensors(path) for ours, value in rename(name, tensor)}
+    tensors = {ours: value.to(dtype) for name, tensor in iter_tensors(path) for ours, value in rename(name, tensor)}
     expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
         names = differing_names(found, expected)
         raise ValueError(
             f"{len(names)} of its weights are not those of {config_folder / 'config.json'}, e.g. {names[0]}; pass "
             f"--components with the folder that the file belongs to"
         )
-    transformer.load_state_dict(weights, assign=True)
+    transformer.load_state_dict(tensors, assign=True)
     return transformer
 
 

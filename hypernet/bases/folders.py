@@ -101,8 +101,8 @@ def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights, e.g. {missing[0]}; download the base model again")
     if any(name.startswith(_CLIP_LEVEL) for name in named) and not any(name.startswith(_CLIP_LEVEL) for name in stored):
-        weights = {_bare(name): value for file in files for name, value in iter_tensors(file)}
-        text_encoder.load_state_dict({name: weights[_bare(name)] for name in named}, strict=False)
+        tensors = {_bare(name): value for file in files for name, value in iter_tensors(file)}
+        text_encoder.load_state_dict({name: tensors[_bare(name)] for name in named}, strict=False)
 
 
 def _check_tokenizer(folder: Path) -> None:

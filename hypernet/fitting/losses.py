@@ -60,11 +60,11 @@ def base_losses(
 def denoising_error(noise_pred: Tensor, target: Tensor, background: float = 1.0) -> Tensor:
     """Mean squared error per sample, ``(n,)``; the background counts ``background`` times as much as the head.
 
-    The head is the ellipse in which prepared portraits show it with its hair; weights have mean 1.
+    The head is the ellipse in which prepared portraits show it with its hair; the loss weights have mean 1.
     """
     error = (noise_pred - target).square()
     if background != 1:
-        error = error * _head_weights(*error.shape[-2:], background, error.device)
+        error = error * _loss_weights(*error.shape[-2:], background, error.device)
     return error.mean(dim=(1, 2, 3))
 
 
@@ -98,9 +98,9 @@ def layer_scale(space: LiDBSpace, targets: Tensor, compare: str) -> Tensor:
 
 
 @lru_cache(maxsize=8)  # a copy to the device would make every step wait for it
-def _head_weights(height: int, width: int, background: float, device: torch.device) -> Tensor:
+def _loss_weights(height: int, width: int, background: float, device: torch.device) -> Tensor:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 2 * height + 1)[1::2], torch.linspace(-1, 1, 2 * width + 1)[1::2],
                           indexing="ij")  # fmt: skip
     inside = (x / HEAD_HALF_WIDTH) ** 2 + (y / HEAD_HALF_HEIGHT) ** 2 < 1
-    weights = torch.where(inside, 1.0, background)
-    return (weights / weights.mean()).to(device)
+    loss_weights = torch.where(inside, 1.0, background)
+    return (loss_weights / loss_weights.mean()).to(device)

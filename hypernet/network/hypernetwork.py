@@ -281,10 +281,10 @@ def _check_files(source: str, folder: Path) -> HyperNetworkConfig:
     _check_type(source, found)
     check_config(source, found, HyperNetworkConfig)
     check_indices(folder, "get the hypernetwork again")
-    weights = list(folder.glob("model*.safetensors"))
-    if not weights:
+    files = list(folder.glob("model*.safetensors"))
+    if not files:
         raise FileNotFoundError(f"{source} is not a whole hypernetwork: it has no model.safetensors; get it again")
-    stored = [math.prod(info.shape) for file in weights for info in read_header(file).tensors.values()]
+    stored = [math.prod(info.shape) for file in files for info in read_header(file).tensors.values()]
     config = HyperNetworkConfig.from_dict(found)
     config.name_or_path = source
     check_size(source, config, sum(stored))
