@@ -1,5 +1,6 @@
 """`hdb personalize`."""
 
+from collections import deque
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ def command(
         from hypernet.personalization import make_person
         from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
+        from hypernet.watching import StepReport, Watch
 
     common = {
         "hypernet": hypernet or "auto",
@@ -95,8 +97,16 @@ def command(
         from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
         model = as_base(base)
-    with progress_bars(per_hour="" if each is None else "people") as report:
-        result = (make_person if each is None else make_people)(request, model, report)
+    last: deque[StepReport] = deque(maxlen=1)
+
+    def read_loss(stage: str) -> float | None:
+        return last[0].loss if last and last[0].stage == stage else None
+
+    with progress_bars(per_hour="" if each is None else "people", read_loss=read_loss) as report:
+        if each is None:
+            result = make_person(request, model, report, Watch(on_step=last.append))
+        else:
+            result = make_people(request, model, report)
     (_tell_person if each is None else _tell_people)(result, out)
     seconds |= result.seconds
     click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))

@@ -8,17 +8,18 @@ import click
 
 from hypernet.recipe import StageProgress
 
+ReadLoss = Callable[[str], float | None]
+"""The loss of a stage so far; None where there is none."""
+
 _LINE_EVERY_S = 20.0  # between the lines of a log
 _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
 
 
-def report_lines(
-    clock: Callable[[], float] = time.monotonic, read_loss: Callable[[], float | None] | None = None
-) -> StageProgress:
+def report_lines(clock: Callable[[], float] = time.monotonic, read_loss: ReadLoss | None = None) -> StageProgress:
     """Return a callback that prints a line every so often: steps, loss, time and time left.
 
     Args:
-        read_loss: the loss so far, asked for when a line is due; None of it, or of the function, says none.
+        read_loss: asked for when a line is due.
     """
     began: dict[str, tuple[float, int]] = {}
     told: dict[str, float] = {}
@@ -36,7 +37,7 @@ def report_lines(
             else f", {_as_time((now - start) * (total - done) / (done - first))} left"
         )
         of = "" if total is None else f" of {total}"
-        loss = None if read_loss is None else read_loss()
+        loss = None if read_loss is None else read_loss(stage)
         at = "" if loss is None else f", loss {loss:.4f},"
         click.echo(f"{stage}: {done}{of}{at} in {_as_time(now - start)}{left}", err=True)
 
@@ -50,7 +51,7 @@ def _as_time(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bars(per_hour: str = "", read_loss: Callable[[], float | None] | None = None) -> Iterator[StageProgress]:
+def progress_bars(per_hour: str = "", read_loss: ReadLoss | None = None) -> Iterator[StageProgress]:
     """Yield a callback ``(stage, done, total)`` that shows one bar per stage; off a terminal a line every so often.
 
     Args:

@@ -61,7 +61,7 @@ def command(
     encoder = fresh.pop("encoder")
     distance = float(targets is not None) if target_distance is None else target_distance
     config = TrainConfig(**options, target_distance=distance)
-    with progress_bars(read_loss=lambda: logged_loss(out)) as report:
+    with progress_bars(read_loss=lambda stage: logged_loss(out)) as report:
         result = train(
             images, out, chosen, config, targets=targets, hypernet=init_from or "none", encoder=encoder,
             network_options=fresh, held_out=validation_images, resume=resume, trackers=trackers, progress=report,
@@ -70,6 +70,8 @@ def command(
         loss = "no step was left" if result.loss is None else f"loss {result.loss:.4f}"
         best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({result.folder})"
         click.echo(f"trained {result.steps} steps: {loss}{best}")
+        if result.rose:
+            click.echo(f"warning: the loss rose from {result.first_loss:.4f}; lower --lr, or train longer", err=True)
         if result.skipped:
             click.echo(f"skipped {len(result.skipped)} photos or people, listed in {result.skipped_file}")
         click.echo(f"wrote {result.last}")

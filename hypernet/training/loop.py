@@ -56,7 +56,8 @@ class Trained:
     Attributes:
         folder: the hypernetwork to use: the best on held-out people, or the last one.
         steps: done in all.
-        loss: on the people it was trained on, at the end; None if no step was left to do.
+        first_loss, loss: on the people it was trained on, as it was logged first and last; None if no step was left to
+            do.
         best: the lowest on held-out people; None without validation.
         skipped: the photos and people that were left out, name -> reason.
         last, skipped_file: where the last hypernetwork is, and what was left out.
@@ -65,10 +66,16 @@ class Trained:
 
     folder: Path
     steps: int = 0
+    first_loss: float | None = None
     loss: float | None = None
     best: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     is_main_process: bool = True
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss is higher at the end than it was."""
+        return self.first_loss is not None and self.loss is not None and self.loss > self.first_loss
 
     @property
     def last(self) -> Path:
@@ -280,6 +287,8 @@ class _Run:
         if means:
             self.used += means["people"]
             self.result.loss = means["loss"]
+            if self.result.first_loss is None:
+                self.result.first_loss = means["loss"]
             self._log({**means, "lr": self.schedule.get_last_lr()[0]})
 
     def _checkpoint(self) -> None:

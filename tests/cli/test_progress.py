@@ -1,3 +1,4 @@
+import re
 import time
 
 from cli.progress import progress_bars, report_lines
@@ -17,7 +18,7 @@ def test_bars_say_how_many_an_hour_not_counting_what_was_there(capsys, monkeypat
 
 def test_a_line_says_the_loss_so_far_once_there_is_one(capsys):
     now, losses = iter([0, 25, 50]), iter([None, 0.12345])
-    report = report_lines(clock=lambda: next(now), read_loss=lambda: next(losses))
+    report = report_lines(clock=lambda: next(now), read_loss=lambda stage: next(losses))
     for done in (0, 50, 100):
         report("train", done, 100)
     assert capsys.readouterr().err.splitlines() == [
@@ -35,3 +36,9 @@ def test_off_a_terminal_a_line_every_so_often_says_steps_and_time_left(capsys):
         "train: 50 of 100 in 0:00:25, 0:00:25 left",
         "train: 100 of 100 in 0:00:50, 0:00:00 left",
     ]
+
+
+def test_a_person_s_fit_tells_its_loss_off_a_terminal(hdb, personalize, portrait, monkeypatch):
+    monkeypatch.setattr("cli.progress._LINE_EVERY_S", 0.0)
+    output = hdb.run(*personalize(portrait), "--steps", 3, "--out", "me.safetensors")
+    assert re.search(r"^finetune LoRA: 3 of 3, loss \d\.\d{4}, in 0:", output, re.MULTILINE)

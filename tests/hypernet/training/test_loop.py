@@ -123,6 +123,15 @@ def test_the_denoising_loss_alone_lowers_itself_on_the_same_noise(run):
     assert measured("after", network) < measured("before", None)
 
 
+def test_a_loss_that_rose_is_told_from_one_that_fell(run):
+    folder, _, result = run("out", replace(CONFIG, steps=2))
+    losses = [line["loss"] for line in log(folder)]
+    assert (result.first_loss, result.loss) == (losses[0], losses[-1])
+    assert loop.logged_loss(folder) == losses[-1]
+    assert not replace(result, first_loss=1.0, loss=0.9).rose
+    assert replace(result, first_loss=1.0, loss=1.1).rose
+
+
 def test_learned_bases_are_trained_and_saved(run, space):
     network = make_network(space, learned_bases=True)
     before = {name: value.clone() for name, value in network.bases.items()}
