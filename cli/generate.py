@@ -114,12 +114,14 @@ def command(
     if seeds is not None and num_images > 1:
         raise click.UsageError("--seeds and --num-images contradict each other; pass one of them")
     from cli.progress import progress_bars
-    from hypernet.bases.loading import load_base
+    from hypernet.bases.config import BaseConfig
+    from hypernet.bases.loading import as_base
     from hypernet.sheets import DrawConfig, check_pictures, generate_to_file
 
-    check_pictures(out, base, loras, pictures, overwrite)
+    chosen = BaseConfig(base, device, precision, components=components, quantize=quantize)
+    check_pictures(out, chosen, loras, pictures, overwrite)
     config = DrawConfig(**drawing)
-    model = load_base(base, device, precision, components=components, quantize=quantize)
+    model = as_base(chosen)
     with progress_bars() as report:
         files = generate_to_file(
             model, prompts, out, loras, weights, seeds or range(seed, seed + num_images), config, pictures, overwrite,

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from converters import KohyaMetadata, prepare_conversion, write_lora
+from converters.sidecar import check_companions
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import Base, as_base
 from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta, relaxed_factors
@@ -36,6 +37,7 @@ from hypernet.sampling import generate
 from hypernet.timing import timed
 from hypernet.watching import StepReport, Watch
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
+from lidb_peft.outputs import check_output
 from lidb_peft.record import recorded_models
 
 FIT_THETA, FINETUNE = "fit theta", "finetune LoRA"
@@ -130,15 +132,19 @@ class Personalization:
         dtype: torch.dtype = torch.float16,
         to: str = "kohya",
         step: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write the LoRA: kohya safetensors with A1111's sidecar and, if given, a preview picture, or another format.
 
         Args:
             to: one of `converters.FORMATS` that hold a LoRA, such as ``diffusers``, or ``peft``, which is a folder.
             step: write the one after this step, which must be among the snapshots.
+            overwrite: what is at ``path``, and a sidecar or pictures of somebody else's beside it, may be replaced.
 
         Raises:
+            FileExistsError: something is there, and is not to be replaced.
             ValueError: there is no snapshot of ``step``.
+            ValueError, OSError: as `check_output`.
         """
         metadata = lora_metadata(self.base, self.config.trigger, num_photos=len(self.photos))
         factors = self.factors if step is None else self.snapshots.get(step)
@@ -146,20 +152,27 @@ class Personalization:
             kept = ", ".join(map(str, self.snapshots)) or "none; pass save_every"
             raise ValueError(f"there is no LoRA of step {step}; kept are those of {kept}")
         if to == "kohya":
+            check_output(path, overwrite=overwrite)
+            check_companions(Path(path), self.config.trigger, preview=preview is not None, overwrite=overwrite)
             self.files += write_lora(path, factors, metadata, dtype=dtype, preview=preview)
             return
         with TemporaryDirectory() as folder:
             kohya, *_ = write_lora(Path(folder) / "lora.safetensors", factors, metadata, dtype=dtype)
-            self.files += prepare_conversion(kohya, path, to).write()
+            self.files += prepare_conversion(kohya, path, to, overwrite=overwrite).write()
 
-    def save_theta(self, path: str | Path) -> None:
+    def save_theta(self, path: str | Path, overwrite: bool = False) -> None:
         """Write theta alone, 53 KB for Stable Diffusion 1.5.
+
+        Args:
+            overwrite: a file at ``path`` may be replaced.
 
         Raises:
             ValueError: its bases are learned.
+            ValueError, OSError: as `check_output`.
         """
         if self.bases is not None:
             raise ValueError(NO_THETA_FILE)
+        check_output(path, overwrite=overwrite)
         save_theta(
             path,
             self.theta,
@@ -270,10 +283,10 @@ def make_person(
         raise result
     result.left_out = request.left_out
     if request.save_theta is not None:
-        result.save_theta(request.save_theta)
+        result.save_theta(request.save_theta, overwrite=request.overwrite)
     if request.out is not None:
         with timed(seconds, "export"):
-            result.save(request.out)
+            result.save(request.out, overwrite=request.overwrite)
         pictures = Pictures(base, opened.space, request.config, request.previews)
         result.files += pictures.draw(request.out, seconds, progress)
     return result

@@ -132,7 +132,7 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
                     report(1)
                     continue
                 with timed(result.seconds, "export"):
-                    one.save(file)
+                    one.save(file, overwrite=True)  # what is there and stays was found before the work
                 made.append(file)
                 result.notes += [f"{file.name}: {note}" for note in one.loss_notes if "overcooked" in note]
                 report(1 / stages)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from converters import describe
 from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import as_base
+from hypernet.bases.loading import Base, as_base, base_inputs
 from hypernet.infotext import Infotext
 from hypernet.prompts import warn_of_prompts
 from hypernet.recipe import Progress
@@ -218,13 +218,13 @@ def generate_to_file(
     Raises:
         ValueError, OSError: as `check_pictures` and `draw_sheet`.
     """
-    check_pictures(out, base.name, loras, pictures, overwrite)
+    check_pictures(out, base, loras, pictures, overwrite)
     return draw_sheet(base, prompts, loras, weights, seeds, config, progress=progress).save(out, pictures)
 
 
 def check_pictures(
     out: str | Path,
-    base: str = "",
+    base: Base = "",
     loras: Sequence[str | Path] = (),
     pictures: str | Path | None = None,
     overwrite: bool = False,
@@ -232,12 +232,13 @@ def check_pictures(
     """Raise ValueError or OSError now if pictures cannot be written to ``out``, or a LoRA is no usable one.
 
     Args:
-        base: the base model's name, which is not to be written over.
+        base: the base model, whose files are not to be written over.
         pictures: a folder for single pictures, which must not be there.
     """
-    check_output(out, [base, *loras], ".png", overwrite)
+    inputs = [*base_inputs(base), *loras]
+    check_output(out, inputs, ".png", overwrite)
     if pictures is not None:
-        check_output(pictures, [base, *loras], FOLDER)
+        check_output(pictures, inputs, FOLDER)
     for lora in loras:
         check_lora(lora)
 

@@ -91,7 +91,7 @@ def run_demo(
     heads = [f"{PROMPTS[column][0]} {'' if column in PLAIN | SEEN else UNHEARD_OF}" for column in COLUMNS]
     sheet = contact_sheet(rows, heads)
     preview = rows[3][1][0].resize((512, 512), Image.Resampling.NEAREST)
-    result.save(files.lora, preview=preview)
+    result.save(files.lora, preview=preview, overwrite=overwrite)
     save_picture(sheet, files.sheet)
     return files, result
 

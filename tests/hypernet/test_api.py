@@ -149,6 +149,19 @@ def test_a_result_is_saved_in_any_format(result, tmp_path, to):
         torch.testing.assert_close(layer.scale * layer.lora_B @ layer.lora_A, lora_B @ lora_A, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_a_result_replaces_nothing_unless_it_is_told_to(result, tmp_path, to):
+    path = tmp_path / ("me" if to == "peft" else "me.safetensors")
+    result.save(path, to=to)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(FileExistsError, match=r"me.* exists and is kept"):
+        result.save(path, to=to, dtype=torch.float32)
+    assert [file.read_bytes() for file in files] == before
+    result.save(path, to=to, dtype=torch.float32, overwrite=True)
+    assert next(iter(read_lora(path).layers.values())).lora_A.dtype == torch.float32
+
+
 def test_options_that_there_are_not_name_the_nearest(photo, base):
     with pytest.raises(ValueError, match=r"'step' is not an option of PersonalizeConfig; did you mean 'steps'\?"):
         personalize(photo, base, step=3)

@@ -18,7 +18,7 @@ from hypernet.inputs.photos import load_photo
 from hypernet.personalization import Personalization, personalize, personalize_to_files
 from hypernet.recipe import PersonalizeConfig
 from hypernet.request import request_person
-from lidb_peft import LiDBConfig, LiDBSpace, save_theta
+from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 
 QUICK = replace(MINIATURE_RECIPE, adapt="all", theta_steps=3, theta_lr=0.1, steps=3, lr=0.05, rank=2, crop=False)
@@ -192,6 +192,15 @@ def test_an_interruption_leaves_what_is_whole(base, photo, tmp_path, stage, left
     assert tree(tmp_path) == left
 
 
+def test_weights_alone_replace_nothing_unless_they_are_told_to(result, tmp_path):
+    (tmp_path / "theta.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(FileExistsError, match=r"theta\.safetensors exists and is kept"):
+        result.save_theta(tmp_path / "theta.safetensors")
+    assert (tmp_path / "theta.safetensors").read_bytes() == b"somebody's"
+    result.save_theta(tmp_path / "theta.safetensors", overwrite=True)
+    assert torch.equal(load_theta(tmp_path / "theta.safetensors").theta.half(), result.theta.half())
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(result, tmp_path, monkeypatch):
     file = tmp_path / "me.safetensors"
     file.write_text("the one from yesterday")
@@ -201,7 +210,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(result, tmp_path, 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        result.save(file)
+        result.save(file, overwrite=True)
     assert caught.value.filename == str(file.with_suffix(".json"))  # the sidecar comes first, the LoRA last
     assert file.read_text() == "the one from yesterday"
     with pytest.raises(OSError, match="No space left"):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from converters import describe, write_lora
 from hypernet import draw_sheet, generate
+from hypernet.bases.config import BaseConfig
 from hypernet.infotext import read_picture
 from hypernet.personalization import lora_metadata
 from hypernet.sheets import DrawConfig, check_pictures
@@ -166,3 +167,10 @@ def test_nothing_to_draw_is_refused(base, tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(FileExistsError, match="pictures exists"):
         check_pictures(tmp_path / "a.png", pictures=tmp_path / "pictures")
+
+
+def test_a_picture_is_not_written_into_what_the_base_is_read_from(tmp_path):
+    for base in (str(tmp_path), BaseConfig("transformer.safetensors", components=str(tmp_path))):
+        for arguments in ((tmp_path / "a.png",), ("a.png", base, (), tmp_path / "pictures")):
+            with pytest.raises(ValueError, match=r"lies inside .*, which is read"):
+                check_pictures(*(arguments if len(arguments) > 1 else (*arguments, base)))
