@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "cli.demo",
     "personalize": "cli.personalize",
     "generate": "cli.generate",
+    "prepare": "cli.prepare",
     "preoptimize": "cli.preoptimize",
     "train": "cli.train",
     "learn-start": "cli.learn_start",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hypernet.comparison import evaluate
     from hypernet.data_sets import learn_start, preoptimize, train
     from hypernet.inputs.crops import find_crops
+    from hypernet.inputs.prepared import prepare
     from hypernet.network.hypernetwork import HyperNetwork
     from hypernet.personalization import personalize
     from hypernet.personalization_each import personalize_each
@@ -31,6 +32,7 @@ _PLACES = {
     "personalize": "hypernet.personalization",
     "personalize_each": "hypernet.personalization_each",
     "preoptimize": "hypernet.data_sets",
+    "prepare": "hypernet.inputs.prepared",
     "train": "hypernet.data_sets",
 }
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "personalize",
     "personalize_each",
     "preoptimize",
+    "prepare",
     "train",
 ]
 

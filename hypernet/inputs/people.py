@@ -45,6 +45,8 @@ Cropping = TypeVar("Cropping", PersonalizeConfig, TrainConfig)
 
 DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 _log = logging.getLogger(__name__)
+PREPARED_COLUMNS = ("name", "digest", "size_px", "photos")
+"""Of a data set that `hypernet.inputs.prepared` has made."""
 _WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going through 20 GB takes no minutes
 
 
@@ -57,15 +59,25 @@ class RawPhoto(NamedTuple):
 
 
 class Person(NamedTuple):
-    """One row of a data set."""
+    """One row of a data set.
+
+    Attributes:
+        prepared_px: photos are squares of this side, as `hypernet.inputs.prepared` has made them; 0 if they are raw.
+        source_digest: of the photos that they were made of.
+    """
 
     name: str
     photos: tuple[RawPhoto, ...]
+    prepared_px: int = 0
+    source_digest: str = ""
 
     @property
     def digest(self) -> str:
         """Of the bytes of all photos; of large files a part of their beginning, middle and end."""
-        return hashlib.sha256(b"".join(_photo_digest(photo.data) for photo in self.photos)).hexdigest()[:32]
+        return (
+            self.source_digest
+            or hashlib.sha256(b"".join(_photo_digest(photo.data) for photo in self.photos)).hexdigest()[:32]
+        )
 
 
 @dataclass(frozen=True)
@@ -109,12 +121,14 @@ class People:
         dataset: rows of ``name``, ``photos`` and ``paths`` if it is a folder, else rows with an undecoded image.
         image_column: the column of that image; None for a folder.
         is_from_hub: what its rows name is fetched if it is on the hub too; nothing else that a row names is opened.
+        is_prepared: rows are those of `hypernet.inputs.prepared`.
     """
 
     source: str
     dataset: "datasets.Dataset | datasets.IterableDataset"
     image_column: str | None
     is_from_hub: bool = False
+    is_prepared: bool = False
 
     @property
     def is_streamed(self) -> bool:
@@ -130,6 +144,9 @@ class People:
     @cached_property
     def roster(self) -> tuple[tuple[str, str], ...]:
         """Each person's name and the digest of their photos; the whole data set is gone through for it, once."""
+        if self.is_prepared:
+            rows = self.dataset.select_columns(["name", "digest"])
+            return tuple((row["name"], row["digest"]) for row in rows)
         return tuple((person.name, person.digest) for person in self)
 
     @property
@@ -143,6 +160,9 @@ class People:
                 yield self._person(row)
 
     def _person(self, row: dict) -> Person:
+        if self.is_prepared:
+            photos = (RawPhoto(photo["name"], photo["png"] or b"", photo["problem"]) for photo in row["photos"])
+            return Person(row["name"], tuple(photos), row["size_px"], row["digest"])
         if self.image_column is None:
             return Person(row["name"], tuple(map(RawPhoto, row["photos"], map(os.fsdecode, row["paths"]))))
         image = row[self.image_column] or {"bytes": None, "path": None}
@@ -161,6 +181,8 @@ class People:
 
 def open_people(source: str | Path, streaming: bool = False) -> People:
     """Open an image folder, a parquet or tar file, a folder of either, or a data set of the Hugging Face hub.
+
+    What `hypernet.inputs.prepared.prepare` wrote is parquet.
 
     Args:
         streaming: read parquet, tars and the hub as they come, instead of copying them into the cache of `datasets`.
@@ -237,6 +259,8 @@ def _open_table(source: str, streaming: bool, *load_arguments: str, **load_optio
     with _readable(source):
         rows = datasets.load_dataset(*load_arguments, **load_options, split="train", streaming=streaming)
     features = rows.features or {}
+    if set(PREPARED_COLUMNS) <= set(features):
+        return People(source, rows, None, is_prepared=True)
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns and "image" not in features:
         raise ValueError(f"{source} has no column of images, but {', '.join(features) or 'none that is known'}")
@@ -279,7 +303,15 @@ def prepare_person(
 
     Returns:
         The person on the photos that can be used, None if none can be; and the photos that cannot.
+
+    Raises:
+        ValueError: the person was prepared at another size.
     """
+    if person.prepared_px:
+        if person.prepared_px != size_px:
+            raise ValueError(f"the data set was prepared at {person.prepared_px} pixels, and the base draws {size_px}; "
+                             f"prepare it anew with --size {size_px}")  # fmt: skip
+        crop = False
     photos, skipped = [], []
     for photo in person.photos:
         if photo.problem:

@@ -9,6 +9,7 @@ from PIL import Image
 from hypernet.inputs import photos
 from hypernet.inputs.face import Face
 from hypernet.inputs.people import open_people
+from hypernet.inputs.prepared import prepare
 from hypernet.recipe import TrainConfig
 from hypernet.training.examples import BLANK, Examples, augment, choose_people, training_places, validation_places
 
@@ -153,3 +154,13 @@ def test_who_is_held_out_depends_on_names_alone(face_folder):
 def test_one_person_cannot_be_shared_out(two_photos):
     with pytest.raises(ValueError, match=r"holds 1 people to train on, and validation holds out 1; add people"):
         choose_people(two_photos, CONFIG, None, None)
+
+
+def test_prepared_people_give_the_very_examples_of_their_source(face_folder, tmp_path):
+    prepare(face_folder, tmp_path / "prepared", 32, crop=False)
+    raw, ready = (Examples(open_people(source), 32, CONFIG) for source in (face_folder, tmp_path / "prepared"))
+    for place in ((0, 0), (5, 1), (9, 2)):
+        ours, theirs = ready[place], raw[place]
+        assert torch.equal(ours.seen, theirs.seen)
+        assert torch.equal(ours.denoised, theirs.denoised)
+        assert (ours.name, ours.photo, ours.seed) == (theirs.name, theirs.photo, theirs.seed)

@@ -1,0 +1,61 @@
+"""`hdb prepare`."""
+
+from pathlib import Path
+
+import click
+
+from cli.bases import given_options, recipe_options
+from cli.options import ConfiguredCommand
+
+
+class _Part(click.ParamType):
+    name = "part"
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        number, _, count = value.partition("/")
+        if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+            self.fail(f"{value!r} is no part; write 0/8, 1/8 and so on to 7/8", param, ctx)
+        return int(number), int(count)
+
+
+@click.command(name="prepare", cls=ConfiguredCommand)
+@click.argument("images")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="Folder for the data set; an interrupted run resumes there.")  # fmt: skip
+@click.option("--size", "size_px", type=click.IntRange(1), default=512, show_default=True,
+              help="Side of the squares in pixels: the base model's, 1024 for SDXL, 32 for testbed.")  # fmt: skip
+@click.option("--part", type=_Part(), metavar="I/N", show_default="all",
+              help="Make every N-th shard from the I-th on, for N machines; I counts from 0.")  # fmt: skip
+@click.option("--num-workers", type=click.IntRange(0), default=4, show_default=True,
+              help="Processes that find faces.")  # fmt: skip
+@recipe_options(("crop", "face_detector", "face"))
+def command(images, out, size_px, part, num_workers, **options) -> None:
+    """Decode the photos in IMAGES, find the faces and cut them out, once: what hdb preoptimize and hdb train read.
+
+    IMAGES is as for hdb preoptimize. --out is a folder of parquet files, which the datasets library reads and
+    the Hugging Face hub shows; photos that cannot be used are in it with the reason.
+
+    \b
+    hdb prepare faces/ --out prepared
+    hdb train prepared --out hypernetwork
+    hdb prepare somebody/faces --out prepared --part 3/8
+    """
+    from cli.progress import progress_bars
+    from hypernet.inputs.prepared import prepare
+
+    with progress_bars(per_hour="people") as report:
+        made = prepare(
+            images, out, size_px, part=part or (0, 1), num_workers=num_workers, progress=report,
+            **given_options(options),
+        )  # fmt: skip
+    found = f"; found {made.found} shards of an earlier run" if made.found else ""
+    click.echo(f"prepared {made.people} people in {made.seconds:.1f} s{found}")
+    for name, reason in list(made.left_out.items())[:5]:
+        click.echo(f"left out {name}: {reason}", err=True)
+    if made.left_out:
+        click.echo(f"left out {len(made.left_out)} photos in all; the reasons are in the data set")
+    if made.missing:
+        click.echo(f"{made.missing} shards are missing yet, which are other parts'")
+    click.echo(f"wrote {out}")
