@@ -58,7 +58,8 @@ def todays_spelling(command: str, arguments: list[str]) -> list[str]:
 
 # Title -> options in their order, of whatever command; what is in no list comes after all of them.
 SECTIONS = {
-    "Everyday": "base hypernet lora weights out each targets resume steps rank preview no-preview overwrite seed",
+    "Everyday": "preset base hypernet lora weights out each targets resume steps rank save-every preview preview-every "
+                "no-preview dry-run overwrite seed",
     "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm optimizer batch-size "
            "gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
     "Loss": "denoising target-distance compare preservation preserve background timesteps-per-step max-timestep "
@@ -179,11 +180,26 @@ class Command(click.Command):
                     formatter.write_dl([record for _, record in sorted(found[title], key=lambda entry: entry[0])])
 
 
-class ConfiguredCommand(Command):
-    """A command with ``--config`` and ``--save-config``, of all of its other options."""
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+"""The files of ``--preset``, by name; they are read as those of ``--config`` are."""
 
-    def __init__(self, *arguments, **options) -> None:
+
+class ConfiguredCommand(Command):
+    """A command with ``--config`` and ``--save-config``, of all of its other options.
+
+    Args:
+        presets: it has ``--preset`` too.
+    """
+
+    def __init__(self, *arguments, presets: bool = False, **options) -> None:
         super().__init__(*arguments, **options)
+        if presets:
+            self.params.append(
+                click.Option(["--preset"], type=click.Choice(list(PRESETS)), is_eager=True, expose_value=False,
+                             callback=_read_preset,
+                             help="Options that go together, from a file of this package (cli/presets); --config and "
+                                  "the command line override them.")
+            )  # fmt: skip
         path = click.Path(dir_okay=False, path_type=Path)
         self.params += [
             click.Option(["--config"], type=path, is_eager=True, expose_value=False, callback=_read,
@@ -204,12 +220,21 @@ def _keys(command: click.Command) -> dict[str, click.Option]:
     """The name of each option in a file: the one that is typed, with underscores."""
     options = [option for option in command.params if isinstance(option, click.Option)]
     keys = {option.opts[-1].lstrip("-").replace("-", "_"): option for option in options}
-    return {key: option for key, option in keys.items() if key not in ("config", "save_config", "help")}
+    return {key: option for key, option in keys.items() if key not in ("config", "save_config", "preset", "help")}
 
 
 def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    if path is None:
-        return
+    if path is not None:
+        context.default_map = {**(context.default_map or {}), **_options_of(context, path)}
+
+
+def _read_preset(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    if name is not None:
+        context.default_map = {**_options_of(context, PRESETS[name]), **(context.default_map or {})}
+
+
+def _options_of(context: click.Context, path: Path) -> dict[str, object]:
+    """The options in a file, as click takes defaults."""
     import yaml
 
     try:
@@ -232,7 +257,7 @@ def _read(context: click.Context, _: click.Parameter, path: Path | None) -> None
             raise click.UsageError(f"{name!r} in {path} is not an option of {context.command_path}; did you mean "
                                    f"{nearest!r}?")  # fmt: skip
         values[keys[key].name] = value
-    context.default_map = values
+    return values
 
 
 def _write(path: Path, context: click.Context) -> None:

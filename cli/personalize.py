@@ -1,9 +1,10 @@
 """`hdb personalize`."""
 
-from collections import deque
+import signal
+import threading
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,17 +17,23 @@ from cli.bases import (
     recipe_options,
     start_option,
 )
+from cli.generate import weights_option
 from cli.options import ConfiguredCommand
 from cli.results import overwrite_option
 from hypernet.recipe import PersonalizeConfig
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
+    from hypernet.bases.config import BaseConfig
     from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
+    from hypernet.request import PersonRequest
+    from hypernet.watching import StepReport
+
+_STOPPED = 130  # as a shell tells Ctrl-C
 
 
-@click.command(name="personalize", cls=ConfiguredCommand)
+@click.command(name="personalize", cls=ConfiguredCommand, presets=True)
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
               help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
@@ -38,11 +45,22 @@ if TYPE_CHECKING:
 @recipe_options([field.name for field in fields(PersonalizeConfig)], own=("token", "prompt"))
 @click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
 @click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
+@click.option("--save-every", type=click.IntRange(1), metavar="STEPS",
+              help="Write the LoRA after every so many steps too (NAME-000020.safetensors), and at the end a sheet of "
+                   "them all (NAME-sheet.png) and the loss (NAME-loss.png).")  # fmt: skip
+@weights_option
+@click.option("--preview-every", type=click.IntRange(1), metavar="STEPS",
+              help="Draw the LoRA after every so many steps (NAME-000020.png).")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the fit that Ctrl-C has stopped.")
+@click.option("--dry-run", is_flag=True, help="Write NAME-crops.png, what is taken of the photos, and say "
+                                              "what would be done; load and fit nothing.")  # fmt: skip
 @base_options
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
 @overwrite_option
+@click.pass_context
 def command(
+    context,
     photos,
     each,
     batch_size,
@@ -53,13 +71,25 @@ def command(
     save_theta,
     from_theta,
     start,
+    save_every,
+    weights,
+    preview_every,
+    resume,
+    dry_run,
     overwrite,
     **options,
 ) -> None:
     """Make a LoRA of the person in PHOTOS; several photos are one person. With --each, of many people at once.
 
+    A folder among PHOTOS stands for the photos in it. Of several photos those that cannot be used are left out and
+    named; whether they all show one person is not checked: look at what --dry-run writes. Ctrl-C ends the fit after its
+    step and keeps the LoRA so far.
+
     \b
     hdb personalize me.jpg
+    hdb personalize photos-of-me/ --out me.safetensors --preset portrait-best
+    hdb personalize group.jpg --dry-run --face 2
+    hdb personalize me.jpg --steps 160 --save-every 20 --weights 0.6,0.8,1.0
     hdb personalize me.jpg --hypernet my-hypernetwork/best
     hdb personalize me.jpg --preview "a sks face in the rain" --preview "a pencil drawing of a sks face"
     hdb personalize me1.jpg me2.jpg --base v1-5-pruned.safetensors --out me.safetensors --steps 160
@@ -67,16 +97,18 @@ def command(
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
     _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta)
+    of_one = {"--save-every": save_every, "--preview-every": preview_every, "--resume": resume, "--dry-run": dry_run}
+    if each is not None and any(of_one.values()):
+        raise click.UsageError(f"{next(filter(of_one.get, of_one))} is for one person; leave it or --each out")
     base = pop_base(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
-        from cli.progress import progress_bars
+        from cli.progress import LastLoss, progress_bars
         from hypernet.bases.loading import as_base
         from hypernet.inputs.people import open_people
         from hypernet.personalization import make_person
         from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
-        from hypernet.watching import StepReport, Watch
 
     common = {
         "hypernet": hypernet or "auto",
@@ -87,8 +119,14 @@ def command(
         "options": given_options(options),
     }
     if each is None:
-        out = out or Path(Path(photos[0]).stem + ".safetensors")
-        request = request_person(photos, out, save_theta=save_theta, from_theta=from_theta, **common)
+        out = out or Path(photos[0].resolve().stem + ".safetensors")
+        request = request_person(
+            photos, out, save_theta=save_theta, from_theta=from_theta, save_every=save_every,
+            preview_every=preview_every, weights=weights, resume=resume, **common,
+        )  # fmt: skip
+        if dry_run:
+            _tell_plan(request, base)
+            return
     else:
         folder = Path(each).resolve()
         people, out = open_people(each), out or Path(f"{folder.name if folder.is_dir() else folder.stem}-loras")
@@ -97,17 +135,17 @@ def command(
         from diffusers import StableDiffusionPipeline  # noqa: F401 - else it would be a part of loading
     with timed(seconds, "load base"):
         model = as_base(base)
-    last: deque[StepReport] = deque(maxlen=1)
-
-    def read_loss(stage: str) -> float | None:
-        return last[0].loss if last and last[0].stage == stage else None
-
-    with progress_bars(per_hour="" if each is None else "people", read_loss=read_loss) as report:
-        if each is None:
-            result = make_person(request, model, report, Watch(on_step=last.append))
-        else:
+    if each is None:
+        loss = LastLoss()
+        with progress_bars(read_loss=loss.read) as report, Stop() as stop:
+            result = make_person(request, model, report, on_step=lambda step: (loss(step), stop.note(step)), stop=stop)
+        _tell_person(result, out)
+        if result.stopped_at is not None:
+            _tell_stopped(result, request, context)
+    else:
+        with progress_bars(per_hour="people") as report:
             result = make_people(request, model, report)
-    (_tell_person if each is None else _tell_people)(result, out)
+        _tell_people(result, out)
     seconds |= result.seconds
     click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
     trigger = request.config.trigger
@@ -115,6 +153,64 @@ def command(
     click.echo(f'use it: put {where} into models/Lora and write "{trigger} <lora:{name}:1>"')
     if each is not None:
         click.echo(f'all of them answer to "{trigger}": take one at a time')
+
+
+class Stop:
+    """Ctrl-C, or SIGTERM, while a fit runs: the first ends it after its step, the second everything at once."""
+
+    def __init__(self) -> None:
+        self._is_asked = self._is_fitting = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in the background
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self._is_asked
+
+    def note(self, report: "StepReport") -> None:
+        """Note whether there is a step that can be waited for."""
+        self._is_fitting = report.step < report.steps
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._is_asked or not self._is_fitting:
+            raise KeyboardInterrupt
+        self._is_asked = True
+        click.echo("stopping after this step, to keep the LoRA so far; Ctrl-C again stops at once", err=True)
+
+
+def _tell_plan(request: "PersonRequest", base: "BaseConfig") -> None:
+    from converters.sidecar import is_our_picture, write_our_picture
+    from hypernet.inputs.crops import crops_sheet
+    from lidb_peft.outputs import check_output
+
+    config, sheet = request.config, request.out.with_name(f"{request.out.stem}-crops.png")
+    check_output(sheet, [], ".png", request.overwrite or is_our_picture(sheet))
+    write_our_picture(crops_sheet(request.photos), sheet)
+    for sentence in request.left_out:
+        click.echo(sentence, err=True)
+    count = len(request.photos)
+    stages = [f"{steps} steps of {what}" for what, steps in (("a LiDB fit", config.theta_steps),
+              ("finetuning", config.steps)) if steps]  # fmt: skip
+    click.echo(f"wrote {sheet}: what is taken of {count} photo{'s'[: count != 1]}; look whether all show one person")
+    click.echo(
+        f'would fit "{config.trigger}" on {base.base}: {" and ".join(stages) or "nothing beyond the prediction"}'
+    )
+    click.echo(f"would write {', '.join(map(str, request.planned_files))}")
+
+
+def _tell_stopped(result: "Personalization", request: "PersonRequest", context: click.Context) -> None:
+    stage, step = result.stopped_at
+    click.echo(f"stopped after step {step} of {stage}; the same command with --resume goes on")
+    context.exit(_STOPPED)
 
 
 def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta) -> None:

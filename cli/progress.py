@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,8 +12,28 @@ from hypernet.recipe import StageProgress
 ReadLoss = Callable[[str], float | None]
 """The loss of a stage so far; None where there is none."""
 
+if TYPE_CHECKING:
+    from hypernet.watching import StepReport
+
 _LINE_EVERY_S = 20.0  # between the lines of a log
+_LOSS_EVERY_S = 1.0  # between looks at a fit's loss, each of which waits for the device
 _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
+
+
+class LastLoss:
+    """The loss of a fit that runs; to be called with every `StepReport`, on the thread of the fit."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._looked, self._losses = clock, None, {}
+
+    def __call__(self, report: "StepReport") -> None:
+        now = self._clock()
+        if self._looked is None or now - self._looked >= _LOSS_EVERY_S or report.step == report.steps:
+            self._looked, self._losses[report.stage] = now, report.loss
+
+    def read(self, stage: str) -> float | None:
+        """That of about now of a stage; None if it has none."""
+        return self._losses.get(stage)
 
 
 def report_lines(clock: Callable[[], float] = time.monotonic, read_loss: ReadLoss | None = None) -> StageProgress:
@@ -56,7 +77,7 @@ def progress_bars(per_hour: str = "", read_loss: ReadLoss | None = None) -> Iter
 
     Args:
         per_hour: name of what is done, to show how many of it an hour.
-        read_loss: as for `report_lines`.
+        read_loss: as for `report_lines`; shown beside the bars too, and asked by another thread.
     """
     from rich.console import Console
     from rich.progress import (
@@ -76,8 +97,22 @@ def progress_bars(per_hour: str = "", read_loss: ReadLoss | None = None) -> Iter
             speed = f"{3600 * task.speed:,.0f} {per_hour}/h" if task.speed else ""
             return Text(speed, no_wrap=True)
 
+    class LossColumn(ProgressColumn):
+        max_refresh = _LOSS_EVERY_S
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._known: dict[int, str] = {}
+
+        def render(self, task: Task) -> Text:
+            loss = read_loss(task.description)
+            if loss is not None:
+                self._known[task.id] = f"loss {loss:.4f}"
+            return Text(self._known.get(task.id, ""), no_wrap=True)
+
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn(), *([PerHourColumn()] if per_hour else []))  # fmt: skip
+               TextColumn("left"), TimeRemainingColumn(), *([PerHourColumn()] if per_hour else []),
+               *([LossColumn()] if read_loss else []))  # fmt: skip
     console = Console(stderr=True)
     # In a log, under nohup and in a container bars are printed at the end only.
     also = (lambda *_: None) if console.is_terminal else report_lines(read_loss=read_loss)

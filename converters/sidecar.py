@@ -178,7 +178,7 @@ def read_sidecar(lora_path: Path) -> dict[str, object] | None:
     return entries if isinstance(entries, dict) and (not entries or _SIDECAR_KEYS & entries.keys()) else None
 
 
-def write_preview(lora_path: Path, preview: "Image") -> Path | None:
+def write_preview(lora_path: Path, preview: "Image", parameters: str = "") -> Path | None:
     """Write the picture that A1111 shows for a LoRA: ``<name>.png``, or ``<name>.preview.png`` where that is taken.
 
     A picture that this function did not write is never overwritten: it may be the photo that the LoRA was made from.
@@ -188,16 +188,22 @@ def write_preview(lora_path: Path, preview: "Image") -> Path | None:
     if path is None:
         warnings.warn(f"{lora_path.with_suffix('.png')} is another picture; the preview was not written", stacklevel=2)
         return None
-    write_our_picture(preview.convert("RGB"), path)
+    write_our_picture(preview.convert("RGB"), path, parameters)
     return path
 
 
-def write_our_picture(picture: "Image", path: Path) -> None:
-    """Write a PNG that belongs to a LoRA, marked so that it may be replaced with it; see `is_our_picture`."""
+def write_our_picture(picture: "Image", path: Path, parameters: str = "") -> None:
+    """Write a PNG that belongs to a LoRA, marked so that it may be replaced with it; see `is_our_picture`.
+
+    Args:
+        parameters: what it was drawn with, as Automatic1111 writes it.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     mark = PngInfo()
     mark.add_text("Software", _PREVIEW_SOFTWARE)
+    if parameters:
+        mark.add_itxt("parameters", parameters)
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=mark)
 

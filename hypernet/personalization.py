@@ -4,7 +4,7 @@ theta starts at a hypernetwork's prediction, at a theta file, or at the shared s
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from converters import KohyaMetadata, prepare_conversion, write_lora
-from converters.sidecar import check_companions
+from converters.sidecar import check_companions, write_our_picture
 from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import Base, as_base
+from hypernet.checkpoints import Checkpoints, Writer, run_record, step_path
 from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta, relaxed_factors
 from hypernet.fitting.running import Observer, RunningFit
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
@@ -26,14 +27,16 @@ from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import Photo
 from hypernet.inputs.pictures import PhotoLike
+from hypernet.loss_curve import loss_curve
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import Hypernet, load_network, predict_people
 from hypernet.pictures import Pictures
 from hypernet.prompts import check_trained_prompt, warn_of_prompts
 from hypernet.recipe import DEFAULT_BASE, PersonalizeConfig, Progress, StageProgress
-from hypernet.request import NO_THETA_FILE, PersonRequest, Request, request_person
+from hypernet.request import NO_THETA_FILE, PersonRequest, Request, loss_path, request_person
 from hypernet.sampling import generate
+from hypernet.sheets import DrawConfig, infotext_of
 from hypernet.timing import timed
 from hypernet.watching import StepReport, Watch
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors, ThetaFile, base_fingerprint, check_record, save_theta
@@ -225,9 +228,10 @@ def personalize(
             the message names it.
     """
     request = request_person(
-        photos, None, config, None, from_theta, hypernet, lidb_config, start=start, base=base, options=options
-    )
-    return make_person(request, as_base(base), progress, Watch(save_every, preview_every, on_step, stop))
+        photos, None, config, None, from_theta, hypernet, lidb_config, start=start, base=base, options=options,
+        save_every=save_every, preview_every=preview_every,
+    )  # fmt: skip
+    return make_person(request, as_base(base), progress, on_step, stop)
 
 
 def personalize_to_files(
@@ -243,6 +247,12 @@ def personalize_to_files(
     overwrite: bool = False,
     progress: StageProgress | None = None,
     start: str | Path | None = AUTO_START,
+    save_every: int | None = None,
+    preview_every: int | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    weights: Sequence[float] = (1.0,),
+    resume: bool = False,
     **options: Any,
 ) -> Personalization:
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
@@ -251,6 +261,14 @@ def personalize_to_files(
         previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
             None draws nothing, not even the preview picture.
         save_theta: write theta there too.
+        save_every: write the LoRA after every so many steps too, ``<out>-000020.safetensors``, and what is needed to
+            resume; at the end a sheet of them all, ``<out>-sheet.png``, and the loss as a picture, ``<out>-loss.png``.
+        preview_every: draw the trigger prompt after every so many steps, ``<out>-000020.png``.
+        stop: asked after every step; True ends the fit. The LoRA so far is written under its step's name, with what is
+            needed to resume.
+        weights: of the LoRAs on the sheet.
+        resume: go on with the fit that was stopped; it ends as an unbroken one would have.
+        on_step: as for `personalize`.
         config, lidb_config, from_theta, hypernet, start, options: as for `personalize`.
         overwrite: what is there may be replaced, unless it is an input.
 
@@ -258,15 +276,23 @@ def personalize_to_files(
         ValueError, OSError: an output cannot be written; found out before any work is done.
     """
     request = request_person(
-        photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base, overwrite, options
-    )
-    return make_person(request, as_base(base), progress)
+        photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base, overwrite, options,
+        save_every, preview_every, weights, resume,
+    )  # fmt: skip
+    return make_person(request, as_base(base), progress, on_step, stop)
 
 
 def make_person(
-    request: PersonRequest, base: BaseModel, progress: StageProgress | None = None, watch: Watch | None = None
+    request: PersonRequest,
+    base: BaseModel,
+    progress: StageProgress | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Personalization:
     """Do what is asked for one person, and write what is to be written.
+
+    Args:
+        on_step, stop: as for `personalize`.
 
     Raises:
         ValueError, OSError: what the request needs does not go with ``base``, the fit diverged, or a file cannot be
@@ -278,18 +304,55 @@ def make_person(
     opened = OpenedRequest(request, base, seconds)
     starts = opened.starts([person], progress)
     opened.network = None  # it may be larger than the base
-    (result,) = opened.fit([person], starts, progress, watch)
+    watch = Watch(request.save_every, request.preview_every, on_step, stop)
+    if request.out is None:
+        (result,) = opened.fit([person], starts, progress, watch)
+        return _of_request(result, request)
+    with Writer() as writer:
+        checkpoints = _checkpoints(opened, person, writer)
+        resumed = checkpoints.load_state() if request.resume else None
+        (result,) = opened.fit([person], starts, progress, watch, checkpoints, resumed)
+        result = _of_request(result, request)
+    result.files += checkpoints.files
+    if result.stopped_at is not None:
+        if result.finetuned is not None or not request.config.steps:
+            path = step_path(request.out, result.stopped_at[1])
+            if path not in result.files:  # where it was stopped may be a step that is saved
+                result.save(path, overwrite=request.overwrite or request.resume)
+        return result
+    if request.save_theta is not None:
+        result.save_theta(request.save_theta, overwrite=request.overwrite)
+    with timed(seconds, "export"):
+        result.save(request.out, overwrite=request.overwrite)
+    checkpoints.remove_state()
+    pictures = Pictures(base, opened.space, request.config, request.previews)
+    result.files += pictures.draw(request.out, seconds, progress)
+    if request.save_every is not None:
+        if any(map(len, result.losses.values())):
+            write_our_picture(loss_curve(result.losses), loss_path(request.out))
+            result.files.append(loss_path(request.out))
+        loras = [step_path(request.out, step) for step in request.steps_kept]
+        loras = [*filter(Path.exists, loras), request.out]
+        result.files += pictures.draw_steps(request.out, loras, request.weights, seconds, progress)
+    return result
+
+
+def _of_request(result: Personalization | ValueError, request: PersonRequest) -> Personalization:
     if isinstance(result, ValueError):
         raise result
     result.left_out = request.left_out
-    if request.save_theta is not None:
-        result.save_theta(request.save_theta, overwrite=request.overwrite)
-    if request.out is not None:
-        with timed(seconds, "export"):
-            result.save(request.out, overwrite=request.overwrite)
-        pictures = Pictures(base, opened.space, request.config, request.previews)
-        result.files += pictures.draw(request.out, seconds, progress)
     return result
+
+
+def _checkpoints(opened: "OpenedRequest", person: PreparedPerson, writer: Writer) -> Checkpoints:
+    request, base = opened.request, opened.base
+    record = run_record(
+        request.config, base=base_fingerprint(opened.space.models) or base.name, dtype=str(base.dtype),
+        photos=person.key, start=opened.start_source, theta=request.theta_source,
+        hypernetwork="" if request.network_config is None else request.network_config.name_or_path,
+    )  # fmt: skip
+    metadata = lora_metadata(base, request.config.trigger, num_photos=len(person.photos))
+    return Checkpoints(request.out, writer, metadata, record)
 
 
 class Starts(NamedTuple):
@@ -380,11 +443,15 @@ class OpenedRequest:
         starts: Starts,
         progress: StageProgress | None = None,
         watch: Watch | None = None,
+        checkpoints: Checkpoints | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> list[Personalization | ValueError]:
         """Fit people at once, each with weights of their own; whose fit diverges gets the error that says why.
 
         Args:
             watch: what is wanted while the fit of one person runs.
+            checkpoints: where its files go; None keeps what is wanted in memory alone.
+            resumed: the state of a fit of one person to go on from, see `Checkpoints.load_state`.
         """
         base, space, config = self.base, self.space, self.request.config
         (theta, bases), losses = starts, {}
@@ -392,12 +459,16 @@ class OpenedRequest:
         snapshots: dict[int, LoraFactors] = {}
         with timed(self.seconds, "prepare photos"):
             subjects = make_subjects(base, people, config.trigger, config.class_prompt)
-        if config.theta_steps:
-            observe = self._observer(watch, FIT_THETA, lambda values: space.factors(values[0], bases), snapshots)
+        stage, state = (None, None) if resumed is None else (resumed["stage"], resumed["fit"])
+        if stage == FINETUNE:
+            theta, losses = resumed["theta"], dict(resumed["losses"])
+        elif config.theta_steps:
+            kept = (theta, {}, snapshots, checkpoints)
+            observe = self._observer(watch, FIT_THETA, lambda values: space.factors(values[0], bases), *kept)
             with timed(self.seconds, FIT_THETA):
                 theta, losses[FIT_THETA] = fit_theta(
                     base, space, subjects, config.theta_fit, theta, _of_stage(progress, FIT_THETA), bases, failed,
-                    self.kept, observe,
+                    self.kept, observe, state,
                 )  # fmt: skip
         theta = theta.expand(len(people), *space.theta_0.shape)
         if failed:  # what is not finite is not gone on from
@@ -413,12 +484,13 @@ class OpenedRequest:
             def relaxed(lora: Tensor) -> LoraFactors:
                 return relaxed_factors(space, lora[0], config.rank, None if own is None else own[0], bases)
 
-            observe = self._observer(watch, FINETUNE, relaxed, snapshots)
+            observe = self._observer(watch, FINETUNE, relaxed, theta[0], losses, snapshots, checkpoints)
+            state = state if stage == FINETUNE else None
             with timed(self.seconds, FINETUNE):
                 finetuned, losses[FINETUNE] = fit_lora(
                     base, space, subjects, config.lora_fit, config.rank, own,
                     _of_stage(progress, FINETUNE), bases, self.start, failed,
-                    self.kept, observe,
+                    self.kept, observe, state,
                 )  # fmt: skip
             stopped_at = _stopped_at(losses, FINETUNE, config.steps)
         return [
@@ -435,26 +507,41 @@ class OpenedRequest:
         watch: Watch | None,
         stage: str,
         factors: Callable[[Tensor], LoraFactors],
+        theta: Tensor,
+        losses: dict[str, Tensor],
         snapshots: dict[int, LoraFactors],
+        checkpoints: Checkpoints | None,
     ) -> Observer | None:
-        """What to call after each step of a stage; the last stage alone is saved and drawn."""
+        """What to call after each step of a stage; of the last stage alone LoRAs are kept and pictures drawn."""
         if watch is None:
             return None
-        if stage == FIT_THETA and self.request.config.steps:
-            return watch.observer(stage)
+        config = self.request.config
+        save_state = None
+        if checkpoints is not None:
+
+            def save_state(run: RunningFit) -> None:
+                checkpoints.keep_state(stage, run, theta, losses)
+
+        if stage == FIT_THETA and config.steps:
+            return watch.observer(stage, save_state=save_state)
 
         def keep(run: RunningFit) -> None:
             snapshots[run.step] = factors(run.weights())
+            if checkpoints is not None:
+                checkpoints.keep_lora(run.step, snapshots[run.step])
 
-        def draw(weights: Tensor) -> Image.Image:
-            config = self.request.config
+        def draw(run: RunningFit) -> Image.Image:
+            own = factors(run.weights())
             (picture,) = generate(
-                self.base, config.trigger, self.space, factors(weights), config.seed, guidance=config.guidance
-            )
+                self.base, config.trigger, self.space, own, config.seed, guidance=config.guidance
+            )  # fmt: skip
             self.base.release_vae()
+            if checkpoints is not None:
+                text = infotext_of(self.base, config.trigger, config.seed, DrawConfig(guidance=config.guidance))
+                checkpoints.keep_picture(run.step, picture, str(text))
             return picture
 
-        return watch.observer(stage, keep, draw)
+        return watch.observer(stage, keep, draw, save_state)
 
 
 def _stopped_at(losses: dict[str, Tensor], stage: str, num_steps: int) -> tuple[str, int] | None:

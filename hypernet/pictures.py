@@ -7,14 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from converters import read_lora
+from converters import describe, read_lora
 from converters.sidecar import has_preview, write_our_picture, write_preview
 from hypernet.bases.base import BaseModel
 from hypernet.errors import first_sentence
 from hypernet.recipe import PersonalizeConfig, StageProgress
-from hypernet.request import sheet_path
+from hypernet.request import sheet_path, steps_sheet_path
 from hypernet.sampling import generate
-from hypernet.sheets import contact_sheet
+from hypernet.sheets import DrawConfig, contact_sheet, draw_sheet, infotext_of
 from hypernet.timing import timed
 from lidb_peft import LiDBSpace, LoraFactors
 from lidb_peft.safe_read import read_header
@@ -59,7 +59,9 @@ class Pictures:
             raise ValueError("it has other layers than this base")
         prompts = [self.config.trigger, *(self.previews or ())]
         pictures = self._generate(prompts, factors, progress, "draw preview")
-        written = [write_preview(lora, pictures[0])]
+        text = infotext_of(self.base, prompts[0], self.config.seed, DrawConfig(guidance=self.config.guidance),
+                           lora.stem, digest=describe(lora).hashes["a1111"])  # fmt: skip
+        written = [write_preview(lora, pictures[0], str(text))]
         if self.previews:
             if self._base_pictures is None:
                 self._base_pictures = self._generate(prompts, None, progress, "draw base")
@@ -67,6 +69,31 @@ class Pictures:
             write_our_picture(sheet, sheet_path(lora))
             written.append(sheet_path(lora))
         return [file for file in written if file is not None]
+
+    def draw_steps(
+        self,
+        out: Path,
+        loras: Sequence[Path],
+        weights: Sequence[float],
+        seconds: dict[str, float],
+        progress: StageProgress | None = None,
+    ) -> list[Path]:
+        """Draw and write the sheet of intermediate LoRAs x weights x prompts of the LoRA ``out``."""
+        if self.previews is None:
+            return []
+        try:
+            with timed(seconds, "draw sheet"):
+                named = {lora.stem: read_lora(lora).factors() for lora in loras}
+                sheet = draw_sheet(
+                    self.base, [self.config.trigger, *self.previews], named, weights, [self.config.seed],
+                    DrawConfig(guidance=self.config.guidance), self.space,
+                    progress=None if progress is None else partial(progress, "draw sheet"),
+                )  # fmt: skip
+                write_our_picture(sheet.image, steps_sheet_path(out), str(sheet.infotext))
+                return [steps_sheet_path(out)]
+        except (RuntimeError, ValueError, MemoryError) as error:
+            warnings.warn(f"{out} is written, but its sheet is not: {first_sentence(error)}", stacklevel=2)
+            return []
 
     def _generate(
         self, prompts: Sequence[str], factors: LoraFactors | None, progress: StageProgress | None, stage: str

@@ -6,14 +6,15 @@ parts, the light checks first. `hypernet.personalization` and `hypernet.personal
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from converters.sidecar import check_companions
+from converters.sidecar import check_companions, is_our_picture
 from hypernet.bases.loading import Base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
+from hypernet.checkpoints import due_steps, state_path, step_path
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start
 from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, with_detector
@@ -23,6 +24,7 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import Hypernet, check_recipe, predicted_recipe
 from hypernet.recipe import PRESERVED, TARGET_STEPS, PersonalizeConfig, changed
+from hypernet.watching import Watch
 from lidb_peft import LiDBConfig, ThetaFile, load_theta
 from lidb_peft.outputs import check_distinct, check_output, check_output_folder
 
@@ -87,12 +89,64 @@ class PersonRequest(Request):
         left_out: photos that cannot be used, a sentence for each.
         out: the LoRA to write; None writes nothing.
         save_theta: the theta file to write.
+        save_every, preview_every: steps between intermediate LoRAs, and between sample pictures; None is none.
+        weights: of the LoRAs on the sheet of intermediate ones.
+        resume: go on from the state that a fit of the same left, which was stopped.
     """
 
     photos: tuple[OpenPhoto, ...] = ()
     left_out: tuple[str, ...] = ()
     out: Path | None = None
     save_theta: Path | None = None
+    save_every: int | None = None
+    preview_every: int | None = None
+    weights: tuple[float, ...] = (1.0,)
+    resume: bool = False
+
+    @property
+    def steps_kept(self) -> list[int]:
+        """The intermediate steps of the last stage whose LoRAs are kept."""
+        return due_steps(self.save_every, self.config.steps or self.config.theta_steps)
+
+    @property
+    def planned_files(self) -> list[Path]:
+        """What will be written, if nothing stops the fit."""
+        if self.out is None:
+            return []
+        files = [self.out, self.out.with_suffix(".json")]
+        if self.previews is not None:
+            files += [self.out.with_suffix(".png"), *([sheet_path(self.out)] if self.previews else [])]
+        files += [step_path(self.out, step) for step in self.steps_kept] + self._pictures
+        return files + ([] if self.save_theta is None else [self.save_theta])
+
+    @property
+    def _pictures(self) -> list[Path]:
+        drawn = due_steps(self.preview_every, self.config.steps or self.config.theta_steps)
+        pictures = [step_path(self.out, step, ".png") for step in drawn]
+        if self.save_every is None:
+            return pictures
+        return [*pictures, loss_path(self.out), *([] if self.previews is None else [steps_sheet_path(self.out)])]
+
+    def check_intermediate(self, inputs: Sequence[str | Path | None] = ()) -> None:
+        """Raise ValueError or OSError now if what the fit leaves while it runs cannot or must not be written."""
+        if self.out is None:
+            if self.resume:
+                raise ValueError("a fit is resumed from files; name the LoRA that it was to write")
+            return
+        state, free = state_path(self.out), self.overwrite or self.resume
+        if self.resume and not state.is_file():
+            raise FileNotFoundError(f"{state} does not exist, so there is no fit to resume; leave --resume out")
+        if not free and state.exists():
+            raise FileExistsError(
+                f"{state} is what a fit that was stopped has left; pass --resume to go on with it, or --overwrite to "
+                f"begin anew"
+            )
+        for step in self.steps_kept:
+            path = step_path(self.out, step)
+            check_output(path, inputs, overwrite=free)
+            check_companions(path, self.config.trigger, inputs, overwrite=free)
+        for path in self._pictures:
+            check_output(path, inputs, ".png", self.overwrite or is_our_picture(path))
 
 
 @dataclass(frozen=True)
@@ -123,10 +177,15 @@ def request_person(
     base: Base = "",
     overwrite: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
+    save_every: int | None = None,
+    preview_every: int | None = None,
+    weights: Sequence[float] = (1.0,),
+    resume: bool = False,
 ) -> PersonRequest:
     """Resolve what `hypernet.personalization.personalize_to_files` takes.
 
     Args:
+        photos: files, folders and pictures.
         base: whose defaults apply; it may be a file or folder and is not written over. Nothing of it is loaded.
         options: fields of the config to change.
 
@@ -135,6 +194,7 @@ def request_person(
             ``config``, an option is none, or an output cannot be written.
     """
     common = _resolve(base, config, from_theta, hypernet, lidb_config, previews, start, overwrite, options)
+    Watch(save_every, preview_every)
     out, save_theta = (None if path is None else Path(path) for path in (out, save_theta))
     photos = list_photos(photos)
     _check_theta_is_made(save_theta, from_theta, common["config"], _config_of(common["network"]))
@@ -152,9 +212,14 @@ def request_person(
         check_output(save_theta, inputs, overwrite=overwrite)
     if from_theta is not None:
         common |= {"theta_file": load_theta(from_theta), "theta_source": str(from_theta)}
-    config = common["config"]
+    request = PersonRequest(
+        **common, out=out, save_theta=save_theta, save_every=save_every, preview_every=preview_every,
+        weights=tuple(weights), resume=resume,
+    )  # fmt: skip
+    request.check_intermediate(inputs)
+    config = request.config
     opened, left_out = open_photos(photos, config.crop, config.face_detector, config.face)
-    return PersonRequest(**common, photos=opened, left_out=left_out, out=out, save_theta=save_theta)
+    return replace(request, photos=opened, left_out=left_out)
 
 
 def request_people(
@@ -239,6 +304,16 @@ def _read_start(start: str | Path | None, config: PersonalizeConfig, is_predicte
 def sheet_path(out: Path) -> Path:
     """Where the sheet of the further prompts goes."""
     return out.with_name(f"{out.stem}-preview.png")
+
+
+def steps_sheet_path(out: Path) -> Path:
+    """Where the sheet of intermediate LoRAs goes."""
+    return out.with_name(f"{out.stem}-sheet.png")
+
+
+def loss_path(out: Path) -> Path:
+    """Where the picture of the loss goes."""
+    return out.with_name(f"{out.stem}-loss.png")
 
 
 def _folder_of(common: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def draw_sheet(
     drawn, every = [], [(prompt, seed) for prompt in prompts for seed in seeds]
     # The base alone is the same at every weight.
     parts = [(name, weight) for name, lora in named.items() for weight in (weights if lora is not None else (None,))]
-    report, common = _whole(progress, len(parts)), _common_fields(base, config)
+    report = _whole(progress, len(parts))
     for name, weight in parts:
         lora, is_file = named[name], isinstance(named[name], str | Path)
         images = generate(
@@ -188,11 +188,11 @@ def draw_sheet(
             lora=lora if is_file else None, weight=1.0 if weight is None else weight, progress=report(),
             **asdict(config),
         )  # fmt: skip
-        told = _lora_fields(lora, name)
+        digest = describe(lora).hashes["a1111"] if is_file else ""
         for own in weights if weight is None else (weight,):
-            mention = "" if lora is None else f" <lora:{name}:{own:g}>"
+            mentioned = "" if lora is None else name
             for image, (prompt, seed) in zip(images, every, strict=True):
-                text = Infotext(prompt + mention, config.negative, {**common, "Seed": str(seed), **told})
+                text = infotext_of(base, prompt, seed, config, mentioned, own, digest)
                 drawn.append(SheetPicture(image, name, own, prompt, seed, text))
     return Sheet(tuple(named), tuple(weights), tuple(prompts), tuple(seeds), tuple(drawn))
 
@@ -267,29 +267,31 @@ def _whole(progress: Progress | None, parts: int):
     return report
 
 
-def _common_fields(base: BaseModel, config: DrawConfig) -> dict[str, str]:
-    """What all pictures have in common, by A1111's names and in its order; a seed belongs before the size."""
+def infotext_of(
+    base: BaseModel, prompt: str, seed: int, config: DrawConfig, lora: str = "", weight: float = 1.0, digest: str = ""
+) -> Infotext:
+    """What a picture was drawn with, by A1111's names and in its order.
+
+    Args:
+        lora: the name of the LoRA; "" is none.
+        digest: its file's hash, by which A1111 finds it.
+    """
     name = sampler_name(make_sampler(base.scheduler, config.sampler))
-    sampler, karras = name.removesuffix(" Karras"), name.endswith(" Karras")
     width, height = config.size or own_size(base)
-    return {
+    fields = {
         "Steps": str(config.num_steps),
-        "Sampler": sampler,
-        **({"Schedule type": "Karras"} if karras else {}),
+        "Sampler": name.removesuffix(" Karras"),
+        "Schedule type": "Karras" if name.endswith(" Karras") else "",
         "CFG scale": f"{own_guidance(base) if config.guidance is None else config.guidance:g}",
-        "Seed": "",
+        "Seed": str(seed),
         "Size": f"{width}x{height}",
         "Model": Path(base.name).stem if base.name.endswith(".safetensors") else Path(base.name).name,
-        **({"Clip skip": str(config.clip_skip)} if config.clip_skip > 1 else {}),
+        "Clip skip": str(config.clip_skip) if config.clip_skip > 1 else "",
         "RNG": "CPU",
+        "Lora hashes": f"{lora}: {digest}" if digest else "",
     }
-
-
-def _lora_fields(lora: SheetLora, name: str) -> dict[str, str]:
-    """The LoRA's hash, if it is a file: A1111 finds it by that."""
-    if not isinstance(lora, str | Path):
-        return {}
-    return {"Lora hashes": f"{name}: {describe(lora).hashes['a1111']}"}
+    mention = f" <lora:{lora}:{weight:g}>" if lora else ""
+    return Infotext(prompt + mention, config.negative, {key: value for key, value in fields.items() if value})
 
 
 def contact_sheet(

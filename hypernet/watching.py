@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from PIL import Image
-from torch import Tensor
 
 from hypernet.fitting.running import Observer, RunningFit
 
@@ -57,22 +56,28 @@ class Watch:
         self,
         stage: str,
         keep: Callable[[RunningFit], None] | None = None,
-        draw: Callable[[Tensor], Image.Image] | None = None,
+        draw: Callable[[RunningFit], Image.Image] | None = None,
+        save_state: Callable[[RunningFit], None] | None = None,
     ) -> Observer:
         """What to call after each step of a stage.
 
         Args:
-            keep: takes the fit at each step that is to be saved; None saves nothing of this stage.
-            draw: draws a sample picture with the weights ``(1, ...)``; None draws nothing of this stage.
+            keep: takes the fit at each step whose LoRA is kept; None keeps none of this stage.
+            draw: draws a sample picture; None draws none of this stage.
+            save_state: takes the fit at the same steps, and where it is stopped.
         """
 
         def observe(run: RunningFit) -> bool:
-            if keep is not None and _is_due(self.save_every, run):
+            is_saved = _is_due(self.save_every, run)
+            if keep is not None and is_saved:
                 keep(run)
-            picture = draw(run.weights()) if draw is not None and _is_due(self.preview_every, run) else None
+            picture = draw(run) if draw is not None and _is_due(self.preview_every, run) else None
             if self.on_step is not None:
                 self.on_step(StepReport(stage, run.step, run.steps, run, picture))
-            return self.stop is not None and self.stop()
+            is_stopped = run.step < run.steps and self.stop is not None and self.stop()
+            if save_state is not None and (is_saved or is_stopped):
+                save_state(run)
+            return is_stopped
 
         return observe
 

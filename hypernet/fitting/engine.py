@@ -268,9 +268,10 @@ def _optimize(
             run.load(resume)
         for number in range(run.step, config.steps):
             run.losses.append(step(config.lr * (1 - 0.9 * number / config.steps)))
+            is_ended = observe is not None and observe(run)
             if progress is not None:
                 progress(number + 1, config.steps)
-            if observe is not None and observe(run):
+            if is_ended:
                 break
     return run.weights(), run.all_losses()
 

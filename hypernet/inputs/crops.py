@@ -4,9 +4,11 @@ Photos are not compared with each other: whether they all show the same person i
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
 
 from hypernet.inputs.face import Face
 from hypernet.inputs.photos import NoFaceError, OpenPhoto, Photo, image_suffixes, open_photo
@@ -56,6 +58,33 @@ def find_crops(
         except (ValueError, OSError) as error:
             crops.append(Crop(name, problem=str(error)))
     return crops
+
+
+def crops_sheet(photos: Sequence[OpenPhoto], size_px: int = 512) -> Image.Image:
+    """A picture of what is taken of each photo, beside the photo with its faces numbered from the left."""
+    from hypernet.sheets import contact_sheet
+
+    rows = []
+    for photo in photos:
+        prepared = photo.prepare(size_px)
+        name = photo.name if prepared.note == "" else f"{photo.name}\n({prepared.note.partition(': ')[2]})"
+        rows.append((name, [_with_faces(photo, size_px), prepared.image]))
+    return contact_sheet(rows, ["photo", "what is taken of it"])
+
+
+def _with_faces(photo: OpenPhoto, size_px: int) -> Image.Image:
+    shown = photo.image.convert("RGB")
+    scale = size_px / max(shown.size)
+    shown = shown.resize(tuple(max(1, round(side * scale)) for side in shown.size), Image.Resampling.LANCZOS)
+    pen, font = ImageDraw.Draw(shown), ImageFont.load_default(size=22)
+    chosen = photo.faces[0] if photo.faces else None
+    for number, face in enumerate(sorted(photo.faces or (), key=lambda one: (one.centre, one.side)), 1):
+        left, top, right, bottom = (scale * place for place in (face.left, face.top, face.left + face.side,
+                                                                face.top + face.side))  # fmt: skip
+        colour = "#00c800" if face is chosen else "#ffb000"
+        pen.rectangle([left, top, right, bottom], outline=colour, width=3)
+        pen.text((left + 5, top + 3), str(number), fill=colour, font=font, stroke_width=2, stroke_fill="black")
+    return shown
 
 
 def open_photos(

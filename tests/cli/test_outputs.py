@@ -18,8 +18,8 @@ UNET = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.w
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 # Options and arguments that name what is read; every other that names a path is an output, and is in OUTPUTS.
 READ = {
-    "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta"},
-    "generate": {"base", "components", "lora"},
+    "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta", "config"},
+    "generate": {"base", "components", "loras"},
     "preoptimize": {"images", "base", "components", "init_from"},
     "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
     "learn-start": {"images", "base", "components", "hypernet"},
@@ -36,7 +36,9 @@ OUTPUTS = {
     ("demo", "out"): ("demo", "--out", "OUT"),
     ("personalize", "out"): (*PHOTO, "--out", "OUT"),
     ("personalize", "save_theta"): (*PHOTO, "--theta-steps", 1, "--save-theta", "OUT"),
+    ("personalize", "save_config"): (*PHOTO, "--out", "me-2.safetensors", "--save-config", "OUT"),
     ("generate", "out"): ("generate", "a", "--base", "model.safetensors", "--lora", "me.safetensors", "--out", "OUT"),
+    ("generate", "pictures"): ("generate", "a", "--base", "model.safetensors", "--out", "a.png", "--pictures", "OUT"),
     ("preoptimize", "out"): ("preoptimize", "faces", "--base", "model.safetensors", "--out", "OUT"),
     ("train", "out"): ("train", "faces", "--base", "model.safetensors", "--out", "OUT"),
     ("train", "save_config"): ("train", "faces", "--base", "model.safetensors", "--out", "net", "--save-config", "OUT"),
@@ -56,9 +58,19 @@ FURTHER = {
     "peft": ("convert", "me.safetensors", "OUT", "--to", "peft"),
     "minus": ("project", "tuned.safetensors", "OUT", "--minus", "model.safetensors"),
 }
-FOLDERS = {"demo out", "preoptimize out", "train out", "each", "into a folder", "peft"}
-SUFFIXES = {"generate out": ".png", "train save_config": ".yaml", "check out": ".json"}
-ONCE = {"train save_config", "learn-start out"}  # they have no --overwrite
+FOLDERS = {"demo out", "generate pictures", "preoptimize out", "train out", "each", "into a folder", "peft"}
+SUFFIXES = {
+    "generate out": ".png",
+    "train save_config": ".yaml",
+    "personalize save_config": ".yaml",
+    "check out": ".json",
+}
+ONCE = {
+    "train save_config",
+    "personalize save_config",
+    "generate pictures",
+    "learn-start out",
+}  # they have no --overwrite
 CASES = {f"{command} {name}": arguments for (command, name), arguments in OUTPUTS.items()} | FURTHER
 
 
