@@ -81,6 +81,7 @@ def as_text(description: "FileDescription") -> str:
         ("title", description.title),
         ("trigger words", ", ".join(description.trigger_words)),
         *((f"hash {name}", value) for name, value in description.hashes.items()),
+        *(("note", note) for note in description.notes),
         *(("warning", warning) for warning in description.warnings),
     ]
     return "\n".join(f"{topic:26}{printable(finding, _MAX_CHARS)}" for topic, finding in rows if finding)

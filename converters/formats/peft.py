@@ -26,18 +26,26 @@ def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], Tensors]]:
     for name, layer in lora.layers.items():
         component, _, path = name.partition(".")
         components.setdefault(component, {})[path] = layer
+    check_magnitudes(lora)
     base = lora.metadata.get("ss_sd_model_name") or None
     return {name: _peft_folder(name, layers, base) for name, layers in components.items()}
 
 
+def check_magnitudes(lora: Lora) -> None:
+    """Raise ValueError if some layers of a component are DoRA and some are not, which no config of PEFT's can say."""
+    for component in dict.fromkeys(name.partition(".")[0] for name in lora.layers):
+        own = {name: layer.magnitude is not None for name, layer in lora.layers.items()
+               if name.startswith(f"{component}.")}  # fmt: skip
+        if len(set(own.values())) > 1:
+            dora, plain = (min(name for name, found in own.items() if found == kind) for kind in (True, False))
+            raise ValueError(
+                f"of the {component}, {dora.partition('.')[2]} is DoRA and {plain.partition('.')[2]} is not, which one"
+                " PEFT config cannot hold; convert to kohya or diffusers"
+            )
+
+
 def _peft_folder(component: str, layers: dict[str, LoraLayer], base: str | None) -> tuple[dict[str, object], Tensors]:
-    dora = {path for path, layer in layers.items() if layer.magnitude is not None}
-    if 0 < len(dora) < len(layers):
-        plain = next(path for path in layers if path not in dora)
-        raise ValueError(
-            f"of the {component}, {min(dora)} is DoRA and {plain} is not, which one PEFT config cannot hold;"
-            " convert to kohya or diffusers"
-        )
+    is_dora = any(layer.magnitude is not None for layer in layers.values())
     layers = {_module_path(component, path): layer for path, layer in layers.items()}
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in
                    ((layer.rank for layer in layers.values()), (layer.alpha for layer in layers.values())))  # fmt: skip
@@ -50,7 +58,7 @@ def _peft_folder(component: str, layers: dict[str, LoraLayer], base: str | None)
         "target_modules": sorted(layers),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **({"use_dora": True} if dora else {}),  # older versions refuse settings that they do not know
+        **({"use_dora": True} if is_dora else {}),  # older versions refuse settings that they do not know
     }
     return config, path_tensors(layers, "diffusers", lambda path: f"base_model.model.{path}")
 

@@ -1,6 +1,7 @@
 """Reading a LoRA of any author: kohya's, diffusers' and PEFT's differ in names, and in where they keep alpha."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,22 +40,40 @@ _READ_ALGORITHMS = ("", "LoRA", "DoRA", "LoHa", "LoKr", "full difference")
 # Roles that a file of such an algorithm may have, and that are not read: a text encoder's new words.
 _UNREAD = frozenset({"token lora_A", "token lora_B"})
 _SCALAR = torch.zeros(())
+# How the hub's libraries name the files of what is divided into several, and the list of what is in which.
+_PIECE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_INDEX = ".safetensors.index.json"
+_MAX_PIECES = 1000
 # What a format needs for itself, or computes anew.
 _OWN_METADATA = frozenset({"format", METADATA_KEY, "sshs_model_hash", "sshs_legacy_hash"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of tensors, PEFT's config beside it if there is one, and the component its folder is named for."""
+    """One file of tensors, PEFT's config beside it if there is one, and the component its folder is named for.
+
+    ``pieces`` are further files of what was divided into several, whose tensors are read as the one file's.
+    """
 
     file: Path
     config: Mapping[str, object] | None = None
     component: str = ""
+    pieces: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file, *self.pieces)
 
     @cached_property
     def header(self) -> Header:
-        """The file's, read once."""
-        return read_header(self.file)
+        """The file's, read once; of pieces, with the tensors and metadata of all."""
+        first, *others = (read_header(file) for file in self.files)
+        for file, other in zip(self.pieces, others, strict=True):
+            twice = sorted(first.tensors.keys() & other.tensors.keys())
+            if twice:
+                raise ValueError(f"{file} holds {examples(twice)}, which another piece of it holds too; remove one")
+            first = Header(first.tensors | other.tensors, first.metadata | other.metadata, first.data_offset)
+        return first
 
     @cached_property
     def layout(self) -> Layout:
@@ -64,7 +83,7 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """All of the file's, mapped from the disk."""
         _ = self.header  # checked before the library looks at it
-        return dict(iter_tensors(self.file))
+        return {name: tensor for file in self.files for name, tensor in iter_tensors(file)}
 
     def configs(self, metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, object]]:
         """Return component -> ``LoraConfig`` fields, "" for any; from the file's ``metadata`` if none is beside it.
@@ -178,7 +197,13 @@ def find_sources(path: Path) -> list[Source]:
     Raises:
         ValueError: a folder without any.
     """
+    if path.name.endswith(_INDEX) and path.is_file():
+        path = path.parent
     if not path.is_dir():
+        piece = _PIECE.fullmatch(path.name)
+        if piece and int(piece["count"]) > 1 and path.is_file():
+            number, total = int(piece["number"]), int(piece["count"])
+            raise ValueError(f"{path} is piece {number} of {total} of a LoRA; name the folder that holds all of them")
         config = path.with_name(PEFT_CONFIG)
         return [_peft_source(path.parent)] if path.name == PEFT_WEIGHTS and config.is_file() else [Source(path)]
     folders = [folder for folder in (path, *(path / name for name in COMPONENTS)) if (folder / PEFT_CONFIG).is_file()]
@@ -186,15 +211,35 @@ def find_sources(path: Path) -> list[Source]:
         return [_peft_source(folder) for folder in folders]
     if (path / DIFFUSERS_WEIGHTS).is_file():
         return [Source(path / DIFFUSERS_WEIGHTS)]
+    pieces = _pieces(path)
+    if pieces:
+        return [Source(pieces[0], pieces=tuple(pieces[1:]))]
     pickled = [entry.name for entry in sorted(path.iterdir()) if entry.suffix in PICKLE_SUFFIXES]
     hint = f"; {pickled[0]} is pickled and not read" if pickled else ""
     raise ValueError(f"{path} is a folder without {PEFT_CONFIG} or {DIFFUSERS_WEIGHTS}{hint}; name a LoRA file")
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder is one adapter, as PEFT or diffusers saves it."""
+    """Whether a folder is one adapter, as PEFT or diffusers saves it, in pieces too."""
     configs = (path / PEFT_CONFIG, *(path / name / PEFT_CONFIG for name in COMPONENTS))
-    return any(file.is_file() for file in (*configs, path / DIFFUSERS_WEIGHTS))
+    return any(file.is_file() for file in (*configs, path / DIFFUSERS_WEIGHTS)) or bool(_pieces(path, check=False))
+
+
+def _pieces(folder: Path, check: bool = True) -> list[Path]:
+    """Return the files of a LoRA that was divided into several, if a folder holds those and no other; in order.
+
+    Raises:
+        ValueError: with ``check``, some are missing.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    found = [_PIECE.fullmatch(file.name) for file in files]
+    if not files or not all(found) or len({(piece["stem"], piece["count"]) for piece in found}) > 1:
+        return []
+    numbers, total = {int(piece["number"]) for piece in found}, int(found[0]["count"])
+    missing = [number for number in range(1, total + 1) if number not in numbers] if total < _MAX_PIECES else [total]
+    if missing and check:
+        raise ValueError(f"{folder} lacks piece {missing[0]} of the {total} of {found[0]['stem']}; download it too")
+    return files
 
 
 def _peft_source(folder: Path) -> Source:
@@ -277,6 +322,7 @@ def _read_layer(
         if not drop_nan:
             raise ValueError(f"{where} has {error}; hdb convert --drop-nan leaves such layers out") from error
         found.change("{} with NaN or infinity left out: {}", name)
+        found.widths.append((module.name, name, _width(parts)))  # which tells the family all the same
         return
     except ValueError as error:
         raise ValueError(f"{where} has {error}") from error
@@ -295,7 +341,14 @@ def _read_layer(
         found.widths.append((module.name, name, read.layer.lora_A.shape[1]))
     elif not read.full_updates:
         found.change("{} of rank 0, which change nothing, left out: {}", name)
+        found.widths.append((module.name, name, _width(parts)))
     if read.is_tucker:
         found.change("the Tucker cores (lora_mid) of {} are multiplied into lora_down, in float32: {}", name)
     if read.was_float8:
         found.change("{} of float8 read as float16, which holds the same numbers: {}", name)
+
+
+def _width(parts: Mapping[str, Tensor]) -> int:
+    """The width of what a module reads, 0 where only its product tells."""
+    shape = parts.get("lora_A", _SCALAR).shape
+    return shape[1] if len(shape) > 1 else 0

@@ -8,6 +8,7 @@ from converters.formats.family import shown_base, stated_base
 from converters.formats.layout import Layout
 from converters.inspection.facts import ModuleFacts
 from converters.key_maps import is_original_name
+from converters.shapes import kernel_side
 from lidb_peft.families import DENOISERS, FAMILIES, TEXT_ENCODERS
 from lidb_peft.safe_read import count, examples, printable
 
@@ -25,7 +26,7 @@ def find_warnings(
     """
     found = [*_value_warnings(modules), *_scale_warnings(layout, modules)]
     if layout.style == "kohya":
-        found += [*_kohya_warnings(modules, base), *_diffusers_warnings(modules)]
+        found += [*_kohya_warnings(modules, base), *_diffusers_warnings(modules, base)]
     if base in FAMILIES and layout.style != "PEFT":
         found += _a1111_warnings(metadata, base, sd_version)
     name = metadata.get("ss_output_name", "")
@@ -105,8 +106,21 @@ def _a1111_warnings(metadata: Mapping[str, str], base: str, sd_version: str) -> 
         yield f"A1111 takes it for {seen} and hides it from {own} models: its metadata lack what says {own}"
 
 
-def _diffusers_warnings(modules: Sequence[ModuleFacts]) -> Iterator[str]:
-    """What diffusers (0.42, run) applies wrongly: it heeds alphas of their own but for attentions and text encoders."""
+def _diffusers_warnings(modules: Sequence[ModuleFacts], base: str) -> Iterator[str]:
+    """What diffusers (0.42, run) does not load, or applies wrongly.
+
+    It fills its modules, which factors of other dimensions do not fit; and it heeds alphas of their own but for
+    attentions and text encoders.
+    """
+    known = [module for module in modules if module.layer and module.rank] if base in FAMILIES else []
+    sides = {module.name: kernel_side(module.layer, base) for module in known}
+    odd = [module.name for module in known if sides[module.name] is not None and module.num_dims in (2, 4)
+           and (module.num_dims == 4) != bool(sides[module.name])]  # fmt: skip
+    if odd:
+        yield (
+            f"{count(odd, 'layer')} with factors of other dimensions than diffusers' modules have (convolutions 1x1 for"
+            f" linear layers, or the reverse), which it does not load: hdb convert --to diffusers: {examples(odd)}"
+        )
     for component in dict.fromkeys(module.component for module in modules):
         own = [module for module in modules if module.component == component and module.layer]
         alphas = Counter(module.alpha for module in own if module.alpha is not None)

@@ -13,7 +13,7 @@ from converters.formats.family import find_base, shown_base, stated_base
 from converters.formats.foreign import name_foreign
 from converters.formats.layout import Layout
 from converters.formats.lora_config import METADATA_KEY
-from converters.formats.reading import Source, find_sources
+from converters.formats.reading import find_sources
 from converters.inspection.checks import find_warnings
 from converters.inspection.facts import (
     BlockStatistics,
@@ -58,6 +58,7 @@ class FileDescription:
             ``a1111`` the short hash that A1111 shows.
         warnings: one sentence for each thing that a reader would stumble over.
         metadata: the file's own, as it is.
+        notes: one sentence for each format that it cannot be converted to, and why.
     """
 
     path: str
@@ -78,6 +79,7 @@ class FileDescription:
     hashes: dict[str, str]
     warnings: tuple[str, ...]
     metadata: dict[str, str] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Everything as plain JSON values; a number that is not finite becomes text."""
@@ -112,13 +114,16 @@ def describe(path: str | os.PathLike) -> FileDescription:
     if not any(module.layer for module in modules):
         names = [name for source in sources for name in source.header.tensors]
         base = stated_base(metadata) or name_foreign(names, metadata).removeprefix("a LoRA of ")
-    hashes = _hashes(first.file, first.header) if len(sources) == 1 else _hashes_of(sources)
-    sidecar = (read_sidecar(first.file) or {}) if len(sources) == 1 else {}
-    shown = first.file if len(sources) == 1 else Path(path)
+    files = [file for source in sources for file in source.files]
+    is_one = len(files) == 1
+    hashes = _hashes(first.file, first.header) if is_one else _hashes_of(files, Path(path))
+    sidecar = (read_sidecar(first.file) or {}) if is_one else {}
+    shown = first.file if is_one else Path(path)
+    refusals, notes = find_refusals(shown, sources) if layout.algorithm != "LiDB" else ((), ())
     warnings = [
         *find_warnings(layout, modules, metadata, base, str(sidecar.get("sd version") or "")),
-        *(_hash_warnings(hashes, metadata) if len(sources) == 1 else ()),
-        *(find_refusals(shown, sources) if layout.algorithm != "LiDB" else ()),
+        *(_hash_warnings(hashes, metadata) if is_one else ()),
+        *refusals,
     ]
     peft_type = next((str(config["peft_type"]) for config in configs.values() if "peft_type" in config), "")
     algorithm = layout.algorithm or peft_type
@@ -136,12 +141,13 @@ def describe(path: str | os.PathLike) -> FileDescription:
         blocks=block_statistics(statistics),
         dtypes=tuple(sorted({dtype for source in sources for dtype in _dtypes(source.header)})),
         num_parameters=sum(_num_parameters(source.header) for source in sources),
-        size_bytes=sum(source.file.stat().st_size for source in sources),
+        size_bytes=sum(file.stat().st_size for file in files),
         title=metadata.get("modelspec.title") or metadata.get("ss_output_name", ""),
         trigger_words=_trigger_words(metadata, sidecar),
         hashes=hashes,
         warnings=tuple(warnings),
         metadata=metadata,
+        notes=tuple(notes),
     )
 
 
@@ -154,9 +160,14 @@ def _joined(layouts: Sequence[Layout]) -> Layout:
     return replace(first, algorithm=other, unknown=unknown)
 
 
-def _hashes_of(sources: Sequence[Source]) -> dict[str, str]:
-    """sha256 of each model's file."""
-    return {f"sha256 {source.component}": _hashes(source.file, source.header)["sha256"] for source in sources}
+def _hashes_of(files: Sequence[Path], folder: Path) -> dict[str, str]:
+    """sha256 of each of an adapter's files."""
+    found = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            name = file.relative_to(folder) if file.is_relative_to(folder) else file.name
+            found[f"sha256 {name}"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _plain(value: object) -> object:

@@ -24,8 +24,8 @@ class ModuleFacts:
     """What one adapted layer's tensors say; ``rank`` and ``in_features`` are 0 where they cannot be told.
 
     ``layer`` is our name, "" of a module of another model. ``norm`` is the Frobenius norm of the update, None of broken
-    layers and of what is not read; ``num_weights`` how many numbers of the model it changes. ``config_error`` says how
-    PEFT's config is at odds with the tensors.
+    layers and of what is not read; ``num_weights`` how many numbers of the model it changes, ``num_dims`` those of
+    lora_A. ``config_error`` says how PEFT's config is at odds with the tensors.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ModuleFacts:
     is_complete: bool
     norm: float | None
     num_weights: int = 1
+    num_dims: int = 0
     config_error: str = ""
 
 
@@ -151,6 +152,7 @@ def _facts(source: Source, module: AdapterModule, tensors: Mapping[str, Tensor],
         is_complete=(lora_A is None) == (lora_B is None),
         norm=_norm(read) if read else None,
         num_weights=_num_weights(read) if read else 1,
+        num_dims=len(shape),
         config_error=config_error,
     )
 

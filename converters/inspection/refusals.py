@@ -1,22 +1,49 @@
 """Which of our commands refuse an adapter, and why: the same functions judge that read it for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from converters.formats.diffusers import old_diffusers_tensors
+from converters.formats.kohya import kohya_layers
+from converters.formats.peft import check_magnitudes
 from converters.formats.reading import Source, read_sources
 from converters.lora import Lora
 from converters.shapes import fit_shapes
 from lidb_peft.families import FAMILIES
 
 
-def find_refusals(path: Path, sources: Sequence[Source]) -> list[str]:
-    """Return one sentence for each command that would not take a LoRA file as it is."""
+def find_refusals(path: Path, sources: Sequence[Source]) -> tuple[list[str], list[str]]:
+    """Return a sentence for each command that would not take a LoRA file as it is; and for each format not written."""
     try:
         lora = read_sources(path, sources, full_updates=True)
     except ValueError as error:
-        return [f"hdb convert, resize, merge and project refuse it: {_without_path(error, path)}"]
+        return [f"hdb convert, resize, merge and project refuse it: {_without_path(error, path)}"], []
+    found = _refusing_commands(lora)
+    return found, [] if lora.full_updates else _refusing_formats(lora)
+
+
+def _refusing_formats(lora: Lora) -> list[str]:
+    """Return one sentence for each format that ``hdb convert`` does not write a LoRA in, and why."""
+    found = []
+    for to, write in _WRITERS.items():
+        try:
+            write(lora)
+        except ValueError as error:
+            found.append(f"hdb convert --to {to} refuses it: {error}")
+    return found
+
+
+# Format -> what makes its tensors, as the conversion does.
+_WRITERS: Mapping[str, Callable[[Lora], object]] = {
+    "kohya": lambda lora: lora.family and kohya_layers(lora, lora.family),
+    "diffusers-old": old_diffusers_tensors,
+    "peft": check_magnitudes,
+}
+
+
+def _refusing_commands(lora: Lora) -> list[str]:
     found = []
     if lora.full_updates:
         found.append("hdb resize, merge and project refuse it, because it is no LoRA; hdb convert --rank makes one of"

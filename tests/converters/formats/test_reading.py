@@ -6,7 +6,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d
 
-from converters import read_lora
+from converters import describe, read_lora
+from converters.batch import plan_batch
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CLIP_Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -265,3 +266,56 @@ def test_embeddings_that_come_with_a_lora_are_kept_apart(tmp_path, name):
     lora = read_lora(tmp_path / "a.safetensors")
     assert lora.layers.keys() == {Q}
     assert torch.equal(lora.embeddings[name], embedding)
+
+
+# ---- files of several pieces ----
+
+
+def in_pieces(folder, tensors, count=2):
+    """Divide tensors as the hub's libraries do, a layer's over two pieces; with the list of what is where."""
+    folder.mkdir()
+    names, where = sorted(tensors), {}
+    for number in range(count):
+        own = {name: tensors[name] for name in names[number::count]}
+        file = f"pytorch_lora_weights-{number + 1:05}-of-{count:05}.safetensors"
+        save_file(own, folder / file)
+        where |= dict.fromkeys(own, file)
+    (folder / "pytorch_lora_weights.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_a_lora_in_pieces_is_read_whole_and_no_piece_is_taken_for_it(tmp_path):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    tensors = {f"{name}.{to}.lora_{side}.weight": torch.randn(shape)
+               for to in ("to_k", "to_v") for side, shape in (("A", (2, 768)), ("B", (8, 2)))}  # fmt: skip
+    in_pieces(tmp_path / "in", tensors)
+    for path in (tmp_path / "in", tmp_path / "in/pytorch_lora_weights.safetensors.index.json"):
+        layers = read_lora(path).layers
+        assert layers.keys() == {f"{name}.to_k", f"{name}.to_v"}
+        for layer, found in layers.items():
+            assert torch.equal(found.lora_A, tensors[f"{layer}.lora_A.weight"])
+            assert torch.equal(found.lora_B, tensors[f"{layer}.lora_B.weight"])
+    found = describe(tmp_path / "in")
+    assert (found.base, found.layers, len(found.hashes)) == ("SD1", {"unet": 2}, 2)
+    assert plan_batch([tmp_path / "in"], tmp_path / "out", "kohya") == [(tmp_path / "in", tmp_path / "out")]
+    first, second = sorted((tmp_path / "in").glob("*.safetensors"))
+    with pytest.raises(ValueError, match="piece 1 of 2 of a LoRA; name the folder"):
+        read_lora(first)
+    second.unlink()
+    with pytest.raises(ValueError, match="lacks piece 2 of the 2 of pytorch_lora_weights; download it too"):
+        read_lora(tmp_path / "in")
+    (tmp_path / "in/other.safetensors").write_bytes(first.read_bytes())
+    assert len(plan_batch([tmp_path / "in"], tmp_path / "out", "kohya")) == 2  # no longer one LoRA: each by itself
+
+
+def test_what_is_left_out_tells_the_family_all_the_same(tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+    down, up = "lora_down.weight", "lora_up.weight"
+    tensors = {f"{name}_attn1_to_q.{down}": torch.ones(2, 320), f"{name}_attn1_to_q.{up}": torch.ones(320, 2)}
+    tensors |= {f"{name}_attn2_to_k.{down}": torch.ones(2, 768) / 0, f"{name}_attn2_to_k.{up}": torch.ones(320, 2)}
+    save_file(tensors, tmp_path / "nan.safetensors")
+    lora = read_lora(tmp_path / "nan.safetensors", drop_nan=True)
+    assert (lora.family, len(lora.layers)) == ("sd1", 1)
+    tensors[f"{name}_attn2_to_k.lora_down.weight"] = torch.ones(0, 768)
+    tensors[f"{name}_attn2_to_k.lora_up.weight"] = torch.ones(320, 0)
+    save_file(tensors, tmp_path / "rank0.safetensors")
+    assert read_lora(tmp_path / "rank0.safetensors").family == "sd1"

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 
+from converters.convert import prepare_conversion
 from converters.formats.kohya import save_kohya, write_lora
 from converters.inspection.describe import describe
 from converters.key_maps import from_kohya_name
@@ -128,7 +129,7 @@ def test_a_folder_of_several_models_is_described_whole(tmp_path):
     assert found.path == str(tmp_path)
     assert found.kind == "PEFT LoRA"
     assert found.layers == {"unet": 1, "text_encoder": 1}
-    assert found.hashes.keys() == {"sha256 unet", "sha256 text_encoder"}
+    assert found.hashes.keys() == {f"sha256 {name}/adapter_model.safetensors" for name in ("unet", "text_encoder")}
     assert found.size_bytes == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert found.alphas == describe(tmp_path / "unet").alphas == (3.0,)
     assert found.base == "SD1"
@@ -439,3 +440,37 @@ def test_an_sdxl_file_of_ours_has_no_warnings(tmp_path, random_factors):
     found = describe(tmp_path / "a.safetensors")
     assert (found.base, found.warnings) == ("SDXL", ())
     assert found.layers == {"unet": 1, "text_encoder": 1, "text_encoder_2": 4}
+
+
+def test_formats_that_cannot_hold_a_lora_are_notes_with_the_reason(tmp_path):
+    feed_forward = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_2"
+    found = described(tmp_path, lora(UNET) | lora(feed_forward))
+    assert found.warnings == ()
+    (note,) = found.notes
+    assert note.startswith("hdb convert --to diffusers-old refuses it: layer unet.down_blocks.0")
+    assert "no attention projection" in note
+    dora = lora(UNET) | lora(UNET[:-1] + "v") | {f"{UNET}.dora_scale": torch.ones(8, 1)}
+    old, peft = described(tmp_path, dora).notes
+    assert "diffusers-old refuses it: layer" in old
+    assert re.search("--to peft refuses it: of the unet, .* is DoRA and .* is not", peft)
+    assert described(tmp_path, lora(UNET)).notes == ()
+    save_file(dora, tmp_path / "dora.safetensors")
+    with pytest.raises(ValueError, match="is DoRA and"):
+        prepare_conversion(tmp_path / "dora.safetensors", tmp_path / "out", "peft")
+
+
+@pytest.mark.parametrize(
+    ("width", "sides", "warned"), [(1024, 1, True), (1024, 0, False), (768, 1, False), (768, 0, True)]
+)
+def test_projections_that_diffusers_does_not_load_from_a_kohya_file_are_a_warning(tmp_path, width, sides, warned):
+    """SD1's are convolutions; SD2's are linear layers in diffusers and convolutions in sd-scripts (run)."""
+    name, ones = "lora_unet_down_blocks_0_attentions_0_proj_in", (1, 1) * sides
+    projection = {f"{name}.lora_down.weight": torch.ones(2, 320, *ones), f"{name}.alpha": torch.tensor(2.0),
+                  f"{name}.lora_up.weight": torch.ones(320, 2, *ones)}  # fmt: skip
+    metadata = {"ss_base_model_version": "sd_v2" if width == 1024 else "sd_v1", "ss_v2": str(width == 1024)}
+    found = described(tmp_path, lora(UNET, width) | projection, metadata)
+    assert (
+        any("which it does not load: hdb convert --to diffusers: lora_unet" in text for text in found.warnings)
+        == warned
+    )
+    assert len(found.warnings) == warned
