@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.bases import prediction_option
 from cli.main import as_sentence
 from cli.results import dtype_option, family_option
 
@@ -30,9 +31,12 @@ FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
 @click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
               help="Base model of LiDB weights, if it is of no known family.")  # fmt: skip
+@prediction_option
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that are there; else they are kept.")
-def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, base, dry_run, overwrite) -> None:
+def command(
+    sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, base, prediction, dry_run, overwrite
+) -> None:
     """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
 
     The format of IN is detected from its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several,
@@ -54,7 +58,7 @@ def command(sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, bas
         check_not_an_input(out, [base])
         from hypernet.bases.loading import load_base
 
-        opened = load_base(base, device="cpu", precision="fp32")
+        opened = load_base(base, device="cpu", precision="fp32", prediction=prediction)
         models, family = opened.adapted, family or opened.family
         v_prediction = opened.prediction_type == "v_prediction"
     options = {"dtype": dtype, "family": family, "trigger": trigger, "v_prediction": v_prediction,

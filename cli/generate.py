@@ -11,6 +11,7 @@ from cli.bases import (
     components_option,
     device_option,
     precision_option,
+    prediction_option,
     quantize_option,
     seed_option,
 )
@@ -94,11 +95,12 @@ weights_option = click.option(
 @device_option
 @precision_option
 @components_option
+@prediction_option
 @quantize_option
 @overwrite_option
 def command(
-    prompts, base, loras, weights, out, pictures, num_images, seeds, seed, device, precision, components, quantize,
-    overwrite, **drawing,
+    prompts, base, loras, weights, out, pictures, num_images, seeds, seed, device, precision, components, prediction,
+    quantize, overwrite, **drawing,
 ) -> None:  # fmt: skip
     """Draw PROMPTS, with or without LoRAs.
 
@@ -118,7 +120,9 @@ def command(
     from hypernet.bases.loading import as_base
     from hypernet.sheets import DrawConfig, check_pictures, generate_to_file
 
-    chosen = BaseConfig(base, device, precision, components=components, quantize=quantize)
+    chosen = BaseConfig(
+        base, device, precision, components=components, prediction=prediction, quantize=quantize
+    )  # fmt: skip
     check_pictures(out, chosen, loras, pictures, overwrite)
     config = DrawConfig(**drawing)
     model = as_base(chosen)

@@ -68,7 +68,7 @@ SECTIONS = {
     "Photos": "crop face face-detector flip jitter streaming num-workers validation validation-images",
     "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
     "Pictures": "negative size sampler guidance clip-skip num-images seeds pictures",
-    "Base model": "components revision train-text-encoder guidance-scale",
+    "Base model": "components prediction revision train-text-encoder guidance-scale",
     "LiDB weights": "save-theta from-theta",
     "Progress": "log-every checkpoint-every tracker",
     "Further": "",

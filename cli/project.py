@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from cli.bases import prediction_option
 from cli.results import overwrite_option, what_is_missed
 
 
@@ -14,8 +15,9 @@ from cli.results import overwrite_option, what_is_missed
               help="The base of a finetuned MODEL: project their difference.")  # fmt: skip
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
               help="Base model, where it is of no known family.")  # fmt: skip
+@prediction_option
 @overwrite_option
-def command(source, out, minus, base, overwrite) -> None:
+def command(source, out, minus, base, prediction, overwrite) -> None:
     """Write the LiDB weights nearest to a LoRA, and say how much they miss: what a hypernetwork can be trained on.
 
     Most LoRAs change more than two random bases can hold; on layers that LiDB does not adapt, all is left out.
@@ -33,7 +35,7 @@ def command(source, out, minus, base, overwrite) -> None:
         from hypernet.bases.loading import load_base
         from hypernet.bundles import find_bundle
 
-        model = load_base(base, device="cpu", precision="fp32")
+        model = load_base(base, device="cpu", precision="fp32", prediction=prediction)
         options = {"models": model.adapted, "config": find_bundle(base).lidb_config}
     found = project_to_file(source, out, minus, overwrite=overwrite, **options)
     click.echo(f"wrote {out}")

@@ -30,3 +30,20 @@ def hub_folder(source: str, patterns: tuple[str, ...]) -> Path:
 
     name, revision = split_revision(source)
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def repository_files(name: str, revision: str) -> list[str] | None:
+    """The paths of a repository's files; None if the hub cannot be reached, so that the cache is all there is.
+
+    Raises:
+        HfHubHTTPError: the hub does not give them.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().list_repo_files(name, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no network, in the words of requests or httpx; or told to stay offline
+        return None

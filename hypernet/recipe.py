@@ -34,6 +34,7 @@ FACE_DETECTORS = ("auto", "yunet", "cascade")
 FACES = ("largest", "leftmost", "rightmost")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZATIONS = ("nf4", "int8")
+PREDICTIONS = ("auto", "epsilon", "v")
 
 
 Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeConfig | TrainConfig | BaselineConfig")

@@ -7,7 +7,7 @@ about offsets or a pickle under another name is one clear ``ValueError`` instead
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,11 +106,15 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return dict(iter_tensors(path)), header.metadata
 
 
-def iter_tensors(path: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, tensor)`` one at a time, so that a large file need not fit in memory; check its header first."""
+def iter_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name, tensor)`` one at a time, so that a large file need not fit in memory; check its header first.
+
+    Args:
+        names: of those that are wanted, which are there; None for all.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
+            for name in file.keys() if names is None else names:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

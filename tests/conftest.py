@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks a network
@@ -199,3 +200,21 @@ def start_pair():
         ]  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="session")
+def narrow_checkpoint(tmp_path_factory):
+    """A narrow Stable Diffusion 1 of random weights in one file, in its first authors' names, for 64 x 64 pixels."""
+    from safetensors.torch import save_file
+
+    sys.path.insert(0, str(Path(__file__).with_name("hypernet")))
+    try:
+        from ldm_checkpoint import checkpoint_tensors
+        from narrow import narrow_sd1
+    finally:
+        sys.path.pop(0)
+    pipeline = narrow_sd1()
+    file = tmp_path_factory.mktemp("bases") / "narrow.safetensors"
+    stated = {"modelspec.resolution": "64x64", "modelspec.prediction_type": "epsilon"}
+    save_file(checkpoint_tensors(SimpleNamespace(**pipeline.components, text_encoder_2=None)), file, metadata=stated)
+    return file

@@ -64,6 +64,12 @@ def test_it_holds_the_hypernetwork_whole(wheel):
     assert "testbed/hypernetwork/model.safetensors" in contents(wheel, "testbed/hypernetwork")
 
 
+def test_it_holds_clip_s_merges_and_their_licence(wheel):
+    assert set(contents(wheel, "hypernet/bases/clip")) == {
+        "hypernet/bases/clip/LICENSE", "hypernet/bases/clip/merges.txt",
+    }  # fmt: skip
+
+
 def test_it_installs_the_command_and_the_licence(wheel):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info" in name}
     assert "hdb = cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hypernet.bases.prediction import Prediction
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
+from lidb_peft.families import Family
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -97,9 +99,28 @@ class BaseModel(ABC):
         """Take over the components of diffusers' pipeline, frozen, for use on ``device``; raises as `load_base`."""
 
     @classmethod
+    def parts_of_file(cls, path: Path, family: Family) -> list[str]:
+        """Names of the components that a single file holds, where a family has files of whole models."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_file(cls, path: Path, family: Family, dtype: torch.dtype) -> tuple[dict[str, Any], Prediction | None]:
+        """Load those components, with all that goes with them, and what the file says that it predicts.
+
+        Raises:
+            ValueError: it lacks weights, or has others than the family's.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def load_denoiser(cls, path: Path, config_folder: Path, dtype: torch.dtype) -> nn.Module:
         """Load a file of a denoiser alone, whose config is in ``config_folder``, where a family has such files."""
         raise NotImplementedError
+
+    @property
+    def prediction_reason(self) -> str:
+        """How it is known what it predicts, for messages; "" where its family leaves no doubt."""
+        return ""
 
     @property
     def family(self) -> str:

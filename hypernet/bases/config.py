@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PRECISIONS, QUANTIZATIONS, setting
+from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PRECISIONS, PREDICTIONS, QUANTIZATIONS, setting
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,10 @@ class BaseConfig:
         attention: attention backend of the denoiser, ``sdpa``, which is torch's own, or ``xformers``; ``auto`` is
             ``sdpa``.
         compile: compile the denoiser at its first use, which takes minutes and pays for thousands of people.
-        components: where the base is a file of a transformer alone, a diffusers folder with the other components.
+        components: where the base is a file without all components, such as a transformer alone, a diffusers folder
+            with the others.
+        prediction: what a Stable Diffusion predicts; ``auto`` takes what the base says of itself, and measures it where
+            it says nothing.
         quantize: hold FLUX.1's transformer in ``nf4`` or ``int8``, by bitsandbytes.
         train_text_encoder: adapt FLUX.1's CLIP too; Stable Diffusion's always is.
         guidance_scale: what FLUX.1 dev, which is distilled from guidance, is told while it is fitted, 1 if not given.
@@ -31,6 +34,7 @@ class BaseConfig:
     attention: str = setting("auto", ATTENTIONS)
     compile: bool = False
     components: str | None = None
+    prediction: str = setting("auto", PREDICTIONS)
     quantize: str | None = setting(None, QUANTIZATIONS)
     train_text_encoder: bool = False
     guidance_scale: float | None = None

@@ -5,7 +5,7 @@ encoder without some of its weights loads without a word, and a truncated file i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from lidb_peft.safe_read import PICKLE_SUFFIXES, check_indices, iter_tensors, re
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 _CLIP_LEVEL = "text_model."
+_VARIANTS = (None, "fp16")
+_AGAIN = "download the base model again"
 
 
 def check_folder(folder: Path, without: Sequence[str] = ()) -> tuple[Family, str | None]:
     """Check a folder in diffusers' layout.
 
     Args:
-        without: components whose weights are not needed.
+        without: parts that are not needed: components, tokenizers, the scheduler.
 
     Returns:
         A family that is loaded as the folder's pipeline, and the variant of its weights: None or ``fp16``.
@@ -35,32 +37,62 @@ def check_folder(folder: Path, without: Sequence[str] = ()) -> tuple[Family, str
             f"{folder} is not a Stable Diffusion in diffusers' layout, nor another base model: it has no "
             f"model_index.json; pass the folder that holds unet/ or transformer/, vae/ and text_encoder/"
         )
-    family = pipeline_family(str(folder), _read_json(folder / "model_index.json"))
-    weighted = [component.name for component in family.components] + ["vae"]
-    tokenizers = [component.tokenizer for component in family.text_encoders]
-    for part in (*weighted, *tokenizers, "scheduler"):
+    index = _read_json(folder / "model_index.json")
+    family = pipeline_family(str(folder), index)
+    weighted, tokenizers, scheduler = ([part for part in parts if part not in without] for parts in parts_of(family))
+    for part in (*weighted, *tokenizers, *scheduler):
         if not (folder / part).is_dir():
-            raise ValueError(f"{folder} is not complete: it has no {part}/ folder; download the base model again")
-    for name in (*(f"{part}/config.json" for part in weighted), "scheduler/scheduler_config.json"):
+            raise ValueError(f"{folder} is not complete: it has no {part}/ folder; {_AGAIN}")
+    for part in (*weighted, *tokenizers, *scheduler):
+        named = index.get(part)
+        if not (isinstance(named, list) and len(named) == 2 and all(isinstance(name, str) for name in named)):
+            raise ValueError(f"{folder / 'model_index.json'} does not say which class its {part} is of; {_AGAIN}")
+    configs = [f"{part}/config.json" for part in weighted] + [f"{part}/scheduler_config.json" for part in scheduler]
+    for name in configs:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not complete: it has no {name}; download the base model again")
+            raise ValueError(f"{folder} is not complete: it has no {name}; {_AGAIN}")
         _read_json(folder / name)
-    weighted = [part for part in weighted if part not in without]
     for name in weighted:
-        check_indices(folder / name, "download the base model again")
+        check_indices(folder / name, _AGAIN)
     for name in tokenizers:
         _check_tokenizer(folder / name)
-    for variant in (None, "fp16"):
-        found = [weight_files(folder / part, variant) for part in weighted]
-        if all(found):
-            for files in found:
-                for file in files:
-                    read_header(file)
-            return family, variant
-    missing = next(part for part in weighted if not weight_files(folder / part))
-    pickled = [file.name for file in sorted((folder / missing).iterdir()) if file.suffix in PICKLE_SUFFIXES]
-    hint = f" ({pickled[0]} is a pickle, which can run code and is never read)" if pickled else ""
-    raise ValueError(f"{folder / missing} has no weights in safetensors{hint}; download the base model again")
+    files = {part: [file.relative_to(folder).as_posix() for file in (folder / part).iterdir()] for part in weighted}
+    variant, chosen = choose_weights(str(folder), files)
+    for name in chosen:
+        read_header(folder / name)
+    return family, variant
+
+
+def parts_of(family: Family) -> tuple[list[str], list[str], list[str]]:
+    """Names of the folders that a family's pipeline has: those with weights, the tokenizers, the scheduler."""
+    weighted = [component.name for component in family.components] + ["vae"]
+    return weighted, [component.tokenizer for component in family.text_encoders], ["scheduler"]
+
+
+def choose_weights(source: str, files: Mapping[str, Sequence[str]]) -> tuple[str | None, list[str]]:
+    """Choose between the weights that a pipeline has: the plain ones, or fp16's where a part has no others.
+
+    Args:
+        source: for messages.
+        files: part -> the paths of the files in its folder, relative to the pipeline's.
+
+    Returns:
+        The variant that diffusers is to be asked for, None or ``fp16``, and the files that it will read.
+
+    Raises:
+        ValueError: a part has no weights in safetensors.
+    """
+    plain, half = ({part: _weights_among(found, variant) for part, found in files.items()} for variant in _VARIANTS)
+    for part, found in files.items():
+        if not plain[part] and not half[part]:
+            pickled = sorted(Path(name).name for name in found if Path(name).suffix in PICKLE_SUFFIXES)
+            hint = f" ({pickled[0]} is a pickle, which can run code and is never read)" if pickled else ""
+            remedy = "pass a repository or file with safetensors" if pickled else _AGAIN
+            raise ValueError(f"{Path(source, part)} has no weights in safetensors{hint}; {remedy}")
+    if all(plain.values()):
+        return None, [name for names in plain.values() for name in names]
+    # diffusers falls back to a part's plain weights by itself.
+    return _VARIANTS[1], [name for part in files for name in (half[part] or plain[part])]
 
 
 def pipeline_family(source: str, index: dict[str, Any]) -> Family:
@@ -79,11 +111,11 @@ def pipeline_family(source: str, index: dict[str, Any]) -> Family:
     return found[0]
 
 
-def weight_files(part: Path, variant: str | None = None) -> list[Path]:
+def _weights_among(names: Sequence[str], variant: str | None) -> list[str]:
     """The safetensors files of a part of a pipeline, shards too; those of other variants (``non_ema``) are left out."""
     middle = "" if variant is None else rf"\.{variant}"
-    name = re.compile(rf"(model|diffusion_pytorch_model){middle}(-\d+-of-\d+)?\.safetensors")
-    return [file for file in sorted(part.glob("*.safetensors")) if name.fullmatch(file.name)]
+    name = re.compile(rf"(model|diffusion_pytorch_model)({middle}(-\d+-of-\d+)?|(-\d+-of-\d+)?{middle})\.safetensors")
+    return [path for path in sorted(names) if name.fullmatch(Path(path).name)]
 
 
 def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module) -> None:
@@ -94,12 +126,13 @@ def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module
     Raises:
         ValueError: the folder lacks weights.
     """
-    files = weight_files(folder, variant)
+    names = [file.name for file in folder.iterdir()]
+    files = [folder / name for name in _weights_among(names, variant) or _weights_among(names, None)]
     stored = {name for file in files for name in read_header(file).tensors}
     named = dict(text_encoder.named_parameters())
     missing = sorted({_bare(name) for name in named} - {_bare(name) for name in stored})
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, e.g. {missing[0]}; download the base model again")
+        raise ValueError(f"{folder} lacks {len(missing)} weights, e.g. {missing[0]}; {_AGAIN}")
     if any(name.startswith(_CLIP_LEVEL) for name in named) and not any(name.startswith(_CLIP_LEVEL) for name in stored):
         tensors = {_bare(name): value for file in files for name, value in iter_tensors(file)}
         text_encoder.load_state_dict({name: tensors[_bare(name)] for name in named}, strict=False)
@@ -107,14 +140,13 @@ def mend_text_encoder(folder: Path, variant: str | None, text_encoder: nn.Module
 
 def _check_tokenizer(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; download the base model "
-                         f"again")  # fmt: skip
+        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt; {_AGAIN}")
     for file in folder.glob("*.json"):
         _read_json(file)
 
 
 def _read_json(file: Path) -> dict:
-    return read_json_object(file, "download the base model again")
+    return read_json_object(file, _AGAIN)
 
 
 def _bare(name: str) -> str:

@@ -12,19 +12,20 @@ import torch
 from torch import nn
 
 from hypernet.bases.base import BaseModel
-from hypernet.bases.checkpoints import check_channels, check_checkpoint, marker
+from hypernet.bases.checkpoints import check_checkpoint
 from hypernet.bases.config import BaseConfig
 from hypernet.bases.flux import Flux
-from hypernet.bases.folders import check_folder, mend_text_encoder, pipeline_family
+from hypernet.bases.folders import check_folder, mend_text_encoder
+from hypernet.bases.from_hub import download_base, unavailable
+from hypernet.bases.prediction import NAMES, Prediction, short_name
 from hypernet.bases.stable_diffusion import StableDiffusion
 from hypernet.bundles import BUNDLES, base_source
 from hypernet.devices import choose_device, choose_dtype, describe_choice, limit_memory, tune_device
-from hypernet.errors import first_sentence
-from hypernet.hub import split_revision
+from hypernet.errors import first_sentence, is_out_of_memory
 from hypernet.quiet import quiet_loading
-from hypernet.recipe import ATTENTIONS, DEFAULT_BASE
+from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PREDICTIONS
 from lidb_peft.families import FAMILIES, Family
-from lidb_peft.safe_read import PICKLE_SUFFIXES, read_header
+from lidb_peft.safe_read import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,6 +51,7 @@ def load_base(
     guidance_scale: float | None = None,
     revision: str | None = None,
     max_vram: int | None = None,
+    prediction: str = "auto",
 ) -> BaseModel:
     """Load a frozen base model; weights are read from safetensors only and never unpickled.
 
@@ -57,12 +59,14 @@ def load_base(
         source: a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or ``testbed``, the bundled miniature.
         attention: of the denoiser, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
         compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
-        components: a diffusers folder with the other components, where ``source`` is a file of a transformer alone.
+        components: a diffusers folder with the components that ``source`` lacks, where that is a file.
         train_text_encoder: adapt CLIP too, where a family does not anyway: FLUX.1.
         quantize: hold the transformer's blocks in ``nf4`` or ``int8``: FLUX.1.
         guidance_scale: what a distilled model is told while it is fitted, 1 if not given: FLUX.1 dev.
         revision: branch, tag or commit of a base on the hub.
         max_vram: how many bytes torch may take of the CUDA device.
+        prediction: what a Stable Diffusion predicts, ``epsilon`` or ``v``; ``auto`` takes what the base says of itself,
+            and measures where it says nothing; `BaseModel.prediction_reason` says which.
 
     Raises:
         ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that
@@ -71,6 +75,8 @@ def load_base(
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction is {prediction!r}; choose {', '.join(PREDICTIONS)}")
     torch_device = choose_device(device)
     if max_vram is not None:
         limit_memory(torch_device, max_vram)
@@ -81,17 +87,27 @@ def load_base(
     tune_device(torch_device)
     if compile:
         _check_compiler(torch_device)
-    given = {"train_text_encoder": train_text_encoder, "quantize": quantize, "guidance_scale": guidance_scale}
+    asked = None if prediction == "auto" else Prediction(NAMES[prediction], "as asked for")
+    given = {"train_text_encoder": train_text_encoder, "quantize": quantize, "guidance_scale": guidance_scale,
+             "prediction": asked}  # fmt: skip
     options = {name: value for name, value in given.items() if value not in (None, False)}
-    family, pipeline = load_pipeline(source, choose_dtype(precision, torch_device), options, components)
+    family, pipeline, stated = load_pipeline(source, choose_dtype(precision, torch_device), options, components)
+    if stated is not None:
+        options = {"prediction": stated} | options
     base = class_of(family).from_pipeline(source, pipeline, torch_device, **options)
     _check_finite(source, base)
     if attention == "xformers":
         _use_xformers(base.denoiser)
     if compile:
         base.denoiser.compile()
-    _log.info("base %s on %s", name, describe_choice(base.device, base.dtype))
+    _log.info("base %s on %s%s", name, describe_choice(base.device, base.dtype), _describe_prediction(base))
     return base
+
+
+def _describe_prediction(base: BaseModel) -> str:
+    if not base.prediction_reason:
+        return ""
+    return f", predicts {short_name(base.prediction_type)}: {base.prediction_reason}"
 
 
 def as_base(base: Base, device: str | None = None) -> BaseModel:
@@ -167,14 +183,14 @@ def _use_xformers(denoiser: nn.Module) -> None:
 
 def load_pipeline(
     source: str, dtype: torch.dtype, options: Collection[str] = (), components: str | Path | None = None
-) -> "tuple[Family, DiffusionPipeline]":
+) -> "tuple[Family, DiffusionPipeline, Prediction | None]":
     """Load a base's pipeline on the CPU; weights are read from safetensors only and never unpickled.
 
     Args:
         options: names of those that are given, see `check_options`.
 
     Returns:
-        A family that is loaded alike, and the pipeline.
+        A family that is loaded alike, the pipeline, and what a single file says that it predicts.
 
     Raises:
         ValueError: the source is something else, or damaged, or a pickled checkpoint.
@@ -185,35 +201,38 @@ def load_pipeline(
         if path.is_file():
             return _load_single_file(path, dtype, options, components)
         if components is not None:
-            raise ValueError(f"{source} is no file of a transformer alone, which --components goes with; leave it out")
-        if path.is_dir():
-            return _load_folder(path, dtype, options)
-        return _load_from_hub(source, dtype, options)
+            raise ValueError(f"{source} is no file, which --components goes with; leave it out")
+        family, pipeline = (_load_folder if path.is_dir() else _load_from_hub)(source, dtype, options)
+        return family, pipeline, None
 
 
 @contextmanager
-def _loading(source: str | Path, family: Family, *failures: type[Exception]) -> Iterator[None]:
-    """Say in a sentence what a library finds wrong with a base, ``failures`` included."""
-    title = class_of(family).title
+def _loading(source: str | Path, family: Family) -> Iterator[None]:
+    """Say in a sentence what a library finds wrong with a base, in whatever way it does."""
     try:
         yield
-    except (ValueError, RuntimeError, *failures) as error:
+    except Exception as error:  # of diffusers, transformers, tokenizers, safetensors, torch: no two agree on a type
+        if is_out_of_memory(error):
+            raise
+        title = class_of(family).title
         raise ValueError(f"{source} cannot be loaded as a {title}: {first_sentence(error)}") from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, options: Collection[str]) -> "tuple[Family, DiffusionPipeline]":
-    family, variant = check_folder(folder)
-    check_options(str(folder), family, options)
-    return family, _open_folder(folder, family, variant, dtype)
+def _load_folder(source: str, dtype: torch.dtype, options: Collection[str]) -> "tuple[Family, DiffusionPipeline]":
+    family, variant = check_folder(Path(source))
+    check_options(source, family, options)
+    return family, _open_folder(Path(source), family, variant, dtype)
 
 
 def _open_folder(
-    folder: Path, family: Family, variant: str | None, dtype: torch.dtype, **given: nn.Module
+    folder: Path, family: Family, variant: str | None, dtype: torch.dtype, **given: Any
 ) -> "DiffusionPipeline":
-    with _loading(folder, family, OSError):  # configs that do not fit the weights, or each other
+    """Load a folder's pipeline, but for the parts that are ``given``."""
+    with _loading(folder, family):  # configs that do not fit the weights, or each other
         pipeline = _load_pretrained(str(folder), family, dtype, variant=variant, **given)
     for component in family.text_encoders:
-        mend_text_encoder(folder / component.name, variant, getattr(pipeline, component.name))
+        if component.name not in given:
+            mend_text_encoder(folder / component.name, variant, getattr(pipeline, component.name))
     return pipeline
 
 
@@ -233,45 +252,65 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
 
 
-def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]):
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]) -> "tuple[Family, DiffusionPipeline]":
     if Path(source).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
+    folder, is_whole = download_base(source, lambda family: check_options(source, family, options))
     try:
-        name, revision = split_revision(source)
-        pinned = {} if revision is None else {"revision": revision}
-        validate_repo_id(name)
-        family = pipeline_family(source, _load_index(name, **pinned))
-        check_options(source, family, options)
-        with _loading(source, family):
-            return family, _load_pretrained(name, family, dtype, **pinned)
-    except (HFValidationError, OSError) as error:
-        is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
-        reason = f" ({first_sentence(error)})" if is_telling else ""
-        raise FileNotFoundError(
-            f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
-            f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
-            f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package{reason}"
-        ) from error
+        family, variant = check_folder(folder)
+    except ValueError as error:
+        if is_whole:
+            raise
+        reason = f"of the copy in the cache: {first_sentence(error)}"
+        raise FileNotFoundError(unavailable(source, reason)) from error
+    return family, _open_folder(folder, family, variant, dtype)
 
 
-def _load_index(source: str, **options: str) -> dict[str, Any]:
-    """A hub's ``model_index.json``: what it is, before gigabytes are downloaded."""
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.load_config(source, **options)
-
-
-def _load_single_file(path: Path, dtype: torch.dtype, options: Collection[str], components: str | Path | None):
-    """A whole model, or a denoiser beside the folder of its other components."""
+def _load_single_file(
+    path: Path, dtype: torch.dtype, options: Collection[str], components: str | Path | None
+) -> "tuple[Family, DiffusionPipeline, Prediction | None]":
+    """A whole model, or what there is of one beside the folder of its other components."""
     family = check_checkpoint(path)
     check_options(str(path), family, options)
-    if family.checkpoint_parts:
-        if components is not None:
-            raise ValueError(f"{path} is a whole model; leave --components out")
-        return family, _load_whole_file(path, family, dtype)
+    if not family.vae_prefixes:
+        return family, _load_denoiser_file(path, family, dtype, components), None
+    titles = {component.name: component.title for component in family.components} | {"vae": "VAE"}
+    held = class_of(family).parts_of_file(path, family)
+    lacking = [name for name in titles if name not in held]
+    if lacking and components is None:
+        what, folders = (" and no ".join(titles[name] for name in lacking), ", ".join(f"{name}/" for name in lacking))
+        raise ValueError(f"{path} has no {what}; pass --components with a diffusers folder of {family.title} that has "
+                         f"{folders}, or a whole checkpoint")  # fmt: skip
+    if components is not None and not lacking:
+        raise ValueError(f"{path} is a whole model; leave --components out")
+    folder, variant = None, None
+    if components is not None:
+        tokenizers = [part.tokenizer for part in family.text_encoders if part.name in held]
+        folder = Path(components)
+        variant = _check_components(path, family, folder, (*held, *tokenizers, "scheduler"))
+    with _loading(path, family):
+        found, prediction = class_of(family).load_file(path, family, dtype)
+    if folder is not None:
+        return family, _open_folder(folder, family, variant, dtype, **found), prediction
+    import diffusers
+
+    return family, getattr(diffusers, family.pipelines[0])(**found, **family.pipeline_options), prediction
+
+
+def _check_components(path: Path, family: Family, folder: Path, without: Collection[str]) -> str | None:
+    """Check the folder with a file's other components; return the variant of its weights."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; name a diffusers folder of {family.title}")
+    found, variant = check_folder(folder, tuple(without))
+    if found.pipelines != family.pipelines:
+        raise ValueError(f"{folder} holds a {found.title}, and {path} is of {family.title}; name a folder of that")
+    return variant
+
+
+def _load_denoiser_file(
+    path: Path, family: Family, dtype: torch.dtype, components: str | Path | None
+) -> "DiffusionPipeline":
+    """A denoiser beside the folder of its other components, which has its config too."""
     name = family.denoiser.name
     if components is None:
         others = ", ".join(f"{component.name}/" for component in family.text_encoders)
@@ -280,32 +319,12 @@ def _load_single_file(path: Path, dtype: torch.dtype, options: Collection[str], 
             f"others: vae/, {others}, tokenizers, scheduler/ and {name}/config.json"
         )
     folder = Path(components)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; name a diffusers folder of {family.title}")
-    found, variant = check_folder(folder, without=(name,))
-    if found is not family:
+    variant = _check_components(path, family, folder, (name,))
+    config = folder / name / "config.json"
+    if not config.is_file():
         raise ValueError(
-            f"{folder} holds a {found.title}, and {path} a {name} of {family.title}; name a folder of that"
+            f"{folder} has no {name}/config.json, which says how {path} is made; name a folder that has it"
         )
     with _loading(path, family):
-        denoiser = class_of(family).load_denoiser(path, folder / name, dtype)
-    return family, _open_folder(folder, family, variant, dtype, **{name: denoiser})
-
-
-def _load_whole_file(path: Path, family: Family, dtype: torch.dtype) -> "DiffusionPipeline":
-    """A checkpoint has neither tokenizers nor configuration: diffusers takes them from the hub, or from its cache."""
-    import diffusers
-
-    tensors = read_header(path).tensors
-    check_channels(str(path), tensors[marker(family, tensors)].shape[1], family.latent_channels)
-    try:
-        with _loading(path, family):
-            return getattr(diffusers, family.pipelines[0]).from_single_file(
-                str(path), **family.pipeline_options, **_dtype_argument(dtype)
-            )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{path} holds weights only, and the tokenizer and configuration that go with it (3 MB) could not be had "
-            f"from the Hugging Face hub; connect to the internet once, or pass --base with a diffusers folder "
-            f"({first_sentence(error)})"
-        ) from error
+        denoiser = class_of(family).load_denoiser(path, config.parent, dtype)
+    return _open_folder(folder, family, variant, dtype, **{name: denoiser})

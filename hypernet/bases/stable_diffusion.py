@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,13 +11,18 @@ from torch import Tensor, nn
 
 from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded
 from hypernet.bases.checkpoints import check_channels
-from lidb_peft.families import family_of_pipeline, get_family
+from hypernet.bases.prediction import EPSILON, Prediction, V, measured_prediction
+from hypernet.bases.stable_diffusion_file import find_parts, load_file
+from lidb_peft.families import Family, family_of_pipeline, get_family
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+
+_ASKED_SIDE = 32  # latents to a side, where the UNet is asked what it predicts
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -40,6 +46,8 @@ class StableDiffusion(BaseModel):
     Attributes:
         text_encoder_2, tokenizer_2: SDXL's second ones; None for others.
         zeros_for_no_prompt: SDXL was trained to take zeros for the embeddings of no prompt; some of its kind were not.
+        prediction_reason: how it is known what the UNet predicts.
+        is_contradicted: somebody asked for another prediction than the base says of itself.
     """
 
     unet: "UNet2DConditionModel"
@@ -48,14 +56,31 @@ class StableDiffusion(BaseModel):
     text_encoder_2: "CLIPTextModelWithProjection | None" = None
     tokenizer_2: "CLIPTokenizer | None" = None
     zeros_for_no_prompt: bool = True
+    prediction_reason: str = ""
+    is_contradicted: bool = False
 
     title: ClassVar[str] = "Stable Diffusion"
     families: ClassVar[tuple[str, ...]] = ("sd1", "sd2", "sdxl")
+    options: ClassVar[frozenset[str]] = frozenset({"prediction"})
     guidance: ClassVar[float] = 7.5
 
     @classmethod
-    def from_pipeline(cls, name: str, pipeline: "Pipeline", device: torch.device) -> "StableDiffusion":
+    def parts_of_file(cls, path: Path, family: Family) -> list[str]:
+        return list(find_parts(path, family))
+
+    @classmethod
+    def load_file(cls, path: Path, family: Family, dtype: torch.dtype) -> tuple[dict[str, Any], Prediction | None]:
+        return load_file(path, family, dtype)
+
+    @classmethod
+    def from_pipeline(
+        cls, name: str, pipeline: "Pipeline", device: torch.device, prediction: Prediction | None = None
+    ) -> "StableDiffusion":
         """Take over the components of diffusers' pipeline.
+
+        Args:
+            prediction: what the UNet predicts; None for what the scheduler says, or for a measurement where it says
+                nothing.
 
         Raises:
             ValueError: they do not go together, lack weights, or are not those of a plain Stable Diffusion.
@@ -77,7 +102,30 @@ class StableDiffusion(BaseModel):
         # The pipeline hands over latents in the UNet's dtype, see `pipeline`.
         if base.vae.post_quant_conv is not None:
             base.vae.post_quant_conv.register_forward_pre_hook(_as_weights)
+        base._settle(prediction)
         return base
+
+    def _settle(self, prediction: Prediction | None) -> None:
+        """Decide what the UNet predicts, and with it which published model this is, where no config says its size."""
+        if prediction is None and self.prediction_type is not None:
+            prediction = Prediction(self.prediction_type, "its scheduler says so")
+        found = prediction or measured_prediction(self.noise_returned())
+        self.is_contradicted = prediction is not None and prediction.type != self.prediction_type
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config, prediction_type=found.type)
+        self.prediction_reason = found.reason
+        if self.unet.config.sample_size is None:
+            family = get_family(self.family)
+            side = family.version(found.type).size_px // family.vae_scale_factor
+            self.unet.register_to_config(sample_size=side)
+
+    @torch.no_grad()
+    def noise_returned(self) -> float:
+        """The correlation of noise with what the UNet predicts of it at the last timestep, without a prompt."""
+        shape = (1, self.unet.config.in_channels, _ASKED_SIDE, _ASKED_SIDE)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        last = torch.tensor([self.scheduler.config.num_train_timesteps - 1], device=self.device)
+        predicted = self.denoise(noise, last, self.encode_prompts(self.prepare_prompts([""])))
+        return torch.cosine_similarity(noise.flatten(), predicted.flatten(), dim=0).item()
 
     @property
     def _pipeline_class(self) -> str:
@@ -108,6 +156,10 @@ class StableDiffusion(BaseModel):
     @property
     def size_px(self) -> int:
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"prediction_type": self.prediction_type} if self.is_contradicted else {}
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -223,11 +275,11 @@ def _check_components(source: str, pipeline: "Pipeline") -> None:
         )
     check_channels(source, pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels)
     check_all_loaded(source, pipeline.unet, *text_encoders, pipeline.vae)
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{source} predicts {prediction!r}; expected 'epsilon' or 'v_prediction'")
     if not hasattr(pipeline.scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{source} comes with a {type(pipeline.scheduler).__name__}, which adds noise otherwise than Stable "
             f"Diffusion; pass a plain SD 1.x, 2.x or SDXL base"
         )
+    stated = pipeline.scheduler.config.prediction_type
+    if stated not in (EPSILON, V, None):
+        raise ValueError(f"{source} predicts {stated!r}; expected '{EPSILON}' or '{V}'")

@@ -30,6 +30,24 @@ OPENCLIP = tuple(
 )
 
 
+# (OpenCLIP's, ours) in the names of an encoder's tensors, but for what is stacked; all that a name holds are replaced.
+OPENCLIP_NAMES = (
+    ("token_embedding.", "embeddings.token_embedding."),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("ln_final.", "final_layer_norm."),
+    ("text_projection", "text_projection.weight"),
+    ("transformer.resblocks.", "encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    (".attn.out_proj.", ".self_attn.out_proj."),
+)
+# How OpenAI's encoder and OpenCLIP's differ otherwise.
+OPENAI = {"activation": "quick_gelu", "pad_token": "<|endoftext|>"}
+OPENCLIP_SETTINGS = {"activation": "gelu", "pad_token": "!"}
+
+
 def path_prefixes(name: str) -> tuple[str, ...]:
     """Return how ComfyUI's files, and OneTrainer's, begin layers of the encoder that they call ``name``."""
     return tuple(f"{start}{name}.{end}" for start in ("text_encoders.", "") for end in ("transformer.", ""))
@@ -52,6 +70,7 @@ def text_encoder(num_layers: int, width: int, **own: Any) -> Component:
         num_layers, width: of the published model.
     """
     shared = {"name": "text_encoder", "classes": ("CLIPTextModel",), "modules": MODULES, "block_names": (("", BLOCK),)}
+    shared |= OPENAI
     return Component(
         role="text encoder", targets=TARGETS, shapes=attention_shapes(num_layers, width), words=WORDS, path=PATH,
         level=LEVEL, trained=TRAINED, **shared | own,

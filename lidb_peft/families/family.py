@@ -58,6 +58,9 @@ class Component:
         kohya_convolutions: last words of the names of linear layers that are 1x1 convolutions in sd-scripts.
         config: entries of its config that tell the published models of this family from others of the same classes.
         is_adapted: whether it is adapted unless somebody asks for something else.
+        num_heads: of a denoiser's attentions; 0 for one to 64 channels.
+        activation: of a text encoder, as transformers calls it.
+        pad_token: what a text encoder's prompts are filled up with.
     """
 
     name: str
@@ -85,6 +88,9 @@ class Component:
     kohya_convolutions: frozenset[str] = frozenset()
     config: Mapping[str, object] = field(default_factory=dict)
     is_adapted: bool = True
+    num_heads: int = 0
+    activation: str = ""
+    pad_token: str = ""
 
     @property
     def short_names(self) -> tuple[str, ...]:
@@ -152,8 +158,11 @@ class Family:
         marks: layers that tell that an adapter is for this family.
         stated_by: metadata key -> how its value may begin in adapters for this family.
         is_hidden_unless_stated: Automatic1111 takes a LoRA without such metadata for another family's.
-        checkpoint_marker: the tensor by which a single-file checkpoint of this architecture is told.
-        checkpoint_parts: how the tensors begin that a whole checkpoint has -> what they are.
+        checkpoint_markers: tensors of the denoiser, in its first authors' names, that a single-file checkpoint of this
+            architecture has and no other -> how many dimensions they have.
+        vae_prefixes: how the VAE's tensors begin in a whole checkpoint; () where single files hold a denoiser alone.
+        scaling_factor: what the VAE's latents are multiplied by.
+        scheduler: diffusers' class, and what it is made with, for a whole checkpoint, which has none.
         reads_mixed_ranks: readers of its LoRAs take each layer's own rank and alpha; else one file has one of each.
         has_old_diffusers_names: diffusers had such models before 0.20.
         kohya_blocks: blocks of kohya's block-wise learning rates: those going down, and as many up, and in the middle.
@@ -173,8 +182,10 @@ class Family:
     implementation: str
     marks: tuple[Mark, ...]
     stated_by: Mapping[str, str | tuple[str, ...]]
-    checkpoint_marker: str
-    checkpoint_parts: Mapping[str, str]
+    checkpoint_markers: Mapping[str, int]
+    vae_prefixes: tuple[str, ...] = ()
+    scaling_factor: float = 1.0
+    scheduler: tuple[str, Mapping[str, object]] = ("", {})
     network_module: str = "networks.lora"
     has_guidance_embeds: bool = False
     reads_mixed_ranks: bool = False

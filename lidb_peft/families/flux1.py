@@ -134,8 +134,7 @@ FLUX1 = Family(
         Mark(r"encoder[._]block[._]\d", "text_encoder_2"),
     ),
     stated_by={"ss_base_model_version": "flux1", "modelspec.architecture": ("flux-1", "Flux.1")},
-    checkpoint_marker="double_blocks.0.img_attn.qkv.weight",
-    checkpoint_parts={},
+    checkpoint_markers={"double_blocks.0.img_attn.qkv.weight": 2},
     has_guidance_embeds=True,
     reads_mixed_ranks=True,
     block_lists=(

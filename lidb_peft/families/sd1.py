@@ -17,6 +17,7 @@ SD1 = Family(
             originals=unet.sgm_names(4, attended=(0, 1, 2)),
             kohya_attribute="down_blocks",
             convolutions=unet.CONVOLUTIONS | dict.fromkeys(unet.PROJECTIONS, 1),
+            num_heads=8,
         ),
         clip.text_encoder(
             num_layers=12,
@@ -43,8 +44,13 @@ SD1 = Family(
         Mark("q_proj", "text_encoder", 768, is_certain=False),
     ),
     stated_by={"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1"},
-    checkpoint_marker="model.diffusion_model.input_blocks.0.0.weight",
-    checkpoint_parts={"first_stage_model.": "VAE", "cond_stage_model.": "text encoder"},
+    checkpoint_markers={"input_blocks.1.1.proj_in.weight": 4, "input_blocks.11.0.in_layers.2.weight": 4},
+    vae_prefixes=unet.VAE_PREFIXES,
+    scaling_factor=0.18215,
+    scheduler=(
+        "PNDMScheduler",
+        {**unet.NOISE_SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True},
+    ),
     kohya_blocks=(12, 1),
     block_lists=unet.block_lists(12, going_down=(1, 2, 4, 5, 7, 8), going_up=tuple(range(3, 12))),
 )

@@ -20,6 +20,7 @@ SD2 = replace(
             convolutions=unet.CONVOLUTIONS,
             kohya_convolutions=unet.PROJECTIONS,
             config={"cross_attention_dim": 1024},
+            num_heads=0,
         ),
         replace(
             _TEXT_ENCODER,
@@ -27,6 +28,7 @@ SD2 = replace(
             path_prefixes=clip.path_prefixes("clip_h"),
             stacked=clip.OPENCLIP,
             checkpoint_prefixes=("cond_stage_model.model.",),
+            **clip.OPENCLIP_SETTINGS,
         ),
     ),
     versions=(
@@ -39,4 +41,9 @@ SD2 = replace(
         Mark("q_proj", "text_encoder", 1024, is_certain=False),
     ),
     stated_by={"ss_base_model_version": "sd_v2", "ss_v2": "True", "modelspec.architecture": "stable-diffusion-v2"},
+    checkpoint_markers={"input_blocks.1.1.proj_in.weight": 2, "input_blocks.11.0.in_layers.2.weight": 4},
+    scheduler=(
+        "DDIMScheduler",
+        {**unet.NOISE_SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+    ),
 )

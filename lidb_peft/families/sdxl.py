@@ -37,6 +37,7 @@ SDXL = Family(
             stacked=clip.OPENCLIP,
             transposed=((clip.PROJECTION, clip.PROJECTION),),
             checkpoint_prefixes=("conditioner.embedders.1.model.",),
+            **clip.OPENCLIP_SETTINGS,
         ),
     ),
     pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
@@ -58,12 +59,13 @@ SDXL = Family(
     ),
     stated_by={"ss_base_model_version": "sdxl_", "modelspec.architecture": "stable-diffusion-xl"},
     is_hidden_unless_stated=True,
-    checkpoint_marker="model.diffusion_model.input_blocks.0.0.weight",
-    checkpoint_parts={
-        "first_stage_model.": "VAE",
-        "conditioner.embedders.0.transformer.": "first text encoder",
-        "conditioner.embedders.1.model.": "second text encoder",
-    },
+    checkpoint_markers={"input_blocks.4.1.proj_in.weight": 2, "label_emb.0.0.weight": 2},
+    vae_prefixes=unet.VAE_PREFIXES,
+    scaling_factor=0.13025,
+    scheduler=(
+        "EulerDiscreteScheduler",
+        {**unet.NOISE_SCHEDULE, "steps_offset": 1, "timestep_spacing": "leading"},
+    ),
     kohya_blocks=(9, 3),
     block_lists=unet.block_lists(9, going_down=(4, 5, 7, 8), going_up=tuple(range(6))),
 )

@@ -34,6 +34,9 @@ BLOCK_NAMES = (
 )
 TRAINED = (".attentions.",)
 _LAYERS_A_LEVEL = 2
+# What else a checkpoint of a whole Stable Diffusion holds: the first authors' name of the VAE, and diffusers'.
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # (diffusers, sgm) inside a ResNet block.
 _RESNET_PARTS = (
     ("norm1", "in_layers.0"),

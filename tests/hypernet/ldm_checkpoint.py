@@ -60,6 +60,9 @@ def unet_name(name: str, is_xl: bool) -> str:
     return f"{stage}.{number}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
 
 
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
 def _inside(kind: str, rest: str) -> str:
     if kind == "attentions":
         return rest
@@ -74,9 +77,16 @@ def vae_name(name: str, num_blocks: int) -> str:
     name = re.sub(r"encoder\.down_blocks\.(\d)\.", r"encoder.down.\1.", name)
     name = re.sub(r"decoder\.up_blocks\.(\d)\.", up_block, name)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    for ours, theirs in _VAE_ATTENTION.items():
+        name = name.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
     name = name.replace(".resnets.", ".block.").replace("conv_shortcut", "nin_shortcut")
     name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
     return name.replace("conv_norm_out", "norm_out")
+
+
+def _is_vae_attention(name: str, value: torch.Tensor) -> bool:
+    """Whose layers are 1x1 convolutions in the first authors' model."""
+    return name.startswith(("encoder.mid_block.attentions.", "decoder.mid_block.attentions.")) and value.dim() == 2
 
 
 def clip_name(name: str) -> str:
@@ -86,7 +96,9 @@ def clip_name(name: str) -> str:
 def openclip_tensors(state: dict) -> dict:
     """OpenCLIP stacks q, k and v, and has its projection the other way round."""
     state = {name.removeprefix("text_model."): value for name, value in state.items()}
-    found = {"text_projection": state.pop("text_projection.weight").T}
+    found = {}
+    if "text_projection.weight" in state:  # which is not used by SD2
+        found["text_projection"] = state.pop("text_projection.weight").T
     for name in [name for name in state if ".self_attn.q_proj." in name]:
         layer, kind = name.split(".self_attn.q_proj.")
         stacked = torch.cat([state.pop(f"{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"])
@@ -109,7 +121,9 @@ def checkpoint_tensors(base) -> dict:
         (clip, base.text_encoder, clip_name),
     ]
     tensors = {
-        prefix + rename(name): value for prefix, model, rename in parts for name, value in model.state_dict().items()
+        prefix + rename(name): value[:, :, None, None] if _is_vae_attention(name, value) else value
+        for prefix, model, rename in parts
+        for name, value in model.state_dict().items()
     }
     if is_xl:
         second = openclip_tensors(base.text_encoder_2.state_dict())

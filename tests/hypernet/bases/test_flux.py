@@ -367,7 +367,7 @@ def test_a_transformer_s_file_needs_the_other_components(flux, flux_folder, sdxl
     save_file({name: value.contiguous() for name, value in flux.transformer.state_dict().items()}, file)
     refused(file, "holds the transformer of FLUX.1 alone; pass --components with a diffusers folder")
     refused(file, "is not a folder", FileNotFoundError, components=tmp_path / "nowhere")
-    refused(file, "holds a Stable Diffusion.*, and .* a transformer of FLUX.1", components=sdxl_folder)
+    refused(file, "holds a Stable Diffusion.*, and .* is of FLUX.1", components=sdxl_folder)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, file)
     refused(file, "of its weights are not those of .*config.json", components=flux_folder)
 
