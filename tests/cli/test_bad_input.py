@@ -32,7 +32,7 @@ def test_a_photo_that_is_none_is_named(hdb, personalize, portrait):
     assert "empty.jpg is empty" in hdb.fail(*personalize("empty.jpg"))
     assert "half.png is damaged" in hdb.fail(*personalize("half.png"))
     assert "dot.png is 1 x 1 pixels" in hdb.fail(*personalize("dot.png"))
-    assert "album is a folder" in hdb.fail(*personalize("album"))
+    assert "album holds no photos" in hdb.fail(*personalize("album"))
     assert "nobody.jpg does not exist" in hdb.fail(*personalize("nobody.jpg"))
     assert "notes.jpg" in hdb.fail(*personalize(portrait, "notes.jpg"))  # one bad photo among good ones
 
@@ -137,7 +137,6 @@ def test_an_option_out_of_range_is_named(hdb, personalize, portrait, arguments, 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--lr", 0), "lr is 0"),
         (("--lr", "nan"), "lr is nan"),
         (("--theta-lr", "inf"), "lr is inf"),
         (("--prompt", "a face"), "it must hold [V]"),
@@ -150,6 +149,11 @@ def test_an_option_out_of_range_is_named(hdb, personalize, portrait, arguments, 
 )
 def test_a_setting_that_cannot_be_is_named(hdb, personalize, portrait, arguments, text):
     assert text in hdb.fail(*personalize(portrait), *arguments)
+
+
+def test_a_setting_out_of_its_range_is_a_usage_error_that_names_the_range(hdb, personalize, portrait):
+    for option, value, allowed in (("--lr", 0, "x>0"), ("--rank", 0, "x>=1"), ("--max-timestep", 1001, "1<=x<=1000")):
+        assert f"is not in the range {allowed}" in hdb.fail(*personalize(portrait), option, value, code=2)
 
 
 def test_a_learning_rate_that_is_too_high_says_so(hdb, personalize, portrait):

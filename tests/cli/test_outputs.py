@@ -20,9 +20,11 @@ LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 READ = {
     "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta", "config"},
     "generate": {"base", "components", "loras"},
-    "preoptimize": {"images", "base", "components", "init_from"},
+    "eval": {"base", "components", "loras", "references", "hypernet", "dino", "clip", "prompts"},
+    "preoptimize": {"images", "base", "components", "init_from", "config"},
+    "prepare": {"images", "config"},
     "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
-    "learn-start": {"images", "base", "components", "hypernet"},
+    "learn-start": {"images", "base", "components", "hypernet", "config"},
     "inspect": {"file"},
     "convert": {"sources", "base"},
     "resize": {"source"},
@@ -39,9 +41,33 @@ OUTPUTS = {
     ("personalize", "save_config"): (*PHOTO, "--out", "me-2.safetensors", "--save-config", "OUT"),
     ("generate", "out"): ("generate", "a", "--base", "model.safetensors", "--lora", "me.safetensors", "--out", "OUT"),
     ("generate", "pictures"): ("generate", "a", "--base", "model.safetensors", "--out", "a.png", "--pictures", "OUT"),
+    ("eval", "out"): ("eval", "faces", "--base", "model.safetensors", "--no-crop", "--out", "OUT"),
+    ("prepare", "out"): ("prepare", "faces", "--no-crop", "--out", "OUT"),
+    ("prepare", "save_config"): ("prepare", "faces", "--no-crop", "--out", "data", "--save-config", "OUT"),
     ("preoptimize", "out"): ("preoptimize", "faces", "--base", "model.safetensors", "--out", "OUT"),
     ("train", "out"): ("train", "faces", "--base", "model.safetensors", "--out", "OUT"),
     ("train", "save_config"): ("train", "faces", "--base", "model.safetensors", "--out", "net", "--save-config", "OUT"),
+    ("preoptimize", "save_config"): (
+        "preoptimize",
+        "faces",
+        "--base",
+        "model.safetensors",
+        "--out",
+        "net",
+        "--save-config",
+        "OUT",
+    ),
+    ("learn-start", "save_config"): (
+        "learn-start",
+        "faces",
+        "--base",
+        "model.safetensors",
+        "--no-crop",
+        "--out",
+        "new.safetensors",
+        "--save-config",
+        "OUT",
+    ),
     ("learn-start", "out"): ("learn-start", "faces", "--base", "model.safetensors", "--no-crop", "--out", "OUT"),
     ("check", "out"): ("check", "--out", "OUT"),
     ("convert", "out"): ("convert", "me.safetensors", "OUT"),
@@ -58,17 +84,33 @@ FURTHER = {
     "peft": ("convert", "me.safetensors", "OUT", "--to", "peft"),
     "minus": ("project", "tuned.safetensors", "OUT", "--minus", "model.safetensors"),
 }
-FOLDERS = {"demo out", "generate pictures", "preoptimize out", "train out", "each", "into a folder", "peft"}
+FOLDERS = {
+    "prepare out",
+    "generate pictures",
+    "eval out",
+    "demo out",
+    "preoptimize out",
+    "train out",
+    "each",
+    "into a folder",
+    "peft",
+}
 SUFFIXES = {
     "generate out": ".png",
     "train save_config": ".yaml",
     "personalize save_config": ".yaml",
+    "preoptimize save_config": ".yaml",
+    "prepare save_config": ".yaml",
+    "learn-start save_config": ".yaml",
     "check out": ".json",
 }
 ONCE = {
     "train save_config",
     "personalize save_config",
     "generate pictures",
+    "preoptimize save_config",
+    "prepare save_config",
+    "learn-start save_config",
     "learn-start out",
 }  # they have no --overwrite
 CASES = {f"{command} {name}": arguments for (command, name), arguments in OUTPUTS.items()} | FURTHER
@@ -123,7 +165,13 @@ def test_every_output_is_decided_about_before_any_work(stock, case, monkeypatch)
         stock.fail(*arguments_of(case, "nowhere.ckpt"))
         assert Path("nowhere.ckpt") in seen
     else:
-        usage = case in ("demo out", "train out", "preoptimize out")  # click itself says that it is a file
+        usage = case in (
+            "demo out",
+            "train out",
+            "preoptimize out",
+            "eval out",
+            "prepare out",
+        )  # click itself says that it is a file
         assert out in stock.fail(*arguments_of(case, out), code=2 if usage else 1)
         assert Path(out) in seen or usage
     assert Path(out).read_text() == "somebody's"
