@@ -45,11 +45,13 @@ print(json.dumps([before, peak(), result]))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[6000, 12600], help="in pixels")
+    parser.add_argument("--formats", nargs="+", choices=sorted({kind for _, kind, _ in CASES}), help="these alone")
     options = parser.parse_args()
+    cases = [case for case in CASES if options.formats is None or case[1] in options.formats]
     rows = []
     with TemporaryDirectory() as folder:
         for side in options.sides:
-            for mode, kind, settings in CASES:
+            for mode, kind, settings in cases:
                 path = Path(folder, "picture")
                 Image.new(mode, (side, side)).save(path, kind, **settings)
                 done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, check=True)

@@ -458,7 +458,7 @@ class OpenedRequest:
         failed: dict[int, str] = {}
         snapshots: dict[int, LoraFactors] = {}
         with timed(self.seconds, "prepare photos"):
-            subjects = make_subjects(base, people, config.trigger, config.class_prompt)
+            subjects = make_subjects(base, people, config.trigger, config.class_prompt, self.kept)
         stage, state = (None, None) if resumed is None else (resumed["stage"], resumed["fit"])
         if stage == FINETUNE:
             theta, losses = resumed["theta"], dict(resumed["losses"])

@@ -305,7 +305,7 @@ def _fit_people(
     kept: KeptStep,
 ) -> tuple[Tensor, Tensor]:
     """Thetas ``(n, L, row)`` and final losses ``(n,)``: the mean of the last tenth of the steps; see `fit_theta`."""
-    subjects = make_subjects(base, people, config.recipe.trigger, config.recipe.class_prompt)
+    subjects = make_subjects(base, people, config.recipe.trigger, config.recipe.class_prompt, kept)
     first = None
     if start is not None:
         thetas = start(torch.cat([person.pixels for person in people]))

@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.fitting.replay import WARM_UP, Replay
+from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.people import PreparedPerson
+from hypernet.inputs.photos import Photo
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
 
@@ -161,6 +165,23 @@ def test_a_step_is_made_anew_where_the_kept_one_does_not_fit(base, space, people
     assert len(captures) == 5
     kept.release()
     assert kept.step is None
+
+
+def test_a_kept_step_makes_room_for_photos_that_do_not_fit_beside_it(base, space, people, monkeypatch):
+    kept, encode, asked = engine.KeptStep(), base.encode_photos, []
+    fit_theta(base, space, people, replace(CONFIG, steps=1, preservation=0.0), kept=kept)
+
+    def full(pixels):
+        asked.append(kept.step is None)
+        if kept.step is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(base, "encode_photos", full)
+    photo = Photo(Image.new("RGB", (32, 32)), "me.png")
+    (subject,) = make_subjects(base, [PreparedPerson("me", (photo,))], "a sks face", kept=kept)
+    assert asked == [False, True]
+    assert torch.equal(subject.moments, encode(photo.to_tensor()[None]))
 
 
 def test_a_kept_step_forgets_a_fit_that_was_not_finite(base, space, people):

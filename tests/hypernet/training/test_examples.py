@@ -1,5 +1,6 @@
 """Who is trained on when, and in which photos."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_face_is_looked_for_once_however_often_its_photo_comes(face_folder, mo
     again = Examples(open_people(face_folder), 32, replace(CONFIG, crop=True, face_detector="yunet"))
     looked_at.clear()
     assert torch.equal(again[2, 0].seen, drawn[2][0].seen)
+
+
+def test_workers_that_are_spawned_get_the_same_examples(face_folder):
+    """As on Windows and macOS: what a data loader hands to them is pickled, and holds no base model."""
+    examples = Examples(open_people(face_folder), 32, CONFIG)
+    sent = pickle.dumps(examples.collate)
+    assert len(sent) < 1_000_000
+    assert torch.equal(pickle.loads(sent).__self__[3, 2].seen, examples[3, 2].seen)
 
 
 def test_photos_whose_latents_are_kept_are_not_brought_to_the_device(face_folder):
