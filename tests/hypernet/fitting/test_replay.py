@@ -279,11 +279,11 @@ def runs_out_of_memory(sentence, calls, monkeypatch):
     """Let steps without checkpointing of two people or more run out of memory."""
     original = engine._optimize
 
-    def optimize(base, space, subjects, config, parameters, parts, recomputes, progress):
+    def optimize(base, space, subjects, config, trained, recomputes, *others):
         calls.append((len(subjects), recomputes))
         if not recomputes and len(subjects) > 1:
             raise RuntimeError(sentence)
-        return original(base, space, subjects, config, parameters, parts, recomputes, progress)
+        return original(base, space, subjects, config, trained, recomputes, *others)
 
     monkeypatch.setattr(engine, "_optimize", optimize)
     monkeypatch.setattr(engine, "_too_large", weakref.WeakKeyDictionary())
