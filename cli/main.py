@@ -34,6 +34,7 @@ COMMANDS = {
     "merge": "cli.merge",
     "extract": "cli.extract",
     "project": "cli.project",
+    "push": "cli.push",
     "doctor": "cli.doctor",
     "check": "cli.check",
 }

@@ -69,6 +69,7 @@ SECTIONS = {
     "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
     "Pictures": "negative size sampler guidance clip-skip num-images seeds pictures",
     "Base model": "components prediction revision train-text-encoder guidance-scale",
+    "Share": "push-to-hub",
     "LiDB weights": "save-theta from-theta",
     "Progress": "log-every checkpoint-every tracker",
     "Further": "",

@@ -54,6 +54,9 @@ _STOPPED = 130  # as a shell tells Ctrl-C
 @click.option("--resume", is_flag=True, help="Go on with the fit that Ctrl-C has stopped.")
 @click.option("--dry-run", is_flag=True, help="Write NAME-crops.png, what is taken of the photos, and say "
                                               "what would be done; load and fit nothing.")  # fmt: skip
+@click.option("--push-to-hub", metavar="OWNER/NAME",
+              help="Bring the LoRA to a private repository of the Hugging Face hub too, with a model card (NAME.md); "
+                   "hdb push does the same later.")  # fmt: skip
 @base_options
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
@@ -76,6 +79,7 @@ def command(
     preview_every,
     resume,
     dry_run,
+    push_to_hub,
     overwrite,
     **options,
 ) -> None:
@@ -97,9 +101,14 @@ def command(
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
     _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta)
-    of_one = {"--save-every": save_every, "--preview-every": preview_every, "--resume": resume, "--dry-run": dry_run}
+    of_one = {"--save-every": save_every, "--preview-every": preview_every, "--resume": resume, "--dry-run": dry_run,
+              "--push-to-hub": push_to_hub}  # fmt: skip
     if each is not None and any(of_one.values()):
         raise click.UsageError(f"{next(filter(of_one.get, of_one))} is for one person; leave it or --each out")
+    if push_to_hub is not None:
+        from hypernet.cards import check_repository
+
+        check_repository(push_to_hub)
     base = pop_base(options)
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
@@ -151,6 +160,8 @@ def command(
     trigger = request.config.trigger
     where, name = (out.name, out.stem) if each is None else ("the files", "NAME")
     click.echo(f'use it: put {where} into models/Lora and write "{trigger} <lora:{name}:1>"')
+    if push_to_hub is not None:
+        _push(result, out, base.base, push_to_hub)
     if each is not None:
         click.echo(f'all of them answer to "{trigger}": take one at a time')
 
@@ -205,6 +216,17 @@ def _tell_plan(request: "PersonRequest", base: "BaseConfig") -> None:
         f'would fit "{config.trigger}" on {base.base}: {" and ".join(stages) or "nothing beyond the prediction"}'
     )
     click.echo(f"would write {', '.join(map(str, request.planned_files))}")
+
+
+def _push(result: "Personalization", out: Path, base: str, repository: str) -> None:
+    from hypernet.cards import card_path, push, share_lora, write_card
+
+    config, known = result.config, "" if Path(base).exists() or "/" not in base else base.partition("@")[0]
+    how = [f"{config.steps} steps of finetuning, learning rate {config.lr:g}, rank {config.rank}, seed {config.seed}.",
+           *(f"{note.capitalize()}." for note in result.loss_notes)]  # fmt: skip
+    shared = share_lora(out, known, how=how)
+    url = push(shared, write_card(shared, card_path(out)), repository)
+    click.echo(f"uploaded {out.name} and its card {card_path(out)} to {url}")
 
 
 def _tell_stopped(result: "Personalization", request: "PersonRequest", context: click.Context) -> None:

@@ -25,6 +25,7 @@ READ = {
     "prepare": {"images", "config"},
     "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
     "learn-start": {"images", "base", "components", "hypernet", "config"},
+    "push": {"source"},
     "inspect": {"file"},
     "convert": {"sources", "base"},
     "resize": {"source"},

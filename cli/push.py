@@ -1,0 +1,42 @@
+"""`hdb push`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="push")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME", required=False)
+@click.option("--base", metavar="ID", default="", help="The base model's id on the hub, for the card.")
+@click.option("--license", "license_name", metavar="NAME", default="",
+              help="By the hub's names, such as creativeml-openrail-m.")  # fmt: skip
+@click.option("--public", is_flag=True, help="Make the repository public; it is private otherwise.")
+@click.option("--consent", is_flag=True, help="The person, or everybody it was trained on, has agreed to this; the "
+                                              "card says so. --public requires it.")  # fmt: skip
+def command(source: Path, repository: str | None, base: str, license_name: str, public: bool, consent: bool) -> None:
+    """Bring a LoRA, or the folder of a hypernetwork, to the Hugging Face hub, with a model card.
+
+    The card is written here first: beside the LoRA as NAME.md, in the folder as README.md. One that is there is taken
+    as it is, so edit it and push. Without OWNER/NAME nothing is uploaded. With the LoRA go its sidecar, its preview and
+    its sheets; no photo does. Log in with hf auth login.
+
+    \b
+    hdb push me.safetensors                                    writes me.md, the card, and uploads nothing
+    hdb push me.safetensors someone/me --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    hdb push hypernetwork/best someone/faces --consent --public --license apache-2.0
+    """
+    if public and not consent:
+        raise click.UsageError("--public requires --consent: publish a person's likeness only with their agreement")
+    from hypernet.cards import card_path, push, share, write_card
+
+    shared = share(source, base, license_name, consent)
+    card = card_path(source)
+    was_there = card.exists()
+    write_card(shared, card)
+    click.echo(f"{'took the card that is there,' if was_there else 'wrote'} {card}")
+    if repository is None:
+        click.echo(f"would upload {', '.join(map(str, shared.files))}; name a repository, OWNER/NAME, to do so")
+        return
+    url = push(shared, card, repository, private=not public)
+    click.echo(f"uploaded {len(shared.files) + 1} files to {url}{'' if public else ', private if it was not there'}")

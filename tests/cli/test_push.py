@@ -1,0 +1,50 @@
+"""`hdb push`: nothing leaves without being asked for."""
+
+import pytest
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What is pushed, instead of pushing."""
+    calls = []
+
+    def push(shared, card, repository, private=True, api=None):
+        calls.append((repository, private, card.read_text()))
+        return f"https://huggingface.co/{repository}"
+
+    monkeypatch.setattr("hypernet.cards.push", push)
+    return calls
+
+
+def test_without_a_repository_the_card_is_written_and_nothing_is_uploaded(hdb, made, hub):
+    lora = hdb.folder / "me.safetensors"
+    lora.write_bytes((made / "me.safetensors").read_bytes())
+    output = hdb.run("push", "me.safetensors", "--base", "someone/base")
+    assert "wrote me.md" in output
+    assert "would upload me.safetensors" in output
+    assert not hub
+    assert hdb.files() == ["me.md", "me.safetensors"]
+    output = hdb.run("push", "me.safetensors", "someone/me")
+    assert "took the card that is there, me.md" in output
+    ((repository, private, card),) = hub
+    assert (repository, private) == ("someone/me", True)
+    assert "base_model: someone/base" in card
+
+
+def test_a_likeness_is_published_only_with_consent(hdb, made, hub):
+    (hdb.folder / "me.safetensors").write_bytes((made / "me.safetensors").read_bytes())
+    message = hdb.fail("push", "me.safetensors", "someone/me", "--public", code=2)
+    assert "--public requires --consent" in message
+    hdb.run("push", "me.safetensors", "someone/me", "--public", "--consent")
+    ((_, private, card),) = hub
+    assert not private
+    assert "has agreed" in card
+
+
+def test_personalize_pushes_when_it_is_asked_to(hdb, personalize, portrait, hub):
+    assert "write OWNER/NAME" in hdb.fail(*personalize(portrait), "--push-to-hub", "me")
+    output = hdb.run(*personalize(portrait), "--out", "me.safetensors", "--push-to-hub", "someone/me")
+    assert "uploaded me.safetensors and its card me.md to https://huggingface.co/someone/me" in output
+    ((repository, private, card),) = hub
+    assert (repository, private) == ("someone/me", True)
+    assert "1 steps of finetuning" in card
