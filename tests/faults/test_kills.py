@@ -44,6 +44,7 @@ class Scenario:
     arguments: tuple[str, ...]
     is_once: bool = False  # what is there already is refused
     again: Callable[[Path], tuple[str, ...]] | None = None  # by the folder that a kill has left
+    before: tuple[str, ...] = ()  # a command that has made what this one replaces
 
     def rerun(self, folder: Path) -> tuple[str, ...]:
         return self.arguments if self.again is None else self.again(folder)
@@ -56,6 +57,10 @@ ONE = ("personalize", "faces/0.png", *FIT, "--out", "out/me.safetensors")
 SCENARIOS = {
     "convert": Scenario(("convert", "loras", "out")),
     "convert --to peft": Scenario(("convert", "loras/0.safetensors", "out", "--to", "peft")),
+    "convert --to peft over another": Scenario(
+        ("convert", "loras/0.safetensors", "out/one", "--to", "peft", "--overwrite"),
+        before=("convert", "loras/1.safetensors", "out/one", "--to", "peft"),
+    ),
     "merge": Scenario(("merge", "loras/0.safetensors", "loras/1.safetensors", "--out", "out/both.safetensors"), True),
     "merge --into a folder": Scenario(("merge", "loras/0.safetensors", "--into", "model", "--out", "out/merged"), True),
     "preoptimize": Scenario(
@@ -219,7 +224,7 @@ class Killer:
     def expected(self, name: str) -> tuple[dict[str, bytes | None], int, float]:
         """What an unbroken run leaves, how often it changes the file system, and how many seconds it takes."""
         if name not in self.unbroken:
-            folder, start = self._fresh(), time.perf_counter()
+            folder, start = self._fresh(name), time.perf_counter()
             assert run(folder, SCENARIOS[name].arguments, self.log) == 0, self.log.read_text(errors="replace")
             seconds = time.perf_counter() - start
             self.unbroken[name] = contents(folder / "out"), num_changes(self.log), seconds
@@ -229,7 +234,7 @@ class Killer:
     def kill(self, name: str, by_time: bool = False) -> str:
         """Kill a scenario once and run it again; returns what went wrong, or an empty string."""
         expected, changes, seconds = self.expected(name)
-        folder = self._fresh()
+        folder = self._fresh(name)
         when = {"die_after_s": self.random.uniform(0.05, seconds)} if by_time else {
             "die_before": self.random.randint(1, changes)}  # fmt: skip
         run(folder, SCENARIOS[name].arguments, self.log, **when)
@@ -247,13 +252,15 @@ class Killer:
         shutil.rmtree(folder)
         return f"{name} {when}: {'; '.join(problems)}" if problems else ""
 
-    def _fresh(self) -> Path:
+    def _fresh(self, name: str) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.place))
         for entry in self.inputs.iterdir():
             if entry.name == "model":
                 (folder / "model").symlink_to(entry)  # never written
             else:
                 shutil.copytree(entry, folder / entry.name)
+        before = SCENARIOS[name].before
+        assert not before or run(folder, before, self.log) == 0, self.log.read_text(errors="replace")
         return folder
 
 
@@ -267,7 +274,8 @@ def killer(tmp_path_factory):
 
 @needs_fork
 @pytest.mark.parametrize(
-    ("name", "kills"), [("convert", 4), ("convert --to peft", 4), ("merge", 1), ("preoptimize", 1)]
+    ("name", "kills"),
+    [("convert", 4), ("convert --to peft", 3), ("convert --to peft over another", 3), ("merge", 1), ("preoptimize", 1)],
 )
 def test_a_killed_run_loses_nothing(killer, name, kills):
     assert [problem for _ in range(kills) if (problem := killer.kill(name))] == []
