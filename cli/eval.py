@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cli.bases import base_options, given_options, hypernet_option, pop_base, recipe_options
+from cli.options import Command
 from hypernet.recipe import EvaluationConfig
 
 # As in hypernet.comparison and hypernet.evaluation, which take seconds to import.
@@ -41,7 +42,7 @@ class _Setting(click.ParamType):
         return name, text
 
 
-@click.command(name="eval")
+@click.command(name="eval", cls=Command)
 @click.argument("people_source", metavar="[PEOPLE]", required=False)
 @click.option("--methods", type=_Methods(), metavar="NAME,...", default=METHODS, show_default="all",
               help=f"Of {', '.join(METHODS)}.")  # fmt: skip
@@ -60,11 +61,11 @@ class _Setting(click.ParamType):
 @click.option("--clip", default=CLIP, show_default=True, metavar="ID|DIR|none", help="A CLIP of transformers.")
 @click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), show_default="30 for faces",
               help="A text file, a prompt a line with {} for the person.")  # fmt: skip
-@click.option("--pictures", type=click.IntRange(1), default=EvaluationConfig.pictures, show_default=True,
+@click.option("--num-images", "pictures", type=click.IntRange(1), default=EvaluationConfig.pictures, show_default=True,
               help="Of each prompt; with 1 there is no diversity.")  # fmt: skip
 @click.option("--sampling-steps", "num_steps", type=click.IntRange(1), default=EvaluationConfig.num_steps,
               show_default=True, help="Of each picture.")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=EvaluationConfig.seeds, show_default=True,
+@click.option("--num-seeds", "seeds", type=click.IntRange(1), default=EvaluationConfig.seeds, show_default=True,
               help="How often each person is fitted and drawn.")  # fmt: skip
 @click.option("--people", type=click.IntRange(2), show_default="all", help="Only the first so many of PEOPLE.")
 @click.option("--batch-size", type=click.IntRange(1), default=EvaluationConfig.batch_size, show_default=True,

@@ -58,16 +58,17 @@ def todays_spelling(command: str, arguments: list[str]) -> list[str]:
 
 # Title -> options in their order, of whatever command; what is in no list comes after all of them.
 SECTIONS = {
-    "Everyday": "preset base hypernet lora weights out each targets resume steps rank save-every preview preview-every "
-                "no-preview dry-run overwrite seed",
+    "Everyday": "preset base hypernet methods lora reference trigger weights out each targets resume steps "
+                "rank save-every preview preview-every no-preview dry-run overwrite seed",
     "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm optimizer batch-size "
            "gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
     "Loss": "denoising target-distance compare preservation preserve background timesteps-per-step max-timestep "
             "deep-supervision caption-dropout same-photo",
     "Hypernetwork": "encoder train-encoder learned-bases k hidden-size num-hidden-layers num-attention-heads",
-    "Photos": "crop face face-detector flip jitter streaming num-workers validation validation-images",
+    "Photos": "resolution part crop face face-detector flip jitter streaming num-workers validation validation-images",
     "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
-    "Pictures": "negative size sampler guidance clip-skip num-images seeds pictures",
+    "Pictures": "negative size sampler sampling-steps guidance clip-skip num-images seeds pictures prompts",
+    "Evaluation": "num-seeds face-network dino clip baseline",
     "Base model": "components prediction revision train-text-encoder guidance-scale",
     "Share": "push-to-hub",
     "LiDB weights": "save-theta from-theta",

@@ -24,7 +24,7 @@ class _Part(click.ParamType):
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Folder for the data set; an interrupted run resumes there.")  # fmt: skip
-@click.option("--size", "size_px", type=click.IntRange(1), default=512, show_default=True,
+@click.option("--resolution", "size_px", type=click.IntRange(1), default=512, show_default=True,
               help="Side of the squares in pixels: the base model's, 1024 for SDXL, 32 for testbed.")  # fmt: skip
 @click.option("--part", type=_Part(), metavar="I/N", show_default="all",
               help="Make every N-th shard from the I-th on, for N machines; I counts from 0.")  # fmt: skip

@@ -310,7 +310,7 @@ def prepare_person(
     if person.prepared_px:
         if person.prepared_px != size_px:
             raise ValueError(f"the data set was prepared at {person.prepared_px} pixels, and the base draws {size_px}; "
-                             f"prepare it anew with --size {size_px}")  # fmt: skip
+                             f"prepare it anew with --resolution {size_px}")  # fmt: skip
         crop = False
     photos, skipped = [], []
     for photo in person.photos:

@@ -11,7 +11,7 @@ from testbed.protocol import photo
 
 QUICK = (
     "--base", "testbed", "--no-crop", "--steps", 1, "--dino", "none", "--clip", "none", "--prompts", "prompts.txt",
-    "--sampling-steps", 1, "--pictures", 1, "--out", "out",
+    "--sampling-steps", 1, "--num-images", 1, "--out", "out",
 )  # fmt: skip
 FAST_BASELINES = tuple(
     part

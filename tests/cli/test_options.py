@@ -30,13 +30,9 @@ def test_an_option_of_several_commands_is_the_same_in_all():
         for text, option in options.items():
             if text.startswith("--"):
                 kinds.setdefault(text, {}).setdefault((option.type.name, option.is_flag), []).append(command)
-    # What to convert to and how, of files and of a photo's person, are other questions with the same word.
-    differing = {text: found for text, found in kinds.items() if len(found) > 1}
-    assert not differing.keys() & {
-        "--steps", "--lr", "--timesteps-per-step", "--gradient-checkpointing", "--optimizer", "--seed",
-        "--device", "--precision", "--hypernet", "--base", "--token", "--prompt", "--crop", "--rank", "--preserve",
-        "--preservation", "--background", "--max-timestep", "--face-detector", "--config", "--save-config",
-    }  # fmt: skip
+    differing = {text for text, found in kinds.items() if len(found) > 1}
+    # A file or a folder, whichever the command makes; and memory decides how many are fitted at once, not trained on.
+    assert differing == {"--out", "--batch-size"}
 
 
 def test_what_an_out_of_memory_error_advises_works_in_every_command_that_trains():
@@ -78,7 +74,7 @@ def test_every_field_of_a_fit_can_be_reached():
     assert theirs <= {option.name for option in ALL["personalize"].values()}
 
 
-@pytest.mark.parametrize("command", ["personalize", "preoptimize", "train", "learn-start", "generate"])
+@pytest.mark.parametrize("command", ["personalize", "preoptimize", "train", "learn-start", "generate", "eval"])
 def test_help_has_sections_and_begins_with_the_everyday_ones(command):
     shown = CliRunner().invoke(main, [command, "--help"]).output
     titles = [title for title in SECTIONS if f"\n{title}:\n" in shown]
@@ -137,6 +133,23 @@ def test_a_saved_config_is_the_run_again(seen, tmp_path, name):
     first, second = seen
     assert first == second
     assert (first["trackers"], first["preserved"]) == (("a", "b"), ("{} at sea",))
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [("personalize", ("--adapt", "denoiser", "--no-crop", "--preserve", "{} at sea", "--graph", "off")),
+     ("preoptimize", ("--out", "targets", "--lr", 0.25, "--batch-size", 3, "--max-vram", "4GB")),
+     ("learn-start", ("--out", "start.safetensors", "--rounds", 3, "--rate", 0.5, "--token", "ohwx"))],
+)  # fmt: skip
+def test_every_command_with_a_config_reads_what_it_has_saved(command, given, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    found = main.get_command(click.Context(main), command)
+    monkeypatch.setattr(found, "callback", lambda *_, **values: calls.append(values))
+    for arguments in ((*given, "--save-config", "a.yaml"), ("--config", "a.yaml")):
+        result = CliRunner().invoke(main, [command, "faces", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+    assert calls[0] == calls[1]
 
 
 @pytest.mark.parametrize(
