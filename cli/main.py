@@ -37,6 +37,9 @@ COMMANDS = {
     "push": "cli.push",
     "doctor": "cli.doctor",
     "check": "cli.check",
+    "ui": "cli.ui",
+    "comfyui": "cli.comfyui.command",
+    "a1111": "cli.a1111.command",
 }
 _MAX_LINES, _MAX_LINE_CHARS = 6, 2000
 

@@ -1,0 +1,196 @@
+"""The tab in Automatic1111, driven through stand-ins for the parts of the webui that it uses."""
+
+import contextlib
+import importlib.util
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from safetensors import safe_open
+
+from cli.a1111.command import PACK
+from cli.main import main
+
+ROOT = Path(__file__).parents[3]
+QUICK = {"checkpoint": "testbed", "name": "me", "steps": 1, "seed": 0, "find_face": False, "consent": True}
+
+
+class Component:
+    """Any component of a page: it is there, may be entered, and remembers what its events call."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options, self.calls = arguments, options, []
+        Component.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def click(self, function, inputs, outputs):
+        self.calls.append((function, inputs, outputs))
+
+
+class StandInGradio(ModuleType):
+    def __getattr__(self, name):
+        return Component
+
+
+def stand_in(name, **attributes):
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    return module
+
+
+@pytest.fixture
+def webui(tmp_path, monkeypatch):
+    """A webui's folder with the tab installed by hdb, and the tab's module as the webui loads it."""
+    (tmp_path / "webui" / "extensions").mkdir(parents=True)
+    result = CliRunner().invoke(main, ["a1111", "install", str(tmp_path / "webui")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "webui" / "extensions" / "lidb-peft"
+    assert (folder / "python.txt").read_text().strip() == sys.executable
+    # Tests run in a checkout, which no environment need have installed.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (folder / "python.txt").write_text(f"{python}\n")
+    tabs, refreshed = [], []
+    page = SimpleNamespace(refresh=lambda: refreshed.append("loras"))
+    unloaded = []
+    modules = {
+        "script_callbacks": stand_in("modules.script_callbacks", on_ui_tabs=tabs.append),
+        "shared": stand_in("modules.shared", cmd_opts=SimpleNamespace(lora_dir=None),
+                           models_path=str(tmp_path / "webui" / "models")),
+        "sd_models": stand_in("modules.sd_models", unload_model_weights=lambda: unloaded.append(True),
+                              checkpoints_list={"v1-5 [abc]": SimpleNamespace(filename="/models/v1-5.safetensors")}),
+        "ui_extra_networks": stand_in("modules.ui_extra_networks", extra_pages=[page]),
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "modules", stand_in("modules", **modules))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"modules.{name}", module)
+    monkeypatch.setitem(sys.modules, "gradio", StandInGradio("gradio"))
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("lidb_peft_process", "lidb_peft_tab"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(Component, "made", [])
+    spec = importlib.util.spec_from_file_location("lidb_peft_tab", folder / "scripts" / "lidb_peft_tab.py")
+    tab = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tab)
+    yield SimpleNamespace(python=python, tab=tab, folder=folder, tabs=tabs, refreshed=refreshed, unloaded=unloaded,
+                          loras=tmp_path / "webui" / "models" / "Lora")  # fmt: skip
+    sys.modules.pop("lidb_peft_process", None)
+
+
+def photo_file(portrait):
+    """What the webui's Gradio hands over: an object with the file's name."""
+    return SimpleNamespace(name=str(portrait))
+
+
+def test_the_webui_gets_one_tab_whose_start_button_personalizes(webui):
+    ((tab, title, name),) = webui.tabs[0]()
+    assert (title, name) == ("lidb-peft", "lidb_peft_tab")
+    assert isinstance(tab, Component)
+    (start,) = [part for part in Component.made if part.arguments == ("Start",)]
+    ((function, inputs, outputs),) = start.calls
+    assert function is webui.tab.personalize
+    assert len(inputs) == 7
+    assert len(outputs) == 2
+
+
+def test_a_photo_becomes_a_lora_in_the_webuis_folder(webui, portrait):
+    shown = list(webui.tab.personalize([photo_file(portrait)], **QUICK))
+    assert "saved" in shown[-1][0], shown
+    assert Path(shown[-1][1]).is_file()
+    assert sorted(file.name for file in webui.loras.iterdir()) == ["me.json", "me.png", "me.safetensors"]
+    with safe_open(webui.loras / "me.safetensors", "pt") as lora:
+        assert lora.keys()
+    assert len(shown) > 2  # it is told as it comes
+    assert webui.refreshed == ["loras"]
+    assert webui.unloaded == [True]
+    assert webui.tab.free_file(webui.loras, "me").name == "me-2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"consent": False}, "tick the box first"),
+        ({"photos": None}, "there is no photo"),
+        ({"checkpoint": "gone"}, "no checkpoint is chosen"),
+        ({"checkpoint": "v1-5 [abc]"}, "v1-5.safetensors does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_a_sentence(webui, portrait, changed, told):
+    *_, (text, picture) = webui.tab.personalize(**({"photos": [photo_file(portrait)]} | QUICK | changed))
+    assert told in text.splitlines()[-1]
+    assert picture is None
+
+
+def test_a_photo_that_is_none_is_told_in_the_words_of_the_tab(webui, tmp_path):
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "grey.png")
+    *_, (text, _) = webui.tab.personalize([photo_file(tmp_path / "grey.png")], **QUICK | {"find_face": True})
+    assert "--no-crop" not in text
+    assert 'untick "Find the face"' in text
+
+
+def test_a_second_start_is_refused_and_stop_ends_the_first(webui):
+    import lidb_peft_process
+
+    hdb = lidb_peft_process.Hdb()
+    reader = threading.Thread(target=lambda: list(suppressed(hdb.run(["demo", "--out", str(webui.folder / "demo")]))))
+    reader.start()
+    until = time.monotonic() + 60
+    while not hdb.is_running and time.monotonic() < until:
+        time.sleep(0.1)
+    with pytest.raises(ValueError, match="already"):
+        next(hdb.run(["--version"]))
+    hdb.stop()
+    reader.join(60)
+    assert not hdb.is_running
+    assert not (webui.folder / "demo" / "person.safetensors").exists()
+
+
+def suppressed(lines):
+    """The lines of a run, which ends with an error because it was stopped."""
+    with contextlib.suppress(ValueError):
+        yield from lines
+
+
+def test_it_runs_in_the_python_that_installed_it(webui):
+    import lidb_peft_process
+
+    assert lidb_peft_process.hdb_python() == str(webui.python)
+    assert lidb_peft_process.why_hdb_cannot_run() == ""
+    (webui.folder / "python.txt").write_text("/nowhere/python\n")
+    assert "run hdb a1111 install" in lidb_peft_process.why_hdb_cannot_run()
+    with pytest.raises(ValueError, match="hdb cannot be started with /nowhere/python"):
+        next(lidb_peft_process.Hdb().run(["--version"]))
+
+
+def test_uninstalling_takes_out_that_folder_and_keeps_a_foreign_one(webui, tmp_path):
+    run = CliRunner().invoke
+    again = run(main, ["a1111", "install", str(tmp_path / "webui")])
+    assert again.exit_code == 1
+    assert "uninstall it first" in again.output
+    assert run(main, ["a1111", "uninstall", str(tmp_path / "webui")]).exit_code == 0
+    assert not webui.folder.exists()
+    webui.folder.mkdir()
+    (webui.folder / "theirs.txt").write_text("x")
+    assert "is kept" in run(main, ["a1111", "uninstall", str(tmp_path / "webui")]).output
+    assert (webui.folder / "theirs.txt").exists()
+    assert "is no folder of Automatic1111" in run(main, ["a1111", "install", str(tmp_path)]).output
+
+
+def test_the_extension_imports_nothing_of_lidb_peft():
+    for file in (PACK / "install.py", PACK / "lidb_peft_process.py", PACK / "scripts" / "lidb_peft_tab.py"):
+        text = file.read_text()
+        assert not any(f"import {name}" in text or f"from {name} " in text for name in ("lidb_peft", "hypernet", "cli"))

@@ -1,0 +1,183 @@
+"""ComfyUI's nodes under stand-ins for ComfyUI, and under ComfyUI itself where ``COMFYUI_DIR`` names a checkout."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from cli.comfyui.command import PACK
+from cli.main import main
+
+NAMES = ["LidbPersonalize", "LidbPredict", "LidbLoad", "LidbSheet"]
+
+
+@pytest.fixture
+def nodes(comfy, monkeypatch):
+    """Name -> node, loaded as ComfyUI loads a custom node: by the path of its folder."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "lidb_custom_node"]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location(
+        "lidb_custom_node", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "lidb_custom_node", module)
+    spec.loader.exec_module(module)
+
+    async def listed():
+        return await (await module.comfy_entrypoint()).get_node_list()
+
+    found = {node.define_schema().node_id: node for node in asyncio.run(listed())}
+    yield found
+    for name in [name for name in sys.modules if name.startswith("lidb_custom_node")]:
+        sys.modules.pop(name)
+
+
+def personalize(nodes, photos, **options):
+    node = {"checkpoint": "testbed", "name": "me", "steps": 2, "seed": 0, "find_face": False, "weight": 0.8}
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        return nodes["LidbPersonalize"].execute(photos, **node | options).result
+
+
+def test_comfyui_gets_four_nodes_whose_inputs_are_arguments(nodes):
+    assert list(nodes) == NAMES
+    for node in nodes.values():
+        schema = node.define_schema()
+        arguments = node.execute.__func__.__code__.co_varnames[1 : node.execute.__func__.__code__.co_argcount]
+        assert sorted(socket.id for socket in schema.inputs) == sorted(arguments)
+        ids = [socket.id for socket in (*schema.inputs, *schema.outputs)]
+        assert len(set(ids)) == len(ids)
+        defaults = len(node.execute.__func__.__defaults__ or ())
+        optional = {socket.id for socket in schema.inputs if socket.options.get("optional")}
+        assert set(arguments[len(arguments) - defaults :]) == optional
+
+
+def test_photos_become_a_lora_file_and_patched_models(nodes, comfy, photos):
+    model, clip, name, trigger, faces = personalize(nodes, photos, model=object(), clip=object())
+    assert name == "me.safetensors"
+    assert trigger == "a sks face"
+    assert model.strength == 0.8
+    assert set(model.tensors) == set(safe_open(comfy.loras / name, "pt").keys())
+    assert clip.tensors is model.tensors
+    assert faces.shape == (1, 32, 32, 3)
+    assert 0 <= faces.min() <= faces.max() <= 1
+    assert comfy.progress == [(1, 2), (2, 2)]
+    assert comfy.unloaded == 1
+    assert personalize(nodes, photos)[:3] == (None, None, "me-2.safetensors")
+
+
+def test_cancel_ends_it_and_leaves_no_file(nodes, comfy, photos):
+    comfy.is_cancelled = True
+    with pytest.raises(comfy.interrupted):
+        personalize(nodes, photos, steps=500)
+    assert comfy.files("loras") == []
+
+
+def test_each_photo_of_a_batch_is_predicted(nodes, comfy, photos):
+    with torch.inference_mode():
+        names, trigger = (
+            nodes["LidbPredict"]
+            .execute(torch.cat([photos, photos.flip(2)]), "testbed", "testbed", "predicted", False)
+            .result
+        )
+    assert names == ["predicted.safetensors", "predicted-2.safetensors"]
+    assert comfy.files("loras") == sorted([*names, "predicted.json", "predicted-2.json"])
+    first, second = (safe_open(comfy.loras / name, "pt") for name in names)
+    assert any(not torch.equal(first.get_tensor(key), second.get_tensor(key)) for key in first.keys())  # noqa: SIM118
+    assert trigger
+    assert comfy.progress[-1] == (2, 2)
+
+
+def test_lidb_weights_are_put_on_a_model(nodes, comfy, portrait):
+    from hypernet import personalize
+
+    result = personalize(portrait, "testbed", hypernet=None, start=None, theta_steps=1, steps=0, crop=False)
+    result.save_theta(comfy.loras / "theta.safetensors")
+    with torch.inference_mode():
+        model, clip = nodes["LidbLoad"].execute("theta.safetensors", 1.0, model=object(), base="testbed").result
+    assert clip is None
+    assert all("lora" in name or "alpha" in name for name in model.tensors)
+
+
+def test_a_sheet_of_loras_and_weights_is_a_picture(nodes, comfy, photos):
+    *_, name, _, _ = personalize(nodes, photos)
+    with torch.inference_mode():
+        (sheet,) = nodes["LidbSheet"].execute("testbed", name, "a sks face", "0.5, 1", 2, 0).result
+    assert sheet.ndim == 4
+    assert sheet.shape[2] > 2 * 192
+    with pytest.raises(ValueError, match="write the names of some in models/loras"):
+        nodes["LidbSheet"].execute("testbed", " ", "a sks face", "1", 2, 0)
+    with pytest.raises(ValueError, match="write numbers, such as"):
+        nodes["LidbSheet"].execute("testbed", name, "a sks face", "strong", 2, 0)
+    comfy.is_cancelled = True
+    with pytest.raises(comfy.interrupted):
+        nodes["LidbSheet"].execute("testbed", name, "a sks face", "1", 2, 0)
+
+
+def test_a_checkpoint_of_comfyui_is_taken_by_its_file(nodes, comfy, photos):
+    (comfy.checkpoints / "broken.safetensors").write_bytes(b"no checkpoint")
+    (choice,) = [one for one in nodes["LidbPersonalize"].define_schema().inputs if one.id == "checkpoint"]
+    assert choice.options["options"] == ["broken.safetensors", "testbed"]
+    with pytest.raises(ValueError, match=r"broken\.safetensors"):
+        personalize(nodes, photos, checkpoint="broken.safetensors")
+
+
+@pytest.mark.parametrize("file", sorted((PACK / "example_workflows").glob("*.json")), ids=lambda file: file.stem)
+def test_the_example_workflows_fit_the_nodes(nodes, file):
+    workflow = json.loads(file.read_text())
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    ours = [node for node in workflow["nodes"] if node["type"].startswith("Lidb")]
+    assert ours
+    for node in ours:
+        schema = nodes[node["type"]].define_schema()
+        sockets = [one for one in schema.inputs if one.io_type in ("IMAGE", "MODEL", "CLIP")]
+        widgets = [one for one in schema.inputs if one not in sockets]
+        assert [(one["name"], one["type"]) for one in node["inputs"]] == [(one.id, one.io_type) for one in sockets]
+        # Beside a seed ComfyUI shows what becomes of it after each run.
+        seeds = sum(one.id == "seed" for one in widgets)
+        assert len(node["widgets_values"]) == len(widgets) + seeds
+        assert [one["type"] for one in node["outputs"]] == [one.io_type for one in schema.outputs]
+    for number, source, output, target, slot, kind in workflow["links"]:
+        assert number in by_id[source]["outputs"][output]["links"]
+        assert by_id[source]["outputs"][output]["type"] == by_id[target]["inputs"][slot]["type"] == kind
+        assert by_id[target]["inputs"][slot]["link"] == number
+
+
+@pytest.mark.parametrize("options", [(), ("--copy",)])
+def test_hdb_puts_the_nodes_into_comfyui_and_takes_them_out(tmp_path, options):
+    run = CliRunner().invoke
+    assert "is no folder of ComfyUI" in run(main, ["comfyui", "install", str(tmp_path)]).output
+    place = tmp_path / "custom_nodes" / "lidb-peft"
+    place.parent.mkdir()
+    assert run(main, ["comfyui", "install", str(tmp_path), *options]).exit_code == 0
+    assert place.is_symlink() != bool(options)
+    assert (place / "nodes.py").read_text() == (PACK / "nodes.py").read_text()
+    assert "uninstall it first" in run(main, ["comfyui", "install", str(tmp_path)]).output
+    assert run(main, ["comfyui", "uninstall", str(tmp_path)]).exit_code == 0
+    assert not os.path.lexists(place)
+    assert (PACK / "nodes.py").is_file()
+    assert "nothing is installed" in run(main, ["comfyui", "uninstall", str(tmp_path)]).output
+
+
+def test_comfyui_itself_loads_the_nodes(tmp_path):
+    checkout = os.environ.get("COMFYUI_DIR", "")
+    if not (Path(checkout or ".") / "comfy_api").is_dir():
+        pytest.skip("COMFYUI_DIR names no checkout of ComfyUI")
+    (tmp_path / "custom_nodes").mkdir()
+    assert CliRunner().invoke(main, ["comfyui", "install", str(tmp_path)]).exit_code == 0
+    ended = subprocess.run(
+        [sys.executable, "main.py", "--cpu", "--quick-test-for-ci", "--base-directory", str(tmp_path)],
+        cwd=checkout, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == 0, printed[-3000:]
+    assert "lidb-peft" in printed
+    assert "IMPORT FAILED" not in printed, printed[-3000:]
