@@ -101,7 +101,8 @@ def _check_unet(path: Path, family: Family, shapes: Shapes) -> None:
         if _OUTER_ATTENTION in shapes:
             raise ValueError(f"{path} is an unCLIP model, which draws from pictures; {_PLAIN}")
         raise ValueError(f"{path} is an SDXL refiner, which has one text encoder only; pass an SDXL base")
-    check_channels(str(path), shapes.get(_FIRST, (0, family.latent_channels))[1], family.latent_channels)
+    if len(shapes.get(_FIRST, ())) == 4:
+        check_channels(str(path), shapes[_FIRST][1], family.latent_channels)
 
 
 def _seems(shapes: Shapes) -> str:

@@ -275,7 +275,8 @@ def _load_single_file(
     if not family.vae_prefixes:
         return family, _load_denoiser_file(path, family, dtype, components), None
     titles = {component.name: component.title for component in family.components} | {"vae": "VAE"}
-    held = class_of(family).parts_of_file(path, family)
+    with _loading(path, family):
+        held = class_of(family).parts_of_file(path, family)
     lacking = [name for name in titles if name not in held]
     if lacking and components is None:
         what, folders = (" and no ".join(titles[name] for name in lacking), ", ".join(f"{name}/" for name in lacking))

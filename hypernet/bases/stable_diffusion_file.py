@@ -30,6 +30,7 @@ Rename = Callable[[str], str]
 
 VAE = "vae"
 _HEAD_WIDTH = 64  # of all attentions, but for those of a family that says how many heads it has
+_MAX_NAME_CHARS = 240  # of names that are looked into
 _NUM_SIZES = 6  # that SDXL's UNet is told of a picture
 _LEVEL = "text_model."
 _STACKED = re.compile(r"(encoder\.layers\.\d+\.)attn\.in_proj_(weight|bias)")
@@ -58,27 +59,30 @@ class Part:
     def __post_init__(self) -> None:
         object.__setattr__(self, "renamed", {self.rename(name): shape for name, shape in self.shapes.items()})
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
         """The shape of a tensor by our name.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: it is not there, or has another number of dimensions.
         """
         if name not in self.renamed:
             raise ValueError(f"it lacks {name}; get the file again")
+        if len(self.renamed[name]) != num_dims:
+            raise ValueError(f"its {name} has shape {self.renamed[name]} where {num_dims} dimensions are expected; get "
+                             f"the file again")  # fmt: skip
         return self.renamed[name]
 
-    def count(self, pattern: str) -> int:
-        """How many numbers from 0 on take the place of ``{}`` at the beginning of a name that is there."""
-        number = 0
-        while any(name.startswith(pattern.format(number)) for name in self.renamed):
-            number += 1
-        return number
+    def count(self, path: str) -> int:
+        """How many numbers from 0 on come after ``path`` in the names that are there."""
+        found = (re.match(r"(\d{1,2})\.", name[len(path) :]) for name in self.renamed if name.startswith(path))
+        numbers = {int(number[1]) for number in found if number}
+        return next(index for index in range(len(numbers) + 1) if index not in numbers)
 
 
 def find_parts(path: Path, family: Family) -> dict[str, Part]:
     """Return what a single file holds of a family's components and their VAE, by name; the denoiser is there."""
-    shapes = {name: info.shape for name, info in read_header(path).tensors.items()}
+    tensors = read_header(path).tensors
+    shapes = {name: info.shape for name, info in tensors.items() if len(name) <= _MAX_NAME_CHARS}
     denoiser = family.denoiser
     prefix = denoiser_prefix(family, shapes)
     words = {original.partition(".")[0] for _, original in denoiser.originals}
@@ -86,7 +90,7 @@ def find_parts(path: Path, family: Family) -> dict[str, Part]:
     parts = {denoiser.name: _part(own, prefix, _from_originals(denoiser))}
     prefix = next((prefix for prefix in family.vae_prefixes if f"{prefix}decoder.conv_in.weight" in shapes), None)
     if prefix is not None:
-        num_levels = _part(shapes, prefix, str).count("decoder.up.{}.")
+        num_levels = _part(shapes, prefix, str).count("decoder.up.")
         parts[VAE] = _part(shapes, prefix, lambda name: _vae_name(name, num_levels))
     for component, part in zip(family.text_encoders, _text_encoders(shapes, family), strict=False):
         parts[component.name] = part
@@ -165,32 +169,32 @@ def unet_config(family: Family, part: Part, pooled_width: int) -> dict[str, Any]
     Raises:
         ValueError: a tensor that tells is not there.
     """
-    num_levels = part.count("down_blocks.{}.")
+    num_levels = part.count("down_blocks.")
     levels = range(num_levels)
-    channels = [part.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
-    depths = [part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.{{}}.") for level in levels]
-    middle = part.count("mid_block.attentions.0.transformer_blocks.{}.")
-    attended = next(level for level in levels if depths[level])
+    channels = [part.shape(f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
+    depths = [part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.") for level in levels]
+    middle = part.count("mid_block.attentions.0.transformer_blocks.")
+    attended = next((level for level in levels if depths[level]), 0)
     first = f"down_blocks.{attended}.attentions.0"
-    cross_width = part.shape(f"{first}.transformer_blocks.0.attn2.to_k.weight")[1]
+    cross_width = part.shape(f"{first}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     kinds = [_ATTENDED if depth else _PLAIN for depth in depths]
     heads = family.denoiser.num_heads
     config: dict[str, Any] = {
         "_class_name": family.denoiser.classes[0],
-        "in_channels": part.shape("conv_in.weight")[1],
-        "out_channels": part.shape("conv_out.weight")[0],
+        "in_channels": part.shape("conv_in.weight", 4)[1],
+        "out_channels": part.shape("conv_out.weight", 4)[0],
         "block_out_channels": channels,
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        "layers_per_block": part.count("down_blocks.0.resnets.{}."),
+        "layers_per_block": part.count("down_blocks.0.resnets."),
         # diffusers takes the deepest level's for the middle.
         "transformer_layers_per_block": _one([depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]),
         "attention_head_dim": heads or [width // _HEAD_WIDTH for width in channels],  # how many, despite its name
         "cross_attention_dim": cross_width,
-        "use_linear_projection": len(part.shape(f"{first}.proj_in.weight")) == 2,
+        "use_linear_projection": len(part.renamed.get(f"{first}.proj_in.weight", ())) == 2,
     }
     if "add_embedding.linear_1.weight" in part.renamed:
-        width = part.shape("add_embedding.linear_1.weight")[1]
+        width = part.shape("add_embedding.linear_1.weight", 2)[1]
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": (width - pooled_width) // _NUM_SIZES,
@@ -205,16 +209,16 @@ def vae_config(family: Family, part: Part) -> dict[str, Any]:
     Raises:
         ValueError: a tensor that tells is not there.
     """
-    levels = range(part.count("encoder.down_blocks.{}."))
+    levels = range(part.count("encoder.down_blocks."))
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [
-            part.shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels
+            part.shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels
         ],
         "down_block_types": [_PLAIN.format("DownEncoder")] * len(levels),
         "up_block_types": [_PLAIN.format("UpDecoder")] * len(levels),
-        "layers_per_block": part.count("encoder.down_blocks.0.resnets.{}."),
-        "latent_channels": part.shape("decoder.conv_in.weight")[1],
+        "layers_per_block": part.count("encoder.down_blocks.0.resnets."),
+        "latent_channels": part.shape("decoder.conv_in.weight", 4)[1],
         "mid_block_add_attention": any("mid_block.attentions." in name for name in part.renamed),
         "scaling_factor": family.scaling_factor,
         "sample_size": family.versions[-1].size_px,
@@ -227,8 +231,8 @@ def text_encoder_config(component: Component, part: Part) -> dict[str, Any]:
     Raises:
         ValueError: a tensor that tells is not there, or it was trained with another tokenizer.
     """
-    vocab_size, width = part.shape("embeddings.token_embedding.weight")
-    tokens = part.shape("embeddings.position_embedding.weight")[0]
+    vocab_size, width = part.shape("embeddings.token_embedding.weight", 2)
+    tokens = part.shape("embeddings.position_embedding.weight", 2)[0]
     if vocab_size != VOCABULARY_SIZE or tokens != MAX_TOKENS:
         raise ValueError(
             f"its {component.title} reads {tokens} of {vocab_size} tokens, and CLIP's tokenizer gives {MAX_TOKENS} of "
@@ -236,17 +240,17 @@ def text_encoder_config(component: Component, part: Part) -> dict[str, Any]:
         )
     # OpenCLIP's last layer is not used by SD2, whose files have it all the same.
     published = sum(path.endswith(".q_proj") for path in component.shapes)
-    num_layers = part.count("encoder.layers.{}.")
+    num_layers = part.count("encoder.layers.")
     ids = vocabulary()
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": part.shape("encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": part.shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": min(num_layers, published) if part.is_openclip else num_layers,
         "num_attention_heads": width // _HEAD_WIDTH,
         "max_position_embeddings": tokens,
         "hidden_act": component.activation,
-        "projection_dim": part.renamed.get("text_projection.weight", (width, width))[-1 if part.is_openclip else 0],
+        "projection_dim": _projection_width(part) or width,
         "bos_token_id": ids[START],
         "eos_token_id": ids[END],
         "pad_token_id": ids[component.pad_token],
@@ -262,9 +266,14 @@ def _pooled_width(family: Family, parts: Mapping[str, Part]) -> int:
     """Of the last text encoder's projection in a file, or the published one's where the file has none."""
     component = family.text_encoders[-1]
     part = parts.get(component.name)
-    if part is not None and "text_projection.weight" in part.renamed:
-        return part.shape("text_projection.weight")[-1 if part.is_openclip else 0]
-    return next(iter(component.shapes.values()))[1]
+    return (part and _projection_width(part)) or next(iter(component.shapes.values()))[1]
+
+
+def _projection_width(part: Part) -> int | None:
+    """Of a text encoder's pooled state after its projection; None without one."""
+    if "text_projection.weight" not in part.renamed:
+        return None
+    return part.shape("text_projection.weight", 2)[-1 if part.is_openclip else 0]
 
 
 def _part(shapes: Shapes, prefix: str, rename: Rename, is_openclip: bool = False) -> Part:
@@ -275,12 +284,15 @@ def _part(shapes: Shapes, prefix: str, rename: Rename, is_openclip: bool = False
 def _from_originals(component: Component) -> Rename:
     """The first authors' names of a component's tensors -> ours."""
     ours = {original: name for name, original in component.originals}
+    num_words = max(original.count(".") + 1 for original in ours)
 
     def rename(name: str) -> str:
-        start = name
-        while start and start not in ours:
-            start = start.rpartition(".")[0]
-        return ours[start] + name.removeprefix(start) if start else name
+        words = name.split(".")
+        for length in range(num_words, 0, -1):
+            start = ".".join(words[:length])
+            if start in ours:
+                return ours[start] + name.removeprefix(start)
+        return name
 
     return rename
 
@@ -295,7 +307,7 @@ def _text_encoders(shapes: Shapes, family: Family) -> list[Part]:
         is_openclip = not root.endswith("embeddings.")
         root = root if is_openclip else root.removesuffix("embeddings.").removesuffix(_LEVEL)
         found.append(_part(shapes, root, _openclip_name if is_openclip else _clip_name, is_openclip))
-    found.sort(key=lambda part: part.shape("embeddings.token_embedding.weight")[1])
+    found.sort(key=lambda part: part.shape("embeddings.token_embedding.weight", 2)[1])
     return found[: len(family.text_encoders)]
 
 

@@ -239,4 +239,5 @@ def test_in_half_precision_the_vae_encodes_and_draws_in_full(sdxl_folder):
     base.encode_photos(torch.zeros(1, 3, 32, 32))
     generate(base, PROMPTS[:1], num_steps=1)
     assert seen == [torch.float32, torch.float32]
+    base.release_vae()  # which drawing leaves in full precision, and on the device
     assert base.vae.dtype == torch.float16

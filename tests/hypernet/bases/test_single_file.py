@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import diffusers
@@ -358,6 +359,30 @@ def test_a_missing_weight_is_named(originals, save, name, part):
 def test_layers_that_no_such_unet_has_are_refused(originals, save):
     more = {"model.diffusion_model.input_blocks.1.1.adapter.weight": torch.zeros(2)}
     refused(save(originals("sd1")[1] | more), "has 1 tensors that no such model has, such as .*adapter.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "text"),
+    [
+        (f"{FIRST}embeddings.token_embedding.weight", (8,), r"has shape \(8,\) where 2 dimensions are expected"),
+        (f"{FIRST}encoder.layers.0.mlp.fc1.weight", (), r"has shape \(\) where 2 dimensions are expected"),
+        ("model.diffusion_model.input_blocks.0.0.weight", (8,), r"has shape \(8,\) where 4 dimensions are expected"),
+        ("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (8,), "2 dimensions"),
+        ("first_stage_model.encoder.down.0.block.0.conv1.weight", (8, 8), "4 dimensions"),
+    ],
+)
+def test_another_number_of_dimensions_is_one_sentence(originals, save, name, shape, text):
+    refused(save(originals("sd1")[1] | {name: torch.zeros(shape)}), text)
+
+
+def test_names_without_end_do_not_hang(originals, save):
+    """Each would take minutes if it were looked into from every dot or number on."""
+    start = "model.diffusion_model."
+    names = [f"{start}input_blocks{'.1' * 200_000}", f"first_stage_model{'.mid.attn_1' * 100_000}.q.weight"]
+    names += [f"{FIRST}encoder.layers.{number}.x" for number in range(20_000)]
+    begun = time.process_time()
+    refused(save(originals("sd1")[1] | {name: torch.zeros(()) for name in names}), "cannot be loaded as a Stable")
+    assert time.process_time() - begun < 20
 
 
 def test_another_shape_is_refused(originals, save):
