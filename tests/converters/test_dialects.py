@@ -5,10 +5,14 @@ other programs' readers (``readers.py``).
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -258,6 +262,139 @@ def comfyui(readers, arrays, layers, family):
     key_map = readers.comfyui_key_map(unet, encoders)
     shapes = {weight: layer.shape for weight, layer in by_weight.items()}
     return {by_weight[weight].ours: update for weight, update in readers.comfyui(arrays, key_map, shapes).items()}
+
+
+# ---- diffusers' own loader ----
+
+
+class Skeleton(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A UNet of the drawn layers alone, which diffusers' loader takes for one."""
+
+    @register_to_config
+    def __init__(self, layers_per_block=2):
+        super().__init__()
+
+
+def skeleton_of(layers):
+    model = Skeleton()
+    for layer in layers:
+        out, width, *kernel = layer.shape
+        *parents, last = layer.path.split(".")
+        parent = model
+        for name in parents:
+            if not hasattr(parent, name):
+                parent.add_module(name, torch.nn.Module())
+            parent = getattr(parent, name)
+        parent.add_module(last, torch.nn.Conv2d(width, out, kernel) if kernel else torch.nn.Linear(width, out))
+    return model
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(adapter=adapters(), to=st.sampled_from(["kohya", "diffusers"]))
+def test_diffusers_loads_what_we_write_with_the_updates_that_came_in(tmp_path_factory, adapter, to):
+    family, tensors, updates, *_ = adapter
+    path, out = (tmp_path_factory.getbasetemp() / name for name in ("in.safetensors", "for-diffusers.safetensors"))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    rank = {"rank": 12} if read_lora(path, full_updates=True, drop_nan=True).full_updates else {}
+    prepare_conversion(path, out, to, torch.float32, drop_nan=True, overwrite=True, **rank).write()
+    layers = [layer for layer in layers_of(family) if layer.ours.startswith("unet.") and layer.ours in updates]
+    pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    config = SimpleNamespace(layers_per_block=2)
+    state, alphas, *_ = pipeline.lora_state_dict(str(out), unet_config=config, return_lora_metadata=True)
+    if family == "sd2" and to == "kohya":  # its convolutions are sd-scripts', as our notes say
+        odd = ("proj_in", "proj_out")
+        layers = [layer for layer in layers if not layer.path.endswith(odd)]
+        state = {name: tensor for name, tensor in state.items() if not any(f".{word}." in name for word in odd)}
+    if not any(name.startswith("unet.") for name in state):
+        assert not layers
+        return
+    model = skeleton_of(layers)
+    model.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name="a")
+    for layer in layers:
+        found = model.get_submodule(layer.path).get_delta_weight("a").detach()
+        np.testing.assert_allclose(flat(found.numpy()), updates[layer.ours], rtol=1e-4, atol=1e-5, err_msg=layer.ours)
+
+
+# ---- FLUX.1, whose first authors have several of diffusers' layers in one ----
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+FLUX = {  # the first authors' path -> diffusers' paths and their numbers of rows; the first tells the family
+    "single_blocks.37.linear1": (
+        [f"{_SINGLE.format(37)}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")],
+        (4, 4, 4, 16),
+    ),
+    "double_blocks.0.img_attn.qkv": ([f"{_DOUBLE.format(0)}.attn.to_{x}" for x in "qkv"], (4, 4, 4)),
+    "double_blocks.18.txt_attn.qkv": ([f"{_DOUBLE.format(18)}.attn.add_{x}_proj" for x in "qkv"], (4, 4, 4)),
+    "double_blocks.18.txt_attn.proj": ([f"{_DOUBLE.format(18)}.attn.to_add_out"], (4,)),
+    "double_blocks.3.img_mlp.0": ([f"{_DOUBLE.format(3)}.ff.net.0.proj"], (8,)),
+    "double_blocks.3.txt_mod.lin": ([f"{_DOUBLE.format(3)}.norm1_context.linear"], (8,)),
+    "single_blocks.0.linear2": ([f"{_SINGLE.format(0)}.proj_out"], (4,)),
+}
+FLUX_DIALECTS = {  # how a module is called, whether by the first authors' paths, and its factors
+    "kohya": (lambda path: f"lora_unet_{path.replace('.', '_')}", True, ("kohya",)),
+    "comfyui": (lambda path: f"diffusion_model.{path}", True, ("peft", "kohya")),
+    "checkpoint's": (lambda path: f"model.diffusion_model.{path}", True, ("peft",)),
+    "diffusers": (lambda path: f"transformer.{path}", False, ("peft", "live", "kohya")),
+    "onetrainer": (lambda path: f"lora_transformer_{path.replace('.', '_')}", False, ("kohya",)),
+}
+
+
+@st.composite
+def flux_adapters(draw):
+    """Tensors of a file, and the update of each of diffusers' paths that it holds."""
+    name_of, are_originals, spellings = FLUX_DIALECTS[draw(st.sampled_from(sorted(FLUX_DIALECTS)))]
+    down_end, up_end = FACTORS[draw(st.sampled_from(spellings))]
+    dtype, tensors, updates = draw(st.sampled_from(DTYPES[:3])), {}, {}
+    for index, (original, (paths, rows)) in enumerate(FLUX.items()):
+        if index and not draw(st.booleans()):
+            continue
+        modules = [(original, paths, rows)] if are_originals else [
+            (path, [path], (own,)) for path, own in zip(paths, rows, strict=True) if not index or draw(st.booleans())
+        ]  # fmt: skip
+        for name, own_paths, own_rows in modules:
+            rank, module = draw(st.integers(1, 4)), name_of(name)
+            down, up = numbers(draw, (rank, 6), dtype), numbers(draw, (sum(own_rows), rank), dtype)
+            up[up == 0] = 0.5  # rows of zeros are no update of a layer
+            tensors |= {f"{module}.{down_end}": down, f"{module}.{up_end}": up}
+            alpha = draw(st.sampled_from([None, float(rank), 1.0, 0.5])) if "lora_down" in down_end else None
+            if alpha is not None:
+                tensors[f"{module}.alpha"] = torch.tensor(alpha)
+            update = (1.0 if alpha is None else alpha / rank) * up.double().numpy() @ down.double().numpy()
+            parts = np.split(update, np.cumsum(own_rows)[:-1])
+            updates |= dict(zip(own_paths, parts, strict=True))
+    return tensors, updates
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(adapter=flux_adapters())
+def test_flux_is_read_in_any_dialect_and_written_for_its_readers(tmp_path_factory, readers, adapter):
+    tensors, updates = adapter
+    path, out = (tmp_path_factory.getbasetemp() / name for name in ("flux.safetensors", "flux-out.safetensors"))
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    lora = read_lora(path)
+    assert lora.family == "flux1"
+    assert lora.layers.keys() == {f"transformer.{name}" for name in updates}
+    for name, update in updates.items():
+        np.testing.assert_allclose(ours(lora.layers[f"transformer.{name}"]), update, rtol=1e-6, atol=1e-6, err_msg=name)
+    prepare_conversion(path, out, "kohya", torch.float32, overwrite=True).write()
+    arrays, _ = readers.read_file(out)
+    whole = {
+        f"lora_unet_{original.replace('.', '_')}": np.concatenate(
+            [updates.get(name, np.zeros((own, 6))) for name, own in zip(paths, rows, strict=True)]
+        )
+        for original, (paths, rows) in FLUX.items()
+        if updates.keys() & set(paths)
+    }
+    found = readers.kohya(arrays, {name: update.shape for name, update in whole.items()})
+    assert found.keys() == whole.keys()
+    assert len(arrays) == 3 * len(whole)
+    for name, update in whole.items():
+        np.testing.assert_allclose(found[name], update, rtol=1e-4, atol=1e-5, err_msg=name)
+    prepare_conversion(path, out, "diffusers", torch.float32, overwrite=True).write()
+    arrays, _ = readers.read_file(out)
+    for name, update in updates.items():
+        product = arrays[f"transformer.{name}.lora_B.weight"] @ arrays[f"transformer.{name}.lora_A.weight"]
+        np.testing.assert_allclose(product, update, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
