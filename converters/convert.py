@@ -267,7 +267,8 @@ def _fit_to(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[Lora
     if to != "kohya" and lora.embeddings:
         notes.append(f"{count(list(lora.embeddings), 'tensor')} of embeddings left out, which only kohya's files hold:"
                      f" {examples(list(lora.embeddings))}")  # fmt: skip
-    if to == "kohya" and any(layer.magnitude is not None for layer in lora.layers.values()):
+    dora = [layer for layer in lora.layers.values() if layer.magnitude is not None]
+    if to == "kohya" and not all(layer.has_input_magnitude for layer in dora):
         notes.append(
             "it is DoRA, which none of these programs applies from a kohya file as it was trained: ComfyUI and Forge"
             " divide by the norm of the base weight, A1111 by that of the other axis, kohya's networks.lora and"

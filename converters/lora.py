@@ -67,7 +67,8 @@ class LoraLayer:
         lora_A: ``(rank, in)``; of a convolution ``(rank, in, height, width)``.
         lora_B: ``(out, rank)``; of a convolution ``(out, rank, 1, 1)``.
         alpha: finite and not 0.
-        magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; None in a plain LoRA.
+        magnitude: DoRA's, ``(out,)``: the norms of the rows of the updated weight; or LyCORIS's ``(1, in)``: of its
+            columns, kernels included. None in a plain LoRA.
         compute: of a layer that is computed when it is needed: what returns its tensors, which are on the meta device
             here; see `loaded`.
 
@@ -89,9 +90,11 @@ class LoraLayer:
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} have different ranks")
         if 0 in (*lora_A.shape, *lora_B.shape):
             raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are empty")
-        if self.magnitude is not None and self.magnitude.shape != lora_B.shape[:1]:
+        shapes = (lora_B.shape[:1], (1, lora_A.shape[1]))
+        if self.magnitude is not None and self.magnitude.shape not in shapes:
             raise ValueError(
                 f"DoRA magnitudes of shape {tuple(self.magnitude.shape)}, not one for each of its {len(lora_B)} outputs"
+                f" or {lora_A.shape[1]} inputs"
             )
         if self.alpha == 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha {self.alpha}, which readers take differently; set it to the rank")
@@ -142,6 +145,11 @@ class LoraLayer:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def has_input_magnitude(self) -> bool:
+        """Whether its DoRA is LyCORIS's, with a magnitude for each input, which diffusers and PEFT do not have."""
+        return self.magnitude is not None and self.magnitude.dim() == 2
 
     @property
     def is_convolution(self) -> bool:

@@ -36,6 +36,8 @@ def unstack(layer: LoraLayer, widths: Sequence[int]) -> list[LoraLayer | None]:
     Raises:
         ValueError: its rows cannot be divided so.
     """
+    if layer.has_input_magnitude:
+        raise ValueError(f"DoRA with a magnitude for each input of what is {len(widths)} layers in diffusers")
     slices = row_slices(len(layer.lora_B), widths)
     changed = [layer.magnitude is not None or bool(layer.lora_B[rows].any()) for rows in slices]
     if not any(changed):  # as it was made: all of it waits to be trained

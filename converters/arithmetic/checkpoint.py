@@ -340,7 +340,10 @@ def _updated(name: str, weight: Tensor, layer: LoraLayer | FullUpdate | SumOfUpd
         raise ValueError(f"the update of {name} maps {lora_A.shape[1]} to {len(lora_B)}, but its weight has shape"
                          f" {tuple(weight.shape)}; take a base of the LoRA's family")  # fmt: skip
     updated = torch.addmm(weight.float().flatten(1), lora_B, lora_A)
-    if layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
+    if layer.has_input_magnitude:  # LyCORIS's, of the columns
+        columns = updated.view(len(updated), layer.lora_A.shape[1], -1)
+        columns *= (layer.magnitude.float().flatten() / columns.norm(dim=(0, 2)))[None, :, None]
+    elif layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
         updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
     return _finite(name, updated.view(weight.shape), weight.dtype)
 

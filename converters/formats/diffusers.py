@@ -52,6 +52,11 @@ def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[
         name = name_of(layer_name)
         lora_A, lora_B, *magnitude = loader.tensors(layer)
         tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = lora_A, lora_B
+        if layer.has_input_magnitude:
+            raise ValueError(
+                f"layer {layer_name} is DoRA with a magnitude for each input, as LyCORIS trains it, which diffusers and"
+                " PEFT do not have; convert to kohya"
+            )
         if magnitude:  # of a convolution PEFT keeps it in the shape that it multiplies
             shape = (-1,) if layer.lora_B.dim() == 2 else (1, -1, 1, 1)
             tensors[name + endings["dora"]] = magnitude[0].reshape(*shape)

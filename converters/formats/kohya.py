@@ -122,7 +122,8 @@ def kohya_tensors(lora: Lora, family: str) -> Tensors:
             alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         tensors[name + endings["alpha"]] = alpha
         if magnitude:
-            tensors[name + endings["dora"]] = magnitude[0].reshape(-1, *(1,) * (layer.lora_B.dim() - 1))
+            start = (1, -1) if layer.has_input_magnitude else (-1, 1)
+            tensors[name + endings["dora"]] = magnitude[0].reshape(*start, *(1,) * (layer.lora_B.dim() - 2))
     return tensors
 
 

@@ -63,7 +63,7 @@ def read_module(parts: Mapping[str, Tensor], magnitude_is_kohyas: bool, config_a
     alpha = float(len(lora_A) if lora_A.dim() else 0) if alpha is None else alpha
     if "mid" in parts:
         lora_A, lora_B, alpha = _without_core(lora_A, lora_B, held(parts["mid"]), alpha)
-    magnitude = _magnitude(parts["dora"], magnitude_is_kohyas, lora_B.shape[:1]) if "dora" in parts else None
+    magnitude = _magnitude(parts["dora"], magnitude_is_kohyas, lora_A, lora_B) if "dora" in parts else None
     layer = LoraLayer(lora_A, lora_B, alpha, magnitude)
     was_float8 = any(held(parts[role]) is not parts[role] for role in ("lora_A", "lora_B"))
     return Module(layer, full, is_tucker="mid" in parts, was_float8=was_float8)
@@ -100,8 +100,14 @@ def _without_core(lora_A: Tensor, lora_B: Tensor, core: Tensor, alpha: float) ->
     return folded, lora_B.float().reshape(*lora_B.shape[:2], 1, 1), alpha * len(folded) / len(lora_A)
 
 
-def _magnitude(magnitude: Tensor, is_kohyas: bool, num_outputs: torch.Size) -> Tensor:
-    """DoRA's magnitudes as ``(out,)``; PEFT has a convolution's on axis 1 of ``(1, out, 1, 1)``, others on axis 0."""
-    if is_kohyas and magnitude.shape[:1] != num_outputs:
-        raise ValueError(f"DoRA magnitudes of shape {tuple(magnitude.shape)}; only those of the outputs can be carried")
-    return held(magnitude.flatten())
+def _magnitude(magnitude: Tensor, is_kohyas: bool, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """DoRA's magnitudes as ``(out,)`` or ``(1, in)``; PEFT has a convolution's on axis 1 of ``(1, out, 1, 1)``.
+
+    kohya's ``dora_scale`` has the axis of the outputs or, from LyCORIS, of the inputs at its place.
+    """
+    if not is_kohyas or magnitude.shape[:1] == lora_B.shape[:1]:
+        return held(magnitude.flatten())
+    num_inputs = lora_A.shape[1] if lora_A.dim() > 1 else 0
+    if magnitude.shape[:2] == (1, num_inputs) and magnitude.numel() == num_inputs:
+        return held(magnitude.reshape(1, -1))
+    raise ValueError(f"DoRA magnitudes of shape {tuple(magnitude.shape)}, neither of its outputs nor of its inputs")

@@ -32,7 +32,11 @@ def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], Tensors]]:
 
 
 def check_magnitudes(lora: Lora) -> None:
-    """Raise ValueError if some layers of a component are DoRA and some are not, which no config of PEFT's can say."""
+    """Raise ValueError if some layers of a component are DoRA and some are not, which no config of PEFT's can say.
+
+    Or if one is DoRA of a kind that PEFT does not have.
+    """
+    path_tensors({name: layer for name, layer in lora.layers.items() if layer.has_input_magnitude}, "diffusers", str)
     for component in dict.fromkeys(name.partition(".")[0] for name in lora.layers):
         own = {name: layer.magnitude is not None for name, layer in lora.layers.items()
                if name.startswith(f"{component}.")}  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from converters.formats.diffusers import old_diffusers_tensors
+from converters.formats.diffusers import diffusers_tensors, old_diffusers_tensors
 from converters.formats.kohya import kohya_layers
 from converters.formats.peft import check_magnitudes
 from converters.formats.reading import Source, read_sources
@@ -38,6 +38,7 @@ def _refusing_formats(lora: Lora) -> list[str]:
 # Format -> what makes its tensors, as the conversion does.
 _WRITERS: Mapping[str, Callable[[Lora], object]] = {
     "kohya": lambda lora: lora.family and kohya_layers(lora, lora.family),
+    "diffusers": diffusers_tensors,
     "diffusers-old": old_diffusers_tensors,
     "peft": check_magnitudes,
 }

@@ -386,6 +386,28 @@ def test_dora_is_carried(tmp_path, models, to):
         torch.testing.assert_close(module.get_base_layer().weight, further["dora_scale"] * updated / norms)
 
 
+def test_dora_by_inputs_stays_in_kohyas_files_and_is_refused_by_name_elsewhere(tmp_path):
+    modules = {
+        kohya_name(LINEAR): (torch.randn(2, 8), torch.randn(8, 2), 2.0, {"dora_scale": torch.rand(1, 8) + 0.5}),
+        kohya_name(CONV): (
+            torch.randn(2, 8, 3, 3),
+            torch.randn(8, 2, 1, 1),
+            2.0,
+            {"dora_scale": torch.rand(1, 8, 1, 1)},
+        ),
+    }
+    source = write_modules(tmp_path / "in.safetensors", **modules)
+    conversion = prepare_conversion(source, tmp_path / "out.safetensors", "kohya", family="sd1")
+    assert conversion.notes == ()  # A1111 and ComfyUI apply this kind as it was trained
+    conversion.write()
+    before, after = load_file(source), load_file(tmp_path / "out.safetensors")
+    for name in (f"{module}.dora_scale" for module in modules):
+        assert torch.equal(before[name], after[name])
+    for to in ("diffusers", "peft"):
+        with pytest.raises(ValueError, match="is DoRA with a magnitude for each input, as LyCORIS trains it"):
+            prepare_conversion(source, tmp_path / f"out-{to}.safetensors" if to != "peft" else tmp_path / "out", to)
+
+
 def test_old_diffusers_files_refuse_what_they_never_held(tmp_path):
     conv = torch.randn(2, 8, 3, 3), torch.randn(8, 2, 1, 1), 2.0, {}
     dora = torch.randn(2, 8), torch.randn(8, 2), 2.0, {"dora_scale": torch.rand(8, 1)}

@@ -122,6 +122,25 @@ def test_dora_is_merged_as_its_paper_says(checkpoint, tensors, tmp_path):
     assert torch.allclose(load_file(tmp_path / "out.safetensors")[name], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [CLIP, "unet.down_blocks.0.resnets.0.conv1"])
+def test_dora_by_inputs_is_merged_as_lycoris_has_it(checkpoint, tensors, tmp_path, layer):
+    """LyCORIS without wd_on_out: the norm of everything that reads an input, over outputs and kernel."""
+    name = {CLIP: "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"}.get(
+        layer, "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    )
+    out, width, *kernel = tensors[name].shape
+    plain = LoraLayer(torch.randn(2, width, *kernel), torch.randn(out, 2, *(1 for _ in kernel)), 3.0)
+    magnitude = torch.rand(1, width) + 0.5
+    merge_into(
+        checkpoint, Lora({layer: LoraLayer(*plain.tensors(), plain.alpha, magnitude)}), tmp_path / "out.safetensors"
+    )
+    direction = tensors[name] + update(plain).view(tensors[name].shape)
+    norms = direction.transpose(0, 1).reshape(width, -1).norm(dim=1)
+    shape = (1, width, *(1 for _ in kernel))
+    expected = magnitude.view(shape) * direction / norms.view(shape)
+    assert torch.allclose(load_file(tmp_path / "out.safetensors")[name], expected, atol=1e-5)
+
+
 def test_a_folder_becomes_a_folder_whose_other_files_are_copied(tmp_path):
     folder = tmp_path / "base"
     for part in ("unet", "text_encoder", "vae"):

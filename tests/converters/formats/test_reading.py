@@ -133,7 +133,7 @@ def test_diffusers_metadata_says_alpha(tmp_path):
         ({f"{KOHYA_Q}.lora_mid.weight": DOWN}, r"a lora_mid of shape \(4, 8\), which does not fit"),
         ({f"{Q}.lora_B.bias": DOWN}, r"1 keys that are no LoRA .*lora_B\.bias"),
         ({"text_encoder.text_model.embeddings.token_embedding.lora_embedding_A": DOWN}, "lora_embedding_A"),
-        ({f"{KOHYA_Q}.dora_scale": torch.ones(1, 8)}, r"DoRA magnitudes of shape \(1, 8\); only those of the outputs"),
+        ({f"{KOHYA_Q}.dora_scale": torch.ones(1, 7)}, r"DoRA magnitudes of shape \(1, 7\), neither of its outputs nor"),
         ({f"{KOHYA_Q}.lora_down.weight": DOWN.to(torch.int8)}, "a tensor of torch.int8"),
         ({f"{KOHYA_Q}.lora_up.weight": torch.full((6, 4), torch.inf)}, "hdb convert --drop-nan leaves such layers out"),
         (
