@@ -32,6 +32,8 @@ READ = {
     "merge": {"loras", "into"},
     "extract": {"tuned", "base"},
     "project": {"source", "minus", "base"},
+    # The page's folder is there or not; what is made in it has new names.
+    "ui": {"work_dir", "base", "components"},
 }
 PHOTO = ("personalize", "faces/a.png", "--base", "model.safetensors")
 # (command, what names the output) -> arguments, with OUT in its place.
