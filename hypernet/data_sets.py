@@ -157,6 +157,11 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
         people, base, space, store, config, predict, state.process_index, state.num_processes,
         progress if state.is_main_process else None,
     )  # fmt: skip
+    if state.num_processes > 1:
+        _log.info(
+            "process %d of %d: fitted %d people; it waits for the others",
+            state.process_index + 1, state.num_processes, result.fitted,
+        )  # fmt: skip
     wait_for_others(state)
     result.process, result.num_processes = state.process_index, state.num_processes
     result.num_targets, result.num_skipped, result.shard_size = len(store), len(store.skipped()), store.batch

@@ -175,9 +175,8 @@ class TargetStore:
             )
             counts = {tensors[name].shape[0] for name in ("theta", "losses")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged or no shard of targets ({printable(str(error))}); {_REMEDY}"
-            ) from error
+            reason = printable(str(error).removeprefix(f"{path} ").removeprefix("is damaged: "))
+            raise ValueError(f"{path} is damaged or no shard of targets ({reason}); {_REMEDY}") from error
         if text.get("run", self.run) != self.run:
             raise ValueError(f"{path} is of another run than {self.folder / _MANIFEST}, fitted otherwise or on another "
                              f"base; {_REMEDY}")  # fmt: skip

@@ -90,7 +90,7 @@ def test_a_process_whose_fellow_dies_ends_its_own_share_and_says_that_some_is_mi
     pair = start_pair("-c", DIES, *arguments)
     told = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [1, 9], told
-    assert "process 1 of 2: fitted 2 people" in told[0][0]
+    assert "process 1 of 2: fitted 2 people; it waits" in told[0][1]
     last = told[0][1].rstrip().splitlines()[-1]
     assert last.startswith("Error: another process has died or hangs")
     assert "what it was to do is missing" in last

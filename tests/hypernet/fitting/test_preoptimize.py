@@ -62,11 +62,11 @@ def fits(monkeypatch):
     class Fits(list):
         die_at = None
 
-        def __call__(self, base, space, subjects, *arguments):
+        def __call__(self, base, space, subjects, *arguments, **options):
             if len(self) == self.die_at:
                 raise KeyboardInterrupt
             self.append(len(subjects))
-            return fit_theta(base, space, subjects, *arguments)
+            return fit_theta(base, space, subjects, *arguments, **options)
 
     fits = Fits()
     monkeypatch.setattr(preoptimize_module, "fit_theta", fits)
@@ -333,9 +333,9 @@ def test_the_next_shard_is_prepared_while_one_is_fitted(run, tmp_path, monkeypat
             second.set()
         return original(person, *arguments)
 
-    def fit_when_the_next_is_prepared(*arguments):
+    def fit_when_the_next_is_prepared(*arguments, **options):
         assert second.wait(timeout=30)
-        return fit(*arguments)
+        return fit(*arguments, **options)
 
     monkeypatch.setattr(preoptimize_module, "prepare_person", prepare)
     monkeypatch.setattr(preoptimize_module, "fit_theta", fit_when_the_next_is_prepared)

@@ -151,7 +151,9 @@ def test_held_out_people_are_validated_on_and_the_best_is_kept(run):
     assert all(entry["validation_people"] == 2 for entry in entries)
     assert result.best == min(entry["validation_loss"] for entry in entries)
     for entry in entries:
-        assert entry["validation_loss"] == pytest.approx(entry["validation_denoising"] + entry["validation_weights"])
+        assert entry["validation_loss"] == pytest.approx(
+            entry["validation_denoising"] + entry["validation_target_distance"]
+        )
     assert sorted(file.name for file in (folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
     best = min(entries, key=lambda entry: entry["validation_loss"])["step"]
     assert (largest_difference(weights(folder), weights(folder, "best")) == 0) == (best == 4)
@@ -361,7 +363,7 @@ def test_targets_must_belong_to_these_people_this_base_and_this_prompt(run, base
     other = LiDBSpace(base.adapted, replace_seed(space.config))
     with pytest.raises(ValueError, match="was made with seed"):
         run("out", CONFIG, make_network(other))
-    with pytest.raises(ValueError, match="the weight term needs targets"):
+    with pytest.raises(ValueError, match="that term needs targets"):
         run("out", CONFIG, targets=None)
     strangers = tmp_path / "strangers"
     strangers.mkdir()
