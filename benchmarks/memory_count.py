@@ -1,5 +1,8 @@
 """Does it fit onto the card? ``python benchmarks/memory_count.py --family sdxl`` or ``--family flux1 --quantize nf4``
 
+``--training 1 4`` counts a step of `hdb train` for Stable Diffusion 1.5, with that many people: its memory and its
+floating-point operations, by torch's own counter, to which a multiplication and an addition are two.
+
 Counts, without a GPU and without weights, what personalising a full-size base allocates: the models and every step run
 on tensors that have shapes and no numbers (torch's fake tensors), and the peak of what is alive at once is written
 down. bf16 base, float32 LoRA of rank 4. Attention counts as flash attention, which keeps no scores; what CUDA, cuDNN
@@ -9,6 +12,7 @@ Quantised weights are counted as bitsandbytes stores them, and a step's largest 
 """
 
 import argparse
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -17,14 +21,26 @@ from costs import CLIP_L, SD15_UNET, VAE, table
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+)
+from transformers.initialization import no_init_weights
 
 from hypernet.bases.base import BaseModel, Prompts
 from hypernet.bases.flux import TOKENS as T5_TOKENS
 from hypernet.bases.flux import Flux
 from hypernet.bases.stable_diffusion import StableDiffusion
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBConfig, LiDBSpace
 
 RANK = 4
@@ -36,6 +52,8 @@ T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_
 FLUX_VAE = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 # Bytes of a number: 4 bits and a float32 for every 64 numbers; 8 bits and, of a row of thousands, a float32.
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120,
+         "image_size": 224, "patch_size": 14}  # fmt: skip
 UNETS = {
     "sd1": SD15_UNET,
     "sdxl": {
@@ -151,6 +169,57 @@ def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
     return peak.bytes + values.untyped_storage().nbytes()
 
 
+def hypernetwork_config(train_encoder: bool) -> HyperNetworkConfig:
+    """Stable Diffusion 1.5's default hypernetwork: a ViT-H/14 at 224 px, a decoder of 2 layers and width 1024, k = 4.
+
+    Made of models without weights; the bases' record asks real tensors.
+    """
+    with torch.device("meta"):
+        models = {"unet": UNet2DConditionModel(**SD15_UNET), "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L))}
+    space = LiDBSpace(models, LiDBConfig())
+    return HyperNetworkConfig.for_space(space, ViTConfig(**VIT_H), "counted", train_encoder=train_encoder)
+
+
+def count_training(base: BaseModel, config: HyperNetworkConfig, people: int, checkpointing: bool) -> dict[str, float]:
+    """GB on the card and TFLOP of a step of `hdb train` with ``people`` in it, by the denoising loss."""
+    space = LiDBSpace(base.adapted, LiDBConfig())
+    with no_init_weights():  # which asks numbers
+        network = HyperNetwork(config).train()
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = [each for each in network.parameters() if each.requires_grad]
+    prompts, pixels = fake_prompts(base, people), torch.zeros(people, 3, base.size_px, base.size_px)
+
+    def step() -> None:
+        with base.checkpointed(checkpointing):
+            theta = network(pixels)
+            with space.apply(space.expand(theta, network.bases)):
+                noisy, timesteps = torch.zeros(people, *base.latent_shape), torch.zeros(people, dtype=torch.long)
+                loss = base.denoise(noisy, timesteps, base.encode_prompts(prompts)).square().mean()
+            loss.backward()
+
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):  # others are counted on CUDA only
+        step()
+    for each in parameters:
+        each.grad = None
+    models = [*weighed(base), network]
+    with Peak(*models) as peak:
+        optimizer = torch.optim.AdamW(parameters)
+        step()
+        optimizer.step()
+    held = model_bytes(*models)
+    return {"trained, million": sum(each.numel() for each in parameters) / 1e6, "weights, GB": held / 1e9,
+            "at most, GB": (held + peak.bytes) / 1e9, "TFLOP": flops.get_total_flops() / 1e12}  # fmt: skip
+
+
+def count_passes(base: BaseModel) -> dict[str, float]:
+    """TFLOP of one noisy latent's passes through the base, from which preservation and pre-optimisation are counted."""
+    prompts, noisy = fake_prompts(base, 1), torch.zeros(1, *base.latent_shape)
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        base.denoise(noisy, torch.zeros(1, dtype=torch.long), base.encode_prompts(prompts))
+    return {"a forward pass of the base, TFLOP": flops.get_total_flops() / 1e12}
+
+
 def fake_prompts(base: BaseModel, count: int) -> Prompts:
     if isinstance(base, Flux):
         embeds = torch.zeros(count, T5_TOKENS[True], T5_XXL["d_model"], dtype=base.dtype)
@@ -176,12 +245,31 @@ def model_bytes(*models: nn.Module) -> int:
     return sum(parameter.nbytes for model in models for parameter in model.parameters())
 
 
+def print_training(people: list[int], train_encoder: bool) -> None:
+    config, rows = hypernetwork_config(train_encoder), []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = build_base("sd1")
+        for count in people:
+            for checkpointing in (False, True):
+                name = f"{count} people{', gradient checkpointing' * checkpointing}"
+                rows.append({"": name, **count_training(base, config, count, checkpointing)})
+                print(rows[-1], file=sys.stderr, flush=True)  # each takes minutes
+        passes = count_passes(base)
+    print(f"a step of hdb train on {base.name} at {base.size_px} px; {passes}")
+    print(table(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--family", choices=[*UNETS, "flux1"], default="sdxl")
     parser.add_argument("--quantize", choices=list(QUANTIZED), help="the transformer's blocks")
+    parser.add_argument("--training", type=int, nargs="+", metavar="PEOPLE", help="count hdb train's step instead")
+    parser.add_argument("--train-encoder", action="store_true", help="with --training: the ViT-H is trained along")
     parser.add_argument("--latents", type=int, nargs="+", default=[1, 2], help="noisy latents in a step")
     options = parser.parse_args()
+    if options.training:
+        print_training(options.training, options.train_encoder)
+        return
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = build_base(options.family)
         denoiser, *text_encoders = weighed(base)
