@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from converters.shapes import has_layer
-from lidb_peft.families import FAMILIES, Family, Mark
+from lidb_peft.families import DENOISERS, FAMILIES, Family, Mark
 
 # Name in the file, our layer name or "" where that is not known, width of what the layer reads or 0.
 Layer = tuple[str, str, int]
@@ -33,6 +33,8 @@ def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
     layers = list(layers)
     fitting = _fitting(layers)
     other = next((model for model, marks in _OTHER_LAYERS.items() if _has_any(layers, marks)), "")
+    if not other and _could_be_sd3(layers, metadata):
+        other = _SD3
     if other:
         return other
     certain = marked_bases(layers)
@@ -80,6 +82,20 @@ def _states_refiner(metadata: Mapping[str, str]) -> bool:
 
 def _has_any(layers: Iterable[Layer], marks: Iterable[tuple[re.Pattern[str], set[int]]]) -> bool:
     return any(pattern.search(ours) and width in widths for _, ours, width in layers for pattern, widths in marks)
+
+
+def _could_be_sd3(layers: Iterable[Layer], metadata: Mapping[str, str]) -> bool:
+    """Whether nothing tells a LoRA from diffusers' of Stable Diffusion 3: attentions of blocks that both models have.
+
+    A width that neither has, and metadata that name no family, are not taken for ours: what we read wrongly is lost.
+    """
+    own = [(name, ours, width) for name, ours, width in layers if ours.partition(".")[0] in DENOISERS]
+    shared = re.compile(r"[^.]+\.transformer_blocks\.\d+\.(attn|ff|ff_context|norm1|norm1_context)\.")
+    if not own or not all(shared.match(ours) and "double_blocks" not in name for name, ours, _ in own):
+        return False
+    published = {width for family in FAMILIES.values() for width, _ in family.shapes.values()}
+    attentions = {width for _, ours, width in own if ".attn." in ours}
+    return bool(attentions) and not attentions & published and stated_base(metadata) not in FAMILIES
 
 
 def _has_widths(layers: Sequence[Layer], family: Family) -> bool:

@@ -421,9 +421,9 @@ def test_a_theta_of_flux_becomes_a_lora_without_the_base(tmp_path, real_models):
 
 @pytest.mark.parametrize(
     ("width", "block", "base"),
-    [(WIDTH, 0, "flux1"), (3072, 18, "flux1"), (2048, 0, "flux1"), (1536, 0, ""), (2432, 0, "")],
+    [(3072, 0, "flux1"), (3072, 18, "flux1"), (64, 0, ""), (1536, 0, ""), (2432, 0, "")],
 )
-def test_double_blocks_alone_are_flux_unless_they_are_as_wide_as_stable_diffusion_3(tmp_path, width, block, base):
+def test_double_blocks_alone_are_flux_if_they_are_as_wide_and_else_stable_diffusion_3s(tmp_path, width, block, base):
     name, path = f"transformer.transformer_blocks.{block}.attn.to_q", tmp_path / "a.safetensors"
     save_file({f"{name}.lora_A.weight": random(2, width), f"{name}.lora_B.weight": random(width, 2)}, path)
     if base:
@@ -431,3 +431,10 @@ def test_double_blocks_alone_are_flux_unless_they_are_as_wide_as_stable_diffusio
     else:
         with pytest.raises(ValueError, match=r"is a LoRA of stable-diffusion-3, which is none of Stable Diffusion 1"):
             read_lora(path)
+
+
+def test_double_blocks_of_another_width_are_flux_if_the_metadata_say_so(tmp_path):
+    name, path = "transformer.transformer_blocks.0.attn.to_q", tmp_path / "a.safetensors"
+    tensors = {f"{name}.lora_A.weight": random(2, 64), f"{name}.lora_B.weight": random(64, 2)}
+    save_file(tensors, path, {"modelspec.architecture": "flux-1-dev/lora"})
+    assert read_lora(path).family == "flux1"
