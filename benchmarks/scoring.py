@@ -5,7 +5,7 @@ A method fits people, each on the one shown photo, and is judged by pictures of 
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +18,29 @@ from hypernet.evaluation import harness
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
-from testbed.measuring import load_measuring_network, to_pixels
+from testbed.measuring import load_attribute_network, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS
 from testbed.prompts import PROMPTS
 from testbed.protocol import (
     CALIBRATION_PEOPLE,
     LIKENESSES,
+    SAMPLES,
     Judge,
     draw_prompts,
     own_and_others,
     shown_photos,
     shown_subjects,
+    spread,
     true_picture,
 )
 
 CLASS_PICTURES = 200
-CLASS_SEED = 1000  # not a seed that people are drawn with
+CLASS_SEED, SAMPLES_SEED = 1000, 1001  # not seeds that people are drawn with
+TWICE = ("identity", "identity_prompted", "found", "both")
+"""What the second measuring network, which reads attributes alone, says too, as ``identity_2`` and so on."""
 COLUMNS = (
-    "identity", "identity_prompted", "found", "seen", "unseen", "both", "features", "background", "seconds",
+    "identity", "identity_prompted", "found", "both", *(f"{name}_2" for name in TWICE), "seen", "unseen", "spread",
+    "features", "background", "seconds",
 )  # fmt: skip
 DETAILS = LIKENESSES[1:]
 """Likeness by attribute on plain pictures; with ``_prompted`` on the others."""
@@ -57,7 +62,7 @@ class World:
         self.base = load_base(folder or str(miniature_path()), device="cpu")
         self.space = LiDBSpace(self.base.adapted, miniature_lidb_config())
         self.denoiser_space = LiDBSpace({"unet": self.base.denoiser}, miniature_lidb_config())
-        self.judge = Judge(load_measuring_network(), split)
+        self.judge, self.second = Judge(load_measuring_network(), split), Judge(load_attribute_network(), split)
         self._same, self._stranger = self._calibrate_features()
 
     def space_of_layers(self, names: Iterable[str]) -> LiDBSpace:
@@ -81,17 +86,30 @@ class World:
         return self.base.encode_photos(pictures[:, 0])
 
     def draw(self, factors: Sequence[LoraFactors] | None, people: Sequence[int], seed: int, first: int) -> Tensor:
-        """Draw the judge's prompts for each person: pixels ``(n, prompts, 3, 32, 32)`` in [-1, 1]."""
-        return draw_prompts(
-            self.base, self.space_of(factors), factors, len(people), MINIATURE_RECIPE.token, seed=seed,
-            guidance=MINIATURE_RECIPE.guidance,
-            prompts=[PROMPTS[name][0] for name in self.judge.prompts], first=first,
+        """Draw the judge's prompts for each person, and with the first seed samples of the plain one.
+
+        Returns:
+            Pixels ``(n, prompts, 3, 32, 32)`` in [-1, 1], or ``(n, prompts + SAMPLES, 3, 32, 32)``.
+        """
+        draw = partial(
+            draw_prompts, self.base, self.space_of(factors), factors, len(people), MINIATURE_RECIPE.token,
+            guidance=MINIATURE_RECIPE.guidance, first=first,
         )  # fmt: skip
+        pictures = draw(prompts=[PROMPTS[name][0] for name in self.judge.prompts], seed=seed)
+        if seed:
+            return pictures
+        return torch.cat([pictures, draw(prompts=[PROMPTS["plain"][0]] * SAMPLES, seed=SAMPLES_SEED)], dim=1)
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> list[dict]:
-        """Score pictures ``(n, prompts, 3, 32, 32)`` in [-1, 1], in all `COLUMNS` but the seconds, and by prompt."""
+        """Score what `draw` drew, in all `COLUMNS` but the seconds, and by prompt; *spread* where there are samples."""
+        pictures, samples = pictures.tensor_split([len(self.judge.prompts)], dim=1)
         scores = self.judge.score(pictures, people)
+        second = self.second.score(pictures, people).by_person()
         columns = {**scores.by_person(), "features": self.feature_similarity(pictures[:, 0], people)}
+        columns |= {f"{name}_2": second[name] for name in TWICE}
+        if samples.shape[1]:
+            varied = spread(samples, people, self.second.network)
+            columns["spread"] = torch.stack(list(varied.values())).mean(dim=0)
         return [
             {
                 "person": person,

@@ -5,7 +5,9 @@ words that may be seen (`testbed.prompts`), drawn anew each time; and half of th
 bank changes (`hypernet.fitting.preservation`). The text encoder is not adapted, so that prompts are encoded once.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -17,10 +19,12 @@ from hypernet.fitting.losses import HEAD_HALF_HEIGHT, HEAD_HALF_WIDTH
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
+from lidb_peft.stacks import Stacks
 from testbed import MINIATURE_RECIPE
 from testbed.drawing import draw
+from testbed.likeness import Likeness
 from testbed.measuring import to_pixels
-from testbed.portraits import SPLITS, identity, random_scene
+from testbed.portraits import SPLITS, Identity, Scene, identity, random_scene
 from testbed.prompts import prompt_text, scene_to_learn, template_bank
 from testbed.trainer import step_generator
 
@@ -30,6 +34,7 @@ PRESERVED = PEOPLE // 2
 MOST_PLAIN = 700  # plain photos are denoised below this timestep: eyes and jaws do not show in more noise
 BACKGROUND = (0.0, 0.5)  # what it counts in plain photos, and in pictures by a prompt
 INNER = (0.56, 0.45, 0.1, 2.5)  # eyes to mouth: half width, half height and centre in halves of the picture; weight
+LIKENESS = 0.01  # what the loss on drawn pictures counts
 STAGE = 77  # of the noise
 
 
@@ -58,59 +63,127 @@ def without_text_encoder(network: HyperNetwork, space: LiDBSpace) -> HyperNetwor
     return smaller
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is drawn for one step: of ``n`` people a photo that is shown, another plain one, and one by a prompt.
+
+    Attributes:
+        shown: pixels ``(n, 3, 32, 32)`` in [-1, 1].
+        plain, prompted: uint8 ``(32, 32, 3)`` each.
+        prompts: of the scenes, with the trigger.
+    """
+
+    step: int
+    people: list[Identity]
+    shown: Tensor
+    plain: list[np.ndarray]
+    scenes: list[Scene]
+    prompted: list[np.ndarray]
+    prompts: list[str]
+    rng: np.random.Generator
+    generator: torch.Generator
+
+
+Parts = Callable[[slice], Sequence[Stacks]]
+"""Called with rows of a lesson's people: what the base is adapted by to be these."""
+
+
 class Lessons:
     """The loss of each step, by its number."""
 
-    def __init__(self, base: BaseModel, space: LiDBSpace, network: HyperNetwork) -> None:
-        self.base, self.space, self.network = base, space, network
+    def __init__(
+        self,
+        base: BaseModel,
+        space: LiDBSpace,
+        network: HyperNetwork | None = None,
+        seed: int = 0,
+        likeness: Likeness | None = None,
+        likeness_from: int = 0,
+        one_copy_from: float = math.inf,
+    ) -> None:
+        """Give lessons to ``network``, or with None to whatever `loss` is called with.
+
+        Args:
+            seed: of the people, their pictures and the noise.
+            likeness: the loss on pictures that predictions draw, from step ``likeness_from`` on.
+            one_copy_from: from this step on there is one noisy copy of each picture instead of `COPIES`, which saves a
+                fifth of the time.
+        """
+        self.base, self.space, self.network, self.seed = base, space, network, seed
+        self.likeness, self.likeness_from, self.one_copy_from = likeness, likeness_from, one_copy_from
         self.templates = template_bank()
         side = base.latent_shape[-1]
         self.weights = torch.stack([loss_weights(side, background) for background in BACKGROUND])
         self.encoded = cache(self._encode)
 
     def __call__(self, step: int) -> Tensor:
-        """The loss: denoising plain photos and pictures by prompts, and what prompts are to go on changing."""
-        rng, generator = np.random.default_rng((step, 0x1E55)), step_generator(STAGE, step)
+        """The loss: denoising plain photos and pictures by prompts, what prompts are to go on changing, likeness."""
+        assert self.network is not None
+        lesson = self.draw(step)
+        theta = self.network(lesson.shown)
+        return self.loss(lesson, lambda rows: [self.space.expand(theta[rows], self.network.bases)])
+
+    def draw(self, step: int) -> Lesson:
+        """The pictures of a step."""
+        rng = np.random.default_rng((step, 0x1E55 + self.seed))
         seeds = rng.integers(SPLITS["train"].start, SPLITS["train"].stop, PEOPLE)
         people = [identity(int(seed)) for seed in seeds]
-        seen, plain = ([draw(who, random_scene(rng, plain=True)) for who in people] for _ in range(2))
+        shown, plain = ([draw(who, random_scene(rng, plain=True)) for who in people] for _ in range(2))
         scenes = [scene_to_learn(rng) for _ in people]
         prompted = [draw(who, scene) for who, scene in zip(people, scenes, strict=True)]
         trigger = MINIATURE_RECIPE.trigger
         prompts = [prompt_text(scene, trigger, says_photo=bool(rng.random() < 0.3)) for scene in scenes]
+        generator = step_generator(STAGE + self.seed, step)
+        return Lesson(step, people, to_pixels(shown), plain, scenes, prompted, prompts, rng, generator)
 
+    def loss(self, lesson: Lesson, parts: Parts) -> Tensor:
+        """What a lesson's people, adapted by ``parts``, are to do better."""
         # Person by person, kind by kind, copy by copy.
-        latents = self._latents([*plain, *prompted], generator).unflatten(0, (2, PEOPLE)).transpose(0, 1)
-        latents = latents[:, :, None].expand(-1, -1, COPIES, -1, -1, -1)
+        generator, copies = lesson.generator, 1 if lesson.step >= self.one_copy_from else COPIES
+        latents = self._latents([*lesson.plain, *lesson.prompted], generator).unflatten(0, (2, PEOPLE)).transpose(0, 1)
+        latents = latents[:, :, None].expand(-1, -1, copies, -1, -1, -1)
         noise = torch.randn(latents.shape, generator=generator)
-        positions = (torch.arange(COPIES) + torch.rand(PEOPLE, 2, COPIES, generator=generator)) / COPIES
+        positions = (torch.arange(copies) + torch.rand(PEOPLE, 2, copies, generator=generator)) / copies
         timesteps = torch.stack([self.base.timesteps(positions[:, 0], MOST_PLAIN),
                                  self.base.timesteps(positions[:, 1], 1000)], dim=1)  # fmt: skip
-        asked = torch.stack([self._told([trigger] * PEOPLE), self._told(prompts)], dim=1)[:, :, None]
-        asked = asked.expand(-1, -1, COPIES, -1, -1)
+        trigger = self._told([MINIATURE_RECIPE.trigger] * PEOPLE)
+        asked = torch.stack([trigger, self._told(lesson.prompts)], dim=1)[:, :, None]
+        asked = asked.expand(-1, -1, copies, -1, -1)
         flat = latents.flatten(0, 2), noise.flatten(0, 2), timesteps.flatten()
         noisy, target = (ask(*flat).view(latents.shape) for ask in (self.base.add_noise, self.base.target))
-
-        theta = self.network(to_pixels(seen))
-        with self.space.apply(self.space.expand(theta, self.network.bases)):
+        with self.space.apply(*parts(slice(None))):
             found = self._denoise(noisy.flatten(0, 2), flat[2], asked.flatten(0, 2)).view(latents.shape)
         errors = ((found - target).square() * self.weights[:, None, None]).mean(dim=(0, 2, 3, 4, 5))
-        return errors.sum() + self._change(step, theta, noisy[:, 0], timesteps[:, 0], found[:, 0], rng, generator)
+        loss = errors.sum() + self._change(lesson, parts, noisy[:, 0], timesteps[:, 0], found[:, 0])
+        if self.likeness is None or lesson.step < self.likeness_from:
+            return loss
+        return loss + LIKENESS * self._likeness(lesson, parts)
 
-    def _change(self, step, theta, noisy, timesteps, found, rng, generator) -> Tensor:
+    def _change(self, lesson: Lesson, parts: Parts, noisy: Tensor, timesteps: Tensor, found: Tensor) -> Tensor:
         """Prompt preservation of half of the people, in turn, at one noisy copy of their plain photo."""
-        rows = slice(step % 2 * PRESERVED, (step % 2 + 1) * PRESERVED)
-        copy = int(torch.randint(COPIES, (), generator=generator))
-        chosen = [self.templates[i] for i in rng.integers(len(self.templates), size=PRESERVED)]
+        rows = slice(lesson.step % 2 * PRESERVED, (lesson.step % 2 + 1) * PRESERVED)
+        copy = int(torch.randint(noisy.shape[1], (), generator=lesson.generator))
+        chosen = [self.templates[i] for i in lesson.rng.integers(len(self.templates), size=PRESERVED)]
         noisy, timesteps, found = (values[rows, copy] for values in (noisy, timesteps, found))
         noun = MINIATURE_RECIPE.class_prompt
         with torch.no_grad():
             told = self._told([*[noun] * PRESERVED, *(template.format(noun) for template in chosen)])
             before, after = self._denoise(torch.cat([noisy] * 2), torch.cat([timesteps] * 2), told).chunk(2)
-        with self.space.apply(self.space.expand(theta[rows], self.network.bases)):
+        with self.space.apply(*parts(rows)):
             told = self._told([template.format(MINIATURE_RECIPE.trigger) for template in chosen])
             styled = self._denoise(noisy, timesteps, told)
         return (styled - (found.detach() + after - before)).square().mean()
+
+    def _likeness(self, lesson: Lesson, parts: Parts) -> Tensor:
+        """Of half of the people, in turn, by the plain picture, of the others by one of their prompt."""
+        by_prompt = [(row + lesson.step) % 2 == 1 for row in range(PEOPLE)]
+        scenes = [scene if yes else Scene() for yes, scene in zip(by_prompt, lesson.scenes, strict=True)]
+        trigger = MINIATURE_RECIPE.trigger
+        asked = [prompt if yes else trigger for yes, prompt in zip(by_prompt, lesson.prompts, strict=True)]
+        assert self.likeness is not None
+        return self.likeness(
+            parts(slice(None)), self._told(asked), lesson.people, scenes, to_pixels(lesson.plain), lesson.generator
+        )
 
     def _denoise(self, noisy: Tensor, timesteps: Tensor, told: Tensor) -> Tensor:
         return self.base.denoise(noisy, timesteps, PromptEmbeds(told))

@@ -1,11 +1,13 @@
-"""The measuring network: who is in a picture of the miniature world, and in which style, place and attire.
+"""The measuring networks: who is in a picture of the miniature world, and in which style, place and attire.
 
-It reads an identity embedding, in which two pictures of one person are alike and two people's are not (trained by
-contrast, as face recognition is), and each attribute by name. It was trained on portraits that the base never saw.
+The first reads an identity embedding, in which two pictures of one person are alike and two people's are not (trained
+by contrast, as face recognition is), and each attribute by name. The second is of another kind: a residual network that
+reads attributes alone, of which eyes and jaw count as much as skin and hair. Both were trained on portraits that the
+base never saw, each on its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,19 @@ CHOICES = {
     "hair_colour": tuple(HAIR_COLOURS), "hair_style": HAIR_STYLES, "eye_colour": tuple(EYE_COLOURS), "beard": BEARDS,
     "glasses": GLASSES, "freckles": (False, True), "style": STYLES, "place": SCENES, "attire": ATTIRES,
 }  # fmt: skip
+CHOICE_SHARES = {
+    "hair_colour": (1 / 9,) * 9, "hair_style": (1 / 8,) * 8, "eye_colour": (1 / 3,) * 3,
+    "beard": (0.55, 0.15, 0.1, 0.2), "glasses": (0.6, 0.2, 0.2), "freckles": (0.75, 0.25),
+}  # fmt: skip
+"""Of an identity's choices: how common each value is."""
+POSE = {
+    "roll": (0.0, 0.08),
+    "yaw": (0.0, 0.35),
+    "zoom": (1.075, 0.0433),
+    "shift_x": (0.0, 0.025),
+    "shift_y": (0.0, 0.02),
+}
+"""How a scene is posed: mean and standard deviation over random scenes."""
 EMBEDDING_DIM = 64
 
 
@@ -41,14 +56,17 @@ class Measurement:
     """What the network says about ``n`` pictures.
 
     Attributes:
-        embedding: who, ``(n, 64)``, of unit length; the inner product of two is their identity similarity.
+        embedding: who, ``(n, dim)``, of unit length; the inner product of two is their identity similarity.
         continuous: attributes of `CONTINUOUS`, each ``(n,)``, 0 to 1.
         logits: choices of `CHOICES`, each ``(n, choices)``.
+        pose: how the picture is taken, `POSE`, each ``(n,)`` of variance 1 over random scenes; empty where the network
+            does not read it.
     """
 
     embedding: Tensor
     continuous: dict[str, Tensor]
     logits: dict[str, Tensor]
+    pose: dict[str, Tensor] = field(default_factory=dict)
 
     def choice(self, name: str) -> list:
         """The likeliest value of an attribute, style, place or attire for each picture."""
@@ -76,6 +94,60 @@ class MeasuringNetwork(nn.Module):
         )
 
 
+class AttributeNetwork(nn.Module):
+    """Reads attributes and pose off 32 x 32 pictures by a residual network; who it is are the attributes together."""
+
+    def __init__(self, width: int = 160):
+        super().__init__()
+        self.trunk = residual_trunk(width)
+        self.continuous = nn.Linear(width, len(CONTINUOUS))
+        self.choices = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in CHOICES.items()})
+        self.pose = nn.Linear(width, len(POSE))
+
+    def forward(self, pixels: Tensor) -> Measurement:
+        """Measure pictures ``(n, 3, 32, 32)`` in [-1, 1]."""
+        features = self.trunk(pixels)
+        pose = dict(zip(POSE, self.pose(features).unbind(1), strict=True))
+        continuous = dict(zip(CONTINUOUS, self.continuous(features).unbind(1), strict=True))
+        logits = {name: head(features) for name, head in self.choices.items()}
+        return Measurement(_attributes_together(continuous, logits), continuous, logits, pose)
+
+
+def _attributes_together(continuous: dict[str, Tensor], logits: dict[str, Tensor]) -> Tensor:
+    """Every attribute of an `Identity` as numbers around 0 that vary alike over people: ``(n, 37)``, of unit length."""
+    parts = [(value - 0.5)[:, None] * 12**0.5 for value in continuous.values()]  # uniform in [0, 1]
+    for name, shares in CHOICE_SHARES.items():
+        share = torch.tensor(shares)
+        parts.append((logits[name].softmax(dim=1) - share) / (1 - share.square().sum()).sqrt())
+    return F.normalize(torch.cat(parts, dim=1), dim=1)
+
+
+class _ResidualBlock(nn.Module):
+    """He et al. 2016, arXiv:1603.05027: x + f(x), with normalisation and activation first."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.change = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.change(x)
+
+
+def residual_trunk(width: int) -> nn.Sequential:
+    """Features ``(n, width)`` of pictures ``(n, 3, 32, 32)`` by residual blocks at 16, 8 and 4 pixels."""
+
+    def level(fan_in: int, fan_out: int) -> list[nn.Module]:
+        return [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), _ResidualBlock(fan_out)]
+
+    return nn.Sequential(
+        *level(3, 48), *level(48, 96), *level(96, 112), nn.GroupNorm(8, 112), nn.SiLU(), nn.Flatten(),
+        nn.Linear(112 * 16, width), nn.LayerNorm(width), nn.SiLU(),
+    )  # fmt: skip
+
+
 def _convolutional_trunk(width: int) -> nn.Sequential:
     def block(fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
         convolution = nn.Conv2d(fan_in, fan_out, kernel, stride, padding=1)
@@ -93,8 +165,17 @@ def to_pixels(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_images(pixels: Tensor) -> np.ndarray:
+    """Float ``(n, 3, h, w)`` in [-1, 1], or a little outside -> uint8 ``(n, h, w, 3)``."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def measuring_path() -> Path:
     return Path(__file__).parent / "measuring.safetensors"
+
+
+def attributes_path() -> Path:
+    return Path(__file__).parent / "attributes.safetensors"
 
 
 def load_measuring_network(path: Path | None = None) -> MeasuringNetwork:
@@ -104,7 +185,14 @@ def load_measuring_network(path: Path | None = None) -> MeasuringNetwork:
     return network.eval().requires_grad_(False)
 
 
-def save_measuring_network(network: MeasuringNetwork, path: Path) -> None:
+def load_attribute_network(path: Path | None = None) -> AttributeNetwork:
+    """The bundled second measuring network, or the one at ``path``, ready to measure."""
+    network = AttributeNetwork()
+    network.load_state_dict(load_file(path or attributes_path()))
+    return network.eval().requires_grad_(False)
+
+
+def save_measuring_network(network: nn.Module, path: Path) -> None:
     """Write the network's weights in float16."""
     with atomic_path(path) as temporary:
         save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, temporary)
@@ -115,3 +203,15 @@ def labels(who: Identity, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     choices = {name: getattr(who if hasattr(who, name) else scene, name) for name in CHOICES}
     continuous = np.array([getattr(who, name) for name in CONTINUOUS], np.float32)
     return continuous, np.array([values.index(choices[name]) for name, values in CHOICES.items()])
+
+
+def pose(scene: Scene) -> np.ndarray:
+    """The right `POSE` of a scene, float32."""
+    found = {
+        "roll": scene.roll,
+        "yaw": scene.yaw,
+        "zoom": scene.zoom,
+        "shift_x": scene.shift[0],
+        "shift_y": scene.shift[1],
+    }
+    return np.array([(found[name] - mean) / deviation for name, (mean, deviation) in POSE.items()], np.float32)

@@ -9,11 +9,22 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lidb_peft.files import atomic_path
 from testbed.drawing import draw
-from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, to_pixels
+from testbed.measuring import (
+    CHOICES,
+    CONTINUOUS,
+    POSE,
+    AttributeNetwork,
+    Measurement,
+    MeasuringNetwork,
+    labels,
+    pose,
+    to_images,
+    to_pixels,
+)
 from testbed.portraits import SPLITS, Scene, identity, random_scene
 from testbed.trainer import Run, Trainer, fixed_initialisation, step_generator
 
@@ -30,11 +41,13 @@ class Labelled(NamedTuple):
         images: ``(n, shots, 32, 32, 3)`` uint8.
         continuous: labels of `CONTINUOUS`, ``(n, CONTINUOUS)`` float32.
         choices: indices of `CHOICES`, ``(n, shots, CHOICES)`` int64.
+        pose: of `POSE`, ``(n, shots, POSE)`` float32.
     """
 
     images: np.ndarray
     continuous: Tensor
     choices: Tensor
+    pose: Tensor
 
 
 def draw_labelled(
@@ -54,40 +67,65 @@ def draw_labelled(
         images = np.empty((len(seeds), SHOTS, 32, 32, 3), np.uint8)
         continuous = np.empty((len(seeds), len(CONTINUOUS)), np.float32)
         choices = np.empty((len(seeds), SHOTS, len(CHOICES)), np.int64)
+        poses = np.empty((len(seeds), SHOTS, len(POSE)), np.float32)
         for row, seed in enumerate(seeds):
             who = identity(seed)
             for shot, scene in enumerate(scenes_of(seed)):
                 images[row, shot] = draw(who, scene)
                 continuous[row], choices[row, shot] = labels(who, scene)
+                poses[row, shot] = pose(scene)
         for start in range(0, len(seeds), 100):
             images[start : start + 100] = finish(images[start : start + 100])
         with atomic_path(images_file) as temporary, open(temporary, "wb") as file:
             np.save(file, images, allow_pickle=False)
         with atomic_path(labels_file) as temporary:
-            save_file({"continuous": torch.from_numpy(continuous), "choices": torch.from_numpy(choices)}, temporary)
-    answers = load_file(labels_file)
-    return Labelled(np.load(images_file, mmap_mode="r"), answers["continuous"], answers["choices"])
+            answers = {"continuous": continuous, "choices": choices, "pose": poses}
+            save_file({name: torch.from_numpy(values) for name, values in answers.items()}, temporary)
+    return Labelled(np.load(images_file, mmap_mode="r"), **load_file(labels_file))
 
 
-def train_to_tell_people(name: str, run: Run, network: MeasuringNetwork, people: Labelled, num_steps: int) -> None:
-    """Attributes by regression and classification; the embedding by contrast between two portraits of each identity.
+def attribute_loss(found: Measurement, continuous: Tensor, choices: Tensor, weight: float = 10.0) -> Tensor:
+    """How far off attributes are: ``weight`` times the squared errors, and the cross entropies, summed over attributes.
+
+    Args:
+        continuous, choices: the right ones of ``n`` pictures, as in `Labelled`.
+    """
+    loss = torch.zeros(())
+    for index, name in enumerate(CONTINUOUS):
+        loss = loss + weight * F.mse_loss(found.continuous[name], continuous[:, index])
+    for index, name in enumerate(CHOICES):
+        loss = loss + F.cross_entropy(found.logits[name], choices[:, index])
+    return loss
+
+
+def train_to_tell_people(
+    name: str, run: Run, network: nn.Module, people: Labelled, num_steps: int, noise: float = 0.05
+) -> None:
+    """Attributes by regression and classification; an embedding by contrast between two portraits of each identity.
 
     The contrast is the symmetric cross entropy of Radford et al. 2021 (CLIP) over the identities of a batch.
+
+    Args:
+        network: `MeasuringNetwork`, or `AttributeNetwork`, which has no embedding to learn.
+        noise: up to this standard deviation is added to pixels.
     """
+    contrasts = isinstance(network, MeasuringNetwork)
 
     def loss_of_step(step: int) -> Tensor:
         generator = step_generator(4, step)
         rows = torch.randint(0, len(people.images), (BATCH,), generator=generator)
         shots = torch.rand(BATCH, SHOTS, generator=generator).argsort(dim=1)[:, :2].T  # (2, batch)
         pixels = to_pixels(np.concatenate([people.images[rows.numpy(), shot.numpy()] for shot in shots]))
-        strength = 0.05 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+        strength = noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
         found = network(pixels + strength * torch.randn(pixels.shape, generator=generator))
         right = torch.cat([people.choices[rows, shot] for shot in shots])
-        loss = torch.zeros(())
-        for index, attribute in enumerate(CONTINUOUS):
-            loss = loss + 10 * F.mse_loss(found.continuous[attribute], people.continuous[rows, index].repeat(2))
-        for index, attribute in enumerate(CHOICES):
-            loss = loss + F.cross_entropy(found.logits[attribute], right[:, index])
+        loss = attribute_loss(found, people.continuous[rows].repeat(2, 1), right)
+        if not contrasts:
+            read, right = (
+                torch.stack(list(found.pose.values()), dim=1),
+                torch.cat([people.pose[rows, s] for s in shots]),
+            )
+            return loss + F.mse_loss(read, right) * len(POSE)
         first, second = found.embedding.chunk(2)
         similarity = first @ second.T / CONTRAST_TEMPERATURE
         own = torch.arange(BATCH)
@@ -98,6 +136,24 @@ def train_to_tell_people(name: str, run: Run, network: MeasuringNetwork, people:
 
 def train_measuring(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -> MeasuringNetwork:
     """The measuring network, on ``count`` people of its own split; half of the portraits went through ``vae``."""
+    people = _draw_measuring(run, "measuring", SPLITS["measuring"][:count], vae)
+    with fixed_initialisation():
+        network = MeasuringNetwork()
+    train_to_tell_people("measuring", run, network, people, num_steps)
+    return network
+
+
+def train_attributes(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -> AttributeNetwork:
+    """The second measuring network, on ``count`` people of the same split whom the first one never saw."""
+    people = _draw_measuring(run, "attributes", SPLITS["measuring"][-count:], vae)
+    with fixed_initialisation():
+        network = AttributeNetwork()
+    train_to_tell_people("attributes", run, network, people, num_steps)
+    return network
+
+
+def _draw_measuring(run: Run, name: str, seeds: Sequence[int], vae: AutoencoderKL) -> Labelled:
+    """People in all styles, places and attires, half of the portraits as ``vae`` gives them back."""
 
     def scenes_of(seed: int) -> list[Scene]:
         rng = np.random.default_rng((seed, 0x3E))
@@ -106,12 +162,7 @@ def train_measuring(run: Run, vae: AutoencoderKL, count: int, num_steps: int) ->
     @torch.no_grad()
     def half_through_autoencoder(images: np.ndarray) -> np.ndarray:
         pixels = to_pixels(images[:, 2:].reshape(-1, *images.shape[-3:]))
-        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        output = ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        return np.concatenate([images[:, :2], output.reshape(-1, 2, *images.shape[-3:])], axis=1)
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        return np.concatenate([images[:, :2], to_images(output).reshape(-1, 2, *images.shape[-3:])], axis=1)
 
-    people = draw_labelled(run.out, "measuring", SPLITS["measuring"][:count], scenes_of, half_through_autoencoder)
-    with fixed_initialisation():
-        network = MeasuringNetwork()
-    train_to_tell_people("measuring", run, network, people, num_steps)
-    return network
+    return draw_labelled(run.out, name, seeds, scenes_of, half_through_autoencoder)

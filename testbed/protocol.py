@@ -17,13 +17,14 @@ from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE
 from testbed.drawing import draw
-from testbed.measuring import CHOICES, Measurement, MeasuringNetwork, to_pixels
+from testbed.measuring import CHOICES, AttributeNetwork, Measurement, MeasuringNetwork, to_pixels
 from testbed.portraits import SPLITS, Scene, identity, random_scene
 from testbed.prompts import PROMPTS, SEEN, split_prompts
 
 SHOWN, NEVER_SHOWN = 0, (1, 2, 3)
 CALIBRATION_PEOPLE = 100
 GALLERY = 30
+SAMPLES, SAMPLED_PHOTOS = 16, 100  # of one person, and the number of the first true photo that they are compared with
 CONTINUOUS_SEEN = ("skin", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "mouth_width", "hair_volume")
 CHOICES_SEEN = ("hair_colour", "hair_style", "eye_colour", "beard", "glasses", "freckles")
 LIKENESSES = ("identity", *CONTINUOUS_SEEN, *CHOICES_SEEN)
@@ -123,10 +124,13 @@ class Scores:
 
 
 class Judge:
-    """Scores pictures of people by the measuring network, calibrated on true pictures of one split."""
+    """Scores pictures of people by a measuring network, calibrated on true pictures of one split."""
 
     def __init__(
-        self, network: MeasuringNetwork, split: str = "validation", prompts: Sequence[str] | None = None
+        self,
+        network: MeasuringNetwork | AttributeNetwork,
+        split: str = "validation",
+        prompts: Sequence[str] | None = None,
     ) -> None:
         """Calibrate on ``prompts``, names in `PROMPTS` with the plain one first; by default the split's."""
         self.network, self.prompts = network, tuple(split_prompts(split) if prompts is None else prompts)
@@ -221,13 +225,38 @@ def own_and_others(similarity: Tensor) -> tuple[float, float]:
     return float(own / count), float((similarity.sum() - own) / (count * (count - 1)))
 
 
+def spread(samples: Tensor, people: Sequence[int], network: AttributeNetwork) -> dict[str, Tensor]:
+    """How much pictures of one person vary, ``(n,)`` each: 1 as much as true photos of them, 0 not at all.
+
+    Args:
+        samples: pictures of each person by one plain prompt, ``(n, samples, 3, 32, 32)`` in [-1, 1].
+
+    Returns:
+        ``pose`` (turned, tilted, moved), ``zoom`` and ``background`` (its colour).
+    """
+    numbers = range(SAMPLED_PHOTOS, SAMPLED_PHOTOS + samples.shape[1])
+    photos = torch.stack([to_pixels([photo(person, number) for number in numbers]) for person in people])
+    found, true = _variation(samples, network), _variation(photos, network)
+    return {name: values / true[name].mean() for name, values in found.items()}
+
+
+@torch.no_grad()
+def _variation(pictures: Tensor, network: AttributeNetwork) -> dict[str, Tensor]:
+    found = network(pictures.flatten(0, 1)).pose
+    turned = {name: values.view(pictures.shape[:2]).std(dim=1) for name, values in found.items()}
+    zoom = turned.pop("zoom")
+    colours = _corners(pictures.flatten(0, 1)).view(*pictures.shape[:2], -1)
+    return {"pose": torch.stack(list(turned.values())).mean(dim=0), "zoom": zoom,
+            "background": colours.std(dim=1).norm(dim=1)}  # fmt: skip
+
+
+def _corners(pixels: Tensor) -> Tensor:
+    return torch.cat([pixels[:, :, :4, :3], pixels[:, :, :4, -3:]], dim=3).mean(dim=(2, 3))
+
+
 def _background_copied(pictures: Tensor, shown: Tensor) -> Tensor:
     """1 where the upper corners have the shown photo's colour, 0 where they are as far off as another photo's."""
-
-    def corners(pixels: Tensor) -> Tensor:
-        return torch.cat([pixels[:, :, :4, :3], pixels[:, :, :4, -3:]], dim=3).mean(dim=(2, 3))
-
-    distance = (corners(pictures) - corners(shown)).norm(dim=1)
+    distance = (_corners(pictures) - _corners(shown)).norm(dim=1)
     return 1 - distance / TYPICAL_COLOUR_DISTANCE
 
 

@@ -23,7 +23,16 @@ from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.corpus import portrait
 from testbed.drawing import draw
-from testbed.measuring import CHOICES, CONTINUOUS, MeasuringNetwork, labels, load_measuring_network, to_pixels
+from testbed.measuring import (
+    CHOICES,
+    CONTINUOUS,
+    AttributeNetwork,
+    MeasuringNetwork,
+    labels,
+    load_attribute_network,
+    load_measuring_network,
+    to_pixels,
+)
 from testbed.portraits import SPLITS, identity, random_scene
 from testbed.prompts import PROMPTS
 from testbed.protocol import (
@@ -53,7 +62,7 @@ def autoencoder_psnr_db(base: BaseModel, count: int = 500) -> dict[str, float]:
 
 
 @torch.no_grad()
-def attribute_accuracy(network: MeasuringNetwork, plain: bool, count: int = 1000) -> dict:
+def attribute_accuracy(network: MeasuringNetwork | AttributeNetwork, plain: bool, count: int = 1000) -> dict:
     """Per attribute on test portraits: R^2 of continuous ones, share right of the others; by "unseen", the names of
     those of which it explains less than half of what guessing the mean or the commonest value leaves open.
 
@@ -153,7 +162,10 @@ def main(folder: Path | None, out: Path, people: int, seeds: int, threads: int) 
         "autoencoder, dB": autoencoder_psnr_db(base),
         "measuring network, plain photos": attribute_accuracy(network, plain=True),
         "measuring network, all scenes": attribute_accuracy(network, plain=False),
+        "attribute network, plain photos": attribute_accuracy(load_attribute_network(), plain=True),
+        "attribute network, all scenes": attribute_accuracy(load_attribute_network(), plain=False),
         "right one of 500 people": retrieval(judge),
+        "right one of 500 people, by attributes": retrieval(Judge(load_attribute_network(), "test")),
     }
     click.echo(json.dumps(report, indent=1))
     report["base"], samples = measure_base(base, judge, people)

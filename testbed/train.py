@@ -1,9 +1,9 @@
 """Make the miniature Stable Diffusion from nothing: ``python -m testbed.train --out runs/miniature``.
 
-Stages: draw the corpus, train the autoencoder, cache latents, train the decoder on, train the measuring network on
-portraits of its own, train the tokenizer, train UNet and text encoder together, pack. Every stage resumes where it was
-stopped; the learning rate follows the step, not the clock, and the randomness of a step is keyed by its number, so that
-a resumed run equals an unbroken one.
+Stages: draw the corpus, train the autoencoder, cache latents, train the decoder on, train the measuring networks on
+portraits of their own, train the tokenizer, train UNet and text encoder together, pack. Every stage resumes where it
+was stopped; the learning rate follows the step, not the clock, and the randomness of a step is keyed by its number, so
+that a resumed run equals an unbroken one.
 """
 
 import json
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lidb_peft.files import atomic_path
 from testbed.corpus import MAX_TOKENS, portrait, train_tokenizer
 from testbed.measuring import save_measuring_network, to_pixels
-from testbed.measuring_training import train_measuring
+from testbed.measuring_training import train_attributes, train_measuring
 from testbed.trainer import Run, Trainer, fixed_initialisation, step_generator
 
 SIZE_PX = 32
@@ -208,12 +208,14 @@ def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = tor
 @click.option("--decoder-steps", default=9_000, show_default=True, help="Steps of 16 portraits for the decoder alone.")
 @click.option("--measured-people", default=25_000, show_default=True, help="Identities for the measuring network.")
 @click.option("--measuring-steps", default=4_000, show_default=True, help="Measuring network steps of 128 portraits.")
+@click.option("--attribute-people", default=15_000, show_default=True, help="Other ones, for the second network.")
+@click.option("--attribute-steps", default=3_000, show_default=True, help="Its steps of 128 portraits.")
 @click.option("--steps", default=8_000, show_default=True, help="Denoiser steps of 32 portraits.")
 @click.option("--fraction", default=1.0, show_default=True, help="Stop each training here, at the whole's schedule.")
 @click.option("--threads", default=2, show_default=True, help="Processor threads.")
 def main(
     out: Path, portraits: int, vae_steps: int, decoder_steps: int, measured_people: int, measuring_steps: int,
-    steps: int, fraction: float, threads: int,
+    attribute_people: int, attribute_steps: int, steps: int, fraction: float, threads: int,
 ) -> None:  # fmt: skip
     """Make the miniature's weights from nothing, or go on where a run was stopped."""
     torch.set_num_threads(threads)
@@ -229,6 +231,8 @@ def main(
     click.echo(f"autoencoder: {score:.2f} dB on 500 test portraits")
     network = train_measuring(run, vae, measured_people, measuring_steps)
     save_measuring_network(network, out / "measuring.safetensors")
+    second = train_attributes(run, vae, attribute_people, attribute_steps)
+    save_measuring_network(second, out / "attributes.safetensors")
     tokenizer = train_tokenizer(captions[:20_000], out / "tokenizer")
     with fixed_initialisation():
         model = Denoiser(*build_denoiser(tokenizer))
@@ -236,7 +240,7 @@ def main(
     ids = torch.tensor(tokens)
     train_denoiser(run, latents, ids[:-1], ids[-1], model, steps)
     pack(out / "miniature", vae, tokenizer, model)
-    click.echo(f"wrote {out / 'miniature'} and {out / 'measuring.safetensors'}")
+    click.echo(f"wrote {out / 'miniature'}, {out / 'measuring.safetensors'} and {out / 'attributes.safetensors'}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Stages: draw people, a few plain photos of each; train a vision transformer to tell them apart, as face recognition is
 trained; train the hypernetwork around it as `hdb train` does; leave the text encoder out and train on in prompts
-(`testbed.lessons`); pack; learn where finetunings start, beside its predictions and without them (`hdb learn-start`).
-Every stage resumes where it was stopped.
+(`testbed.lessons`); train a network that recognises people, and go on with the likeness of drawn pictures in the loss
+(`testbed.likeness`); pack; learn where finetunings start, beside its predictions and without them (as `hdb learn-start`
+does, then `testbed.starting`). Every stage resumes where it was stopped.
 """
 
 import math
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
+from hypernet.bases.base import BaseModel
 from hypernet.bases.loading import load_base
 from hypernet.fitting.engine import Subject
 from hypernet.fitting.starts import START_FILE, save_start
@@ -33,10 +35,12 @@ from lidb_peft import LiDBSpace
 from lidb_peft.families import get_family
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.lessons import Lessons, without_text_encoder
+from testbed.likeness import Likeness, train_recogniser
 from testbed.measuring import MeasuringNetwork
 from testbed.measuring_training import SHOTS, Labelled, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS
 from testbed.protocol import photo, photo_scene, shown_photos, shown_subjects
+from testbed.starting import Start, StartLessons
 from testbed.trainer import Run, Trainer, fixed_initialisation, level_then_falling
 
 HELD_OUT = 64  # people of the validation split
@@ -54,6 +58,11 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
+RECOGNISER_PEOPLE, RECOGNISER_STEPS = 9_000, 2_200
+WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 2_700, 615, 846  # steps; the first are as in prompts
+START_LR, START_EMA, START_WARMUP = 1.5e-3, 0.9, 5  # of `testbed.starting`, after the rounds
+START_LESSONS = {"start-predicted": 60, "start-alone": 30}
+MOST_STEPS = {"start-predicted": 10, "start-alone": 20}  # of their finetunings
 START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
 START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
 
@@ -150,10 +159,9 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
 
 def train_in_prompts(run: Run, before: Path) -> Path:
     """Go on with the hypernetwork in ``before``, on the denoiser alone; returns its folder, in float16."""
-    folder = run.out / "hypernetwork"
+    folder = run.out / "in-prompts"
     if not (folder / "model.safetensors").exists():
-        base = load_base(str(miniature_path()), device="cpu")
-        space = LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
+        base, space = load_denoiser()
         network = without_text_encoder(HyperNetwork.from_pretrained(before), space).train()
         trainer = Trainer(
             "in-prompts", run, network, IN_PROMPTS, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
@@ -163,23 +171,66 @@ def train_in_prompts(run: Run, before: Path) -> Path:
     return folder
 
 
-def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwork | None) -> Path:
-    """Learn where finetunings of the denoiser start, beside predictions or without; returns the file."""
+def train_with_likeness(run: Run, before: Path) -> Path:
+    """Go on with the hypernetwork in ``before``, with a loss on what it draws; returns its folder, in float16."""
+    folder = run.out / "hypernetwork"
+    if not (folder / "model.safetensors").exists():
+        base, space = load_denoiser()
+        network = HyperNetwork.from_pretrained(before).train()
+        trainer = Trainer(
+            "likeness", run, network, WITH_LIKENESS, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
+        )
+        trainer.run(lessons_with_likeness(run, base, space, network, LIKENESS_FROM, ONE_COPY_FROM))
+        network.save_pretrained(folder, dtype=torch.float16)
+    return folder
+
+
+def lessons_with_likeness(
+    run: Run,
+    base: BaseModel,
+    space: LiDBSpace,
+    network: HyperNetwork | None = None,
+    likeness_from: int = 0,
+    one_copy_from: float = math.inf,
+) -> Lessons:
+    """Lessons of other people than those in prompts had, with the recogniser of the run."""
+    recogniser = train_recogniser(run, base, math.ceil(RECOGNISER_PEOPLE * run.fraction), RECOGNISER_STEPS)
+    return Lessons(base, space, network, 1, Likeness(base, space, recogniser), likeness_from, one_copy_from)
+
+
+def load_denoiser() -> tuple[BaseModel, LiDBSpace]:
+    """The base, and the space of its denoiser's layers."""
+    base = load_base(str(miniature_path()), device="cpu")
+    return base, LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
+
+
+def learn_a_start(
+    run: Run, name: str, config: StartConfig, before: HyperNetwork | None, network: HyperNetwork | None
+) -> Path:
+    """Learn where finetunings of the denoiser start, beside predictions or without; returns the file.
+
+    Args:
+        before: the rounds of Reptile are beside its predictions.
+        network: what comes after is beside these.
+    """
     file = run.out / f"{name}.safetensors"
     if not file.exists():
-        base = load_base(str(miniature_path()), device="cpu")
-        space = LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
+        base, space = load_denoiser()
         config = replace(config, rounds=math.ceil(run.fraction * config.rounds))
 
         def people(number: int) -> tuple[list[Subject], Tensor | None]:
             seeds = SPLITS["train"][number * config.people : (number + 1) * config.people]
-            return shown_subjects(base, seeds), None if network is None else network(shown_photos(seeds))
+            return shown_subjects(base, seeds), None if before is None else before(shown_photos(seeds))
 
-        bases = None if network is None else network.bases
+        bases = None if before is None else before.bases
         fit, rank = MINIATURE_RECIPE.lora_fit, MINIATURE_RECIPE.rank
         with resumable_start(run.out / f"{name}.unfinished.safetensors", space, rank) as (state, checkpoint):
             learn_start(base, space, people, config, fit, state, rank, bases, checkpoint=checkpoint)
-            save_start(file, state.start, rank, space)
+            start = Start(state.start.half().float())
+            lessons = StartLessons(lessons_with_likeness(run, base, space), start, network, MOST_STEPS[name])
+            schedule = START_LESSONS[name], START_LR, START_EMA
+            Trainer(f"{name}-lessons", run, start, *schedule, warmup=START_WARMUP).run(lessons)
+            save_start(file, start.flat.detach(), rank, space)
     return file
 
 
@@ -199,11 +250,11 @@ def main(
     if init_from is None:
         init_from = train_from_nothing(out, people, encoder_steps, fraction)
     run = Run(out, fraction)
-    folder = train_in_prompts(run, init_from)
-    network = HyperNetwork.from_pretrained(folder).requires_grad_(False)
-    beside = learn_a_start(run, "start-predicted", START_PREDICTED, network)
-    shutil.copy(beside, folder / START_FILE)
-    alone = learn_a_start(run, "start-alone", START_ALONE, None)
+    in_prompts = train_in_prompts(run, init_from)
+    folder = train_with_likeness(run, in_prompts)
+    networks = [HyperNetwork.from_pretrained(each).requires_grad_(False) for each in (in_prompts, folder)]
+    shutil.copy(learn_a_start(run, "start-predicted", START_PREDICTED, *networks), folder / START_FILE)
+    alone = learn_a_start(run, "start-alone", START_ALONE, None, None)
     click.echo(f"wrote {folder}, with {START_FILE}, and {alone}, which goes into the miniature's folder")
 
 

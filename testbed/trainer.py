@@ -50,13 +50,14 @@ class Trainer:
         lr: float,
         ema_decay: float = EMA_DECAY,
         schedule: Callable[[int, int], float] = falling,
+        warmup: int = 100,
     ):
         """Train ``modules`` for ``num_steps``, or go on where the run's folder says.
 
         Args:
-            schedule: of the learning rate, after 100 steps of warm-up: the step, and all steps -> a fraction of ``lr``.
+            schedule: of the learning rate, after ``warmup`` steps: the step, and all steps -> a fraction of ``lr``.
         """
-        self.ema_decay, self.schedule = ema_decay, schedule
+        self.ema_decay, self.schedule, self.warmup = ema_decay, schedule, warmup
         self.name, self.file, self.log = name, run.out / f"{name}.safetensors", run.out / f"{name}.jsonl"
         self.modules, self.num_steps, self.lr, self.step = modules, num_steps, lr, 0
         self.last_step = math.ceil(num_steps * run.fraction)
@@ -75,7 +76,9 @@ class Trainer:
         last_save, started, first, running = time.monotonic(), time.monotonic(), self.step, 0.0
         while self.step < self.last_step:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * min(1.0, (self.step + 1) / 100) * self.schedule(self.step, self.num_steps)
+                group["lr"] = (
+                    self.lr * min(1.0, (self.step + 1) / self.warmup) * self.schedule(self.step, self.num_steps)
+                )
             loss = loss_of_step(self.step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)

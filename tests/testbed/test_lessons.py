@@ -5,7 +5,7 @@ from hypernet.bases.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
-from testbed.lessons import Lessons, loss_weights, without_text_encoder
+from testbed.lessons import LIKENESS, Lessons, loss_weights, without_text_encoder
 from testbed.train_hypernetwork import HYPERNETWORK, build_encoder
 
 
@@ -48,6 +48,25 @@ def test_a_lesson_is_determined_by_its_number_and_teaches_every_part(base, whole
     assert unused == []
     assert network.heads.weight.grad.abs().sum(dim=(1, 2)).min() > 0
     assert not any(value.grad is not None for value in base.denoiser.parameters())
+
+
+def test_likeness_joins_from_its_step_on(base, whole, spaces):
+    network = without_text_encoder(whole, spaces[1]).train()
+    asked = []
+
+    def likeness(parts, told, people, scenes, photos, generator):
+        asked.append((len(told), [scene.place + scene.style + scene.attire for scene in scenes]))
+        return torch.tensor(100.0)
+
+    lessons = Lessons(base, spaces[1], network, likeness=likeness, likeness_from=1)
+    plain = Lessons(base, spaces[1], network)
+    assert lessons(0).item() == plain(0).item()
+    assert asked == []
+    assert lessons(1).item() == pytest.approx(plain(1).item() + 100 * LIKENESS, abs=1e-4)
+    (count, scenes), *rest = asked
+    assert (count, rest) == (8, [])
+    assert scenes.count("plainphotoshirt") == 4  # the others are by their prompts
+    assert Lessons(base, spaces[1], network, seed=1)(0).item() != plain(0).item()
 
 
 def test_the_inner_face_counts_most_and_a_background_as_said():

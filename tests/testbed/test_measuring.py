@@ -7,10 +7,14 @@ from testbed.drawing import draw
 from testbed.measuring import (
     CHOICES,
     CONTINUOUS,
+    POSE,
     MeasuringNetwork,
+    attributes_path,
     labels,
+    load_attribute_network,
     load_measuring_network,
     measuring_path,
+    pose,
     save_measuring_network,
     to_pixels,
 )
@@ -55,6 +59,36 @@ def test_it_knows_people_scenes_and_attributes_it_never_saw(network):
     assert np.mean(hair) > 0.85
     skin = torch.tensor([identity(p).skin for p in people])
     assert (first.continuous["skin"] - skin).abs().mean() < 0.1
+
+
+def test_the_second_network_knows_people_by_their_attributes_and_how_they_are_posed():
+    network = load_attribute_network()
+    people = SPLITS["test"][:100]
+    rng = np.random.default_rng(0)
+    scenes = [[random_scene(rng, plain=True) for _ in range(2)] for _ in people]
+    first, second = (
+        network(to_pixels([draw(identity(p), shots[i]) for p, shots in zip(people, scenes, strict=True)]))
+        for i in range(2)
+    )
+    nearest = (first.embedding @ second.embedding.T).argmax(dim=1)
+    assert (nearest == torch.arange(100)).float().mean() > 0.9
+    for name in ("skin", "eye_spacing", "eye_size", "face_width"):
+        true = torch.tensor([getattr(identity(p), name) for p in people])
+        assert (first.continuous[name] - true).square().mean() < 0.5 * true.var()
+    true = torch.from_numpy(np.stack([pose(shots[0]) for shots in scenes]))
+    for index, name in enumerate(POSE):
+        assert (first.pose[name] - true[:, index]).square().mean() < 0.5 * true[:, index].var(), name
+
+
+def test_poses_vary_by_one_over_random_scenes():
+    rng = np.random.default_rng(0)
+    found = np.stack([pose(random_scene(rng)) for _ in range(1000)])
+    assert np.allclose(found.mean(axis=0), 0, atol=0.15)
+    assert np.allclose(found.std(axis=0), 1, atol=0.1)
+
+
+def test_both_networks_are_small():
+    assert max(path.stat().st_size for path in (measuring_path(), attributes_path())) < 2.1e6
 
 
 def test_it_was_trained_on_people_of_its_own():

@@ -8,9 +8,9 @@ from hypernet.bases.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.drawing import draw
-from testbed.measuring import load_measuring_network, to_pixels
+from testbed.measuring import load_attribute_network, load_measuring_network, to_pixels
 from testbed.portraits import SPLITS, identity
-from testbed.protocol import LIKENESSES, SHOWN, Judge, draw_prompts, photo, photo_scene, true_picture
+from testbed.protocol import LIKENESSES, SHOWN, Judge, draw_prompts, photo, photo_scene, spread, true_picture
 
 PEOPLE = SPLITS["validation"][:12]
 JUDGED = ("plain", "pencil", "night", "pixel", "crown", "pixel night")
@@ -70,6 +70,15 @@ def test_one_attribute_that_differs_is_seen_by_its_name(judge):
     assert (before["glasses"] - after["glasses"])[wearing].min() > 0.5
     assert torch.allclose(before["glasses"][~wearing], after["glasses"][~wearing])
     assert (before["skin"] - after["skin"]).abs().mean() < 0.2
+
+
+def test_true_photos_vary_as_true_photos_do_and_copies_not_at_all():
+    network = load_attribute_network()
+    other = torch.stack([to_pixels([photo(person, number) for number in range(20, 36)]) for person in PEOPLE])
+    assert all(values.mean() == pytest.approx(1, abs=0.15) for values in spread(other, PEOPLE, network).values())
+    same = spread(other[:, :1].expand(-1, 16, -1, -1, -1), PEOPLE, network)
+    assert set(same) == {"pose", "zoom", "background"}
+    assert all(values.abs().max() < 1e-3 for values in same.values())
 
 
 def test_photos_of_a_person_differ_and_repeat():

@@ -4,7 +4,7 @@ from click.testing import CliRunner
 
 from hypernet.bases.loading import load_base
 from hypernet.sampling import generate
-from testbed.measuring import load_measuring_network
+from testbed.measuring import POSE, load_attribute_network, load_measuring_network
 from testbed.train import main, psnr_db
 from testbed.trainer import Run, Trainer
 
@@ -54,10 +54,12 @@ def test_a_fraction_of_a_run_is_its_beginning(tmp_path):
 
 def test_the_recipe_makes_a_pipeline_from_nothing(tmp_path):
     arguments = ["--out", str(tmp_path), "--portraits", "70", "--vae-steps", "2", "--decoder-steps", "2",
-                 "--measured-people", "5", "--measuring-steps", "1", "--steps", "1", "--threads", "1"]  # fmt: skip
+                 "--measured-people", "5", "--measuring-steps", "1", "--attribute-people", "5",
+                 "--attribute-steps", "1", "--steps", "1", "--threads", "1"]  # fmt: skip
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert load_measuring_network(tmp_path / "measuring.safetensors").embedding.out_features == 64
+    assert load_attribute_network(tmp_path / "attributes.safetensors").pose.out_features == len(POSE)
     base = load_base(str(tmp_path / "miniature"), device="cpu")
     assert generate(base, ["a sks face"], num_steps=2)[0].size == (32, 32)
     assert base.tokenizer.tokenize("a sks face") == ["a</w>", "sks</w>", "face</w>"]

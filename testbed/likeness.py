@@ -1,0 +1,131 @@
+"""A loss on pictures that the hypernetwork's predictions draw: who is in them, and what was asked for.
+
+The denoising loss hardly pays for the distance of the eyes or the shape of a jaw. So pictures are drawn from noise,
+under guidance, as users draw, to a random step; there the finished picture is predicted, decoded, and read by a network
+that knows attributes by name (as ReFL, arXiv:2304.05977, and PuLID, arXiv:2404.16022, do; the gradient is of the last
+step alone). That network is neither of the measuring networks: it learned from the training split's people, in words
+that may be seen, and half of its pictures were half denoised.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypernet.bases.base import BaseModel, PromptEmbeds
+from lidb_peft import LiDBSpace
+from lidb_peft.stacks import Stacks
+from testbed import MINIATURE_RECIPE
+from testbed.measuring import Measurement, MeasuringNetwork, labels, residual_trunk, to_images, to_pixels
+from testbed.measuring_training import SHOTS, attribute_loss, draw_labelled, train_to_tell_people
+from testbed.portraits import SPLITS, Identity, Scene, random_scene
+from testbed.prompts import scene_to_learn
+from testbed.trainer import Run, fixed_initialisation, step_generator
+
+RECOGNISER_WIDTH = 160
+RECOGNISER_NOISE = 0.15
+HALF_DENOISED = (20, 400)  # timesteps of its pictures
+STEPS = 8  # of sampling
+FIRST_STOP = 3
+GUIDANCE = MINIATURE_RECIPE.guidance
+CONTINUOUS_WEIGHT = 30.0  # about what the network's errors on true pictures say
+SAME_FACE = 4.0  # what the cosine of embeddings counts beside attributes
+STAGE = 80
+
+
+def predicted_latents(base: BaseModel, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The finished latents and the noise in ``noisy``, by a velocity (Salimans & Ho 2022, appendix D)."""
+    alpha = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    return signal * noisy - noise * velocity, noise * noisy + signal * velocity
+
+
+def decode(base: BaseModel, latents: Tensor) -> Tensor:
+    """Pictures ``(n, 3, h, w)`` of latents; differentiable."""
+    return base.vae.decode(latents / base.vae.config.scaling_factor).sample
+
+
+def train_recogniser(run: Run, base: BaseModel, count: int, num_steps: int) -> MeasuringNetwork:
+    """The network that reads pictures in training, on ``count`` people of the training split."""
+    batches = iter(range(count))
+
+    def scenes_of(seed: int) -> list[Scene]:
+        rng = np.random.default_rng((seed, 0xEC))
+        return [random_scene(rng, plain=True) if shot % 2 == 0 else scene_to_learn(rng) for shot in range(SHOTS)]
+
+    @torch.no_grad()
+    def half_denoised(images: np.ndarray) -> np.ndarray:
+        generator = step_generator(STAGE, next(batches))
+        moments = base.vae.encode(to_pixels(images[:, 2:].reshape(-1, *images.shape[-3:]))).latent_dist.parameters
+        first, second = (torch.randn(moments.chunk(2, dim=1)[0].shape, generator=generator) for _ in range(2))
+        latents = base.sample_latents(moments, first)
+        timesteps = torch.randint(*HALF_DENOISED, (len(latents),), generator=generator)
+        noisy = base.add_noise(latents, second, timesteps)
+        asked = base.encode_prompts(base.prepare_prompts([MINIATURE_RECIPE.class_prompt])).prompt_embeds
+        velocity = base.denoise(noisy, timesteps, PromptEmbeds(asked.expand(len(noisy), -1, -1)))
+        output = to_images(decode(base, predicted_latents(base, noisy, velocity, timesteps)[0]))
+        return np.concatenate([images[:, :2], output.reshape(-1, 2, *images.shape[-3:])], axis=1)
+
+    people = draw_labelled(run.out, "recogniser", SPLITS["train"][-count:], scenes_of, half_denoised)
+    with fixed_initialisation():
+        network = MeasuringNetwork(residual_trunk(RECOGNISER_WIDTH), RECOGNISER_WIDTH)
+    train_to_tell_people("recogniser", run, network, people, num_steps, RECOGNISER_NOISE)
+    return network.eval().requires_grad_(False)
+
+
+class Likeness:
+    """The loss of pictures drawn with predictions."""
+
+    def __init__(self, base: BaseModel, space: LiDBSpace, recogniser: MeasuringNetwork) -> None:
+        self.base, self.space, self.recogniser = base, space, recogniser
+        last = base.scheduler.config.num_train_timesteps
+        self.timesteps = [round(last - last * i / STEPS) - 1 for i in range(STEPS)]  # "trailing", as users' sampling
+        self.nothing = base.encode_prompts(base.prepare_prompts([""])).prompt_embeds.detach()
+
+    def __call__(
+        self,
+        parts: Sequence[Stacks],
+        asked: Tensor,
+        people: Sequence[Identity],
+        scenes: Sequence[Scene],
+        photos: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The loss of a picture of each of ``n`` people.
+
+        Args:
+            parts: what the base is adapted by to be these people.
+            asked: embeddings of the prompts, ``(n, tokens, width)``, each of the scene beside it.
+            photos: true ones, ``(n, 3, 32, 32)``, other than those that were seen.
+        """
+        stop = int(torch.randint(FIRST_STOP, STEPS, (), generator=generator))
+        latents = torch.randn((len(asked), *self.base.latent_shape), generator=generator)
+        with self.space.apply(*parts):
+            with torch.no_grad():
+                for step in range(stop):
+                    found, noise = self._guided(latents, asked, step)
+                    alpha = self.base.scheduler.alphas_cumprod[self.timesteps[step + 1]]
+                    latents = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
+            found, _ = self._guided(latents, asked, stop)
+        pictures = decode(self.base, found)
+        return self._read(self.recogniser(pictures), people, scenes, photos)
+
+    def _guided(self, latents: Tensor, asked: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The finished latents and the noise, under guidance."""
+        timesteps = torch.full((len(latents),), self.timesteps[step])
+        # Person by person, for each of whom the space applies weights to as many samples.
+        told = torch.stack([self.nothing.expand_as(asked), asked], dim=1).flatten(0, 1)
+        doubled = latents.repeat_interleave(2, dim=0)
+        velocity = self.base.denoise(doubled, timesteps.repeat_interleave(2), PromptEmbeds(told))
+        without, with_prompt = velocity.unflatten(0, (-1, 2)).unbind(1)
+        velocity = without + GUIDANCE * (with_prompt - without)
+        return predicted_latents(self.base, latents, velocity, timesteps)
+
+    def _read(self, found: Measurement, people, scenes, photos: Tensor) -> Tensor:
+        right = [labels(who, scene) for who, scene in zip(people, scenes, strict=True)]
+        continuous, choices = (torch.from_numpy(np.stack(part)) for part in zip(*right, strict=True))
+        with torch.no_grad():
+            own = self.recogniser(photos).embedding
+        same = (found.embedding * own).sum(dim=1).mean()
+        return attribute_loss(found, continuous, choices, CONTINUOUS_WEIGHT) + SAME_FACE * (1 - same)
