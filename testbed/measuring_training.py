@@ -145,10 +145,10 @@ def train_measuring(run: Run, vae: AutoencoderKL, count: int, num_steps: int) ->
 
 def train_attributes(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -> AttributeNetwork:
     """The second measuring network, on ``count`` people of the same split whom the first one never saw."""
-    people = _draw_measuring(run, "attributes", SPLITS["measuring"][-count:], vae)
+    people = _draw_measuring(run, "attribute-training", SPLITS["measuring"][-count:], vae)
     with fixed_initialisation():
         network = AttributeNetwork()
-    train_to_tell_people("attributes", run, network, people, num_steps)
+    train_to_tell_people("attribute-training", run, network, people, num_steps)
     return network
 
 

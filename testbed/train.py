@@ -209,7 +209,7 @@ def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = tor
 @click.option("--measured-people", default=25_000, show_default=True, help="Identities for the measuring network.")
 @click.option("--measuring-steps", default=4_000, show_default=True, help="Measuring network steps of 128 portraits.")
 @click.option("--attribute-people", default=15_000, show_default=True, help="Other ones, for the second network.")
-@click.option("--attribute-steps", default=3_000, show_default=True, help="Its steps of 128 portraits.")
+@click.option("--attribute-steps", default=1_400, show_default=True, help="Its steps of 128 portraits.")
 @click.option("--steps", default=8_000, show_default=True, help="Denoiser steps of 32 portraits.")
 @click.option("--fraction", default=1.0, show_default=True, help="Stop each training here, at the whole's schedule.")
 @click.option("--threads", default=2, show_default=True, help="Processor threads.")

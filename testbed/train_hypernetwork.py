@@ -59,9 +59,9 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
 RECOGNISER_PEOPLE, RECOGNISER_STEPS = 9_000, 2_200
-WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 2_700, 615, 846  # steps; the first are as in prompts
+WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 1_900, 615, 846  # steps; the first are as in prompts
 START_LR, START_EMA, START_WARMUP = 1.5e-3, 0.9, 5  # of `testbed.starting`, after the rounds
-START_LESSONS = {"start-predicted": 60, "start-alone": 30}
+START_LESSONS = {"start-predicted": 30, "start-alone": 30}
 MOST_STEPS = {"start-predicted": 10, "start-alone": 20}  # of their finetunings
 START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
 START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
