@@ -218,7 +218,7 @@ def test_a_damaged_folder_is_refused_in_words(padded_space, tmp_path):
     folder = tmp_path / "net"
     make(padded_space).save_pretrained(folder)
     rewrite(folder, lambda tensors: tensors.update(extra=torch.zeros(1), theta_1=tensors.pop("theta_0")))
-    with pytest.raises(ValueError, match=r"missing \['theta_0'\], unexpected \['extra', 'theta_1'\]"):
+    with pytest.raises(ValueError, match=r"missing theta_0, unexpected extra, theta_1"):
         HyperNetwork.from_pretrained(folder)
     rewrite(folder, lambda tensors: tensors.update({"heads.weight": tensors["heads.weight"].mT.contiguous()}))
     with pytest.raises(ValueError, match=r"holds other weights than its config\.json says"):
