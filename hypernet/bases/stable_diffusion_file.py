@@ -120,7 +120,8 @@ def load_file(path: Path, family: Family, dtype: torch.dtype) -> tuple[dict[str,
 def stated_size(metadata: Mapping[str, str]) -> int | None:
     """The side in pixels of the pictures that a model was trained on, by ModelSpec's metadata; None without them."""
     found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
-    return int(found[1]) if found and found[1] == found[2] and int(found[1]) % 64 == 0 else None
+    side = int(found[1]) if found and found[1] == found[2] else 0
+    return side if side and side % 64 == 0 else None
 
 
 def _load_models(path: Path, family: Family, parts: Mapping[str, Part], dtype: torch.dtype) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from hypernet.bases.checkpoints import denoiser_prefix
 from hypernet.bases.loading import load_base
 from hypernet.bases.prediction import stated_prediction
-from hypernet.bases.stable_diffusion_file import find_parts, text_encoder_config, unet_config, vae_config
+from hypernet.bases.stable_diffusion_file import find_parts, stated_size, text_encoder_config, unet_config, vae_config
 from lidb_peft.families import FAMILIES
 
 STATED = {"modelspec.resolution": "64x64", "modelspec.prediction_type": "epsilon"}
@@ -183,6 +183,22 @@ def test_sdxl_s_second_text_encoder_may_have_transformers_names_and_both_any_pre
     for prefix, model in (("te2.", pipeline.text_encoder_2), ("te1.text_model.", pipeline.text_encoder)):
         tensors |= {prefix + name.removeprefix("text_model."): t for name, t in model.state_dict().items()}
     assert_same(load(save(tensors)), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("stated", "side"),
+    [
+        ("1024x1024", 1024),
+        ("64x64", 64),
+        ("768x512", None),
+        ("00x00", None),
+        ("500x500", None),
+        ("x", None),
+        ("", None),
+    ],
+)
+def test_metadata_say_the_size_if_it_is_one(stated, side):
+    assert stated_size({"modelspec.resolution": stated}) == side
 
 
 def test_what_a_file_holds_besides_is_left_alone(originals, save):
