@@ -9,7 +9,7 @@ def known_bases(first: str = DEFAULT_BASE) -> list[tuple[str, str]]:
     """``(label, name)`` of each, the one to begin with first."""
     labels = {first: first, **{name: f"{name} (here)" for name in _cached()}}
     labels.setdefault(DEFAULT_BASE, f"{DEFAULT_BASE} (to be downloaded)")
-    labels[MINIATURE] = "testbed (the miniature that ships with this package: seconds, 32 x 32 pixels)"
+    labels[MINIATURE] = "testbed (the bundled miniature)"
     return [(label, name) for name, label in labels.items()]
 
 

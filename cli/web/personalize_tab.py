@@ -33,7 +33,7 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
         with gr.Column(scale=2, min_width=320):
             photos = gr.File(label="1. Photos of one person", file_count="multiple", file_types=["image"],
                              elem_id="photos", height=150)  # fmt: skip
-            crops = gr.Gallery(label="What is taken of them", columns=4, height=170, object_fit="contain",
+            crops = gr.Gallery(label="What is taken of them", columns=4, fit_columns=False, height="auto",
                                elem_id="crops", visible=False, buttons=[])  # fmt: skip
             left_out = gr.Markdown(visible=False, elem_classes="hdb-warning")
             base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, elem_id="base",
@@ -42,7 +42,7 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
             name = gr.Textbox("me", label="3. Name of the LoRA", elem_id="name", max_lines=1)
             prompts = gr.Textbox(label="4. Prompts to see it with", lines=2, elem_id="prompts",
                                  placeholder="one a line; empty: a sks face")  # fmt: skip
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More settings", open=False):
                 crop = gr.Checkbox(True, label="Find the face", elem_id="crop",
                                    info="Unticked: the middle square of each photo is taken")  # fmt: skip
                 face = gr.Dropdown(["largest", "leftmost", "rightmost"], value="largest", label="Of several faces")
@@ -57,11 +57,11 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML(NOTHING, elem_id="status")
             with gr.Row(equal_height=True):
-                samples = gr.Gallery(label="On the way", columns=4, height=220, object_fit="contain", buttons=[],
+                samples = gr.Gallery(label="On the way", columns=4, fit_columns=False, height=220, buttons=[],
                                      elem_id="samples", scale=3)  # fmt: skip
                 loss = gr.LinePlot(x="step", y="loss", height=220, show_label=False, scale=2, buttons=[])
             with gr.Column(visible=False, elem_id="result") as result:
-                picture = gr.Gallery(label="Choose", columns=3, height=300, object_fit="contain", elem_id="picture",
+                picture = gr.Gallery(label="Choose", columns=3, fit_columns=False, height="auto", elem_id="picture",
                                      buttons=["fullscreen"])  # fmt: skip
                 with gr.Row():
                     step = gr.Slider(
@@ -71,10 +71,10 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
                                        info="What stands in <lora:name:weight>")  # fmt: skip
                 use = gr.Markdown(elem_id="use")
                 files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="files")
-                with gr.Row(equal_height=True):
+                with gr.Row(equal_height=False):
                     program = gr.Textbox(label="Or save it into A1111, Forge or ComfyUI", scale=3, max_lines=1,
                                          placeholder="their folder", visible=page.is_local)  # fmt: skip
-                    install = gr.Button("Save there", scale=1, visible=page.is_local)
+                    install = gr.Button("Save there", size="md", scale=1, visible=page.is_local)
                 with gr.Accordion("The whole sheet", open=False):
                     sheet = gr.Image(type="filepath", show_label=False, elem_id="sheet")
     run = gr.Textbox(visible=False)  # the key of this page's job
@@ -163,8 +163,8 @@ class _Actions:
             weights = sorted({weight for _, weight in job.results.get("pictures", {})}) or [1.0]
             choice = [
                 gr.Column(visible=True),
-                gr.Slider(minimum=min(loras), maximum=max(loras) or 1, value=max(loras)),
-                gr.Slider(minimum=weights[0], maximum=weights[-1], value=weights[-1]),
+                gr.Slider(maximum=max(loras) or 1, value=max(loras)),
+                gr.Slider(maximum=weights[-1], value=weights[-1]),
                 gr.Image(job.results.get("sheet")),
             ]
         elif not job.is_over:
