@@ -313,17 +313,10 @@ def make_person(
         resumed = checkpoints.load_state() if request.resume else None
         (result,) = opened.fit([person], starts, progress, watch, checkpoints, resumed)
         result = _of_request(result, request)
+        _save_fitted(result, request, seconds)  # before a checkpoint that could not be written is raised
     result.files += checkpoints.files
     if result.stopped_at is not None:
-        if result.finetuned is not None or not request.config.steps:
-            path = step_path(request.out, result.stopped_at[1])
-            if path not in result.files:  # where it was stopped may be a step that is saved
-                result.save(path, overwrite=request.overwrite or request.resume)
         return result
-    if request.save_theta is not None:
-        result.save_theta(request.save_theta, overwrite=request.overwrite)
-    with timed(seconds, "export"):
-        result.save(request.out, overwrite=request.overwrite)
     checkpoints.remove_state()
     pictures = Pictures(base, opened.space, request.config, request.previews)
     result.files += pictures.draw(request.out, seconds, progress)
@@ -335,6 +328,19 @@ def make_person(
         loras = [*filter(Path.exists, loras), request.out]
         result.files += pictures.draw_steps(request.out, loras, request.weights, seconds, progress)
     return result
+
+
+def _save_fitted(result: Personalization, request: PersonRequest, seconds: dict[str, float]) -> None:
+    """Write the LoRA, or of a fit that was stopped the LoRA so far, if it is one and not written yet."""
+    if result.stopped_at is None:
+        if request.save_theta is not None:
+            result.save_theta(request.save_theta, overwrite=request.overwrite)
+        with timed(seconds, "export"):
+            result.save(request.out, overwrite=request.overwrite)
+        return
+    step, is_lora = result.stopped_at[1], result.finetuned is not None or not request.config.steps
+    if is_lora and step not in result.snapshots:
+        result.save(step_path(request.out, step), overwrite=request.overwrite or request.resume)
 
 
 def _of_request(result: Personalization | ValueError, request: PersonRequest) -> Personalization:

@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_and_the_fit_goes_on(base, photo, tmp_path, monkeypa
     monkeypatch.setattr(checkpoints, "write_tree", full)
     with pytest.raises(OSError, match="No space left"):
         run(photo, base, tmp_path)
-    assert "me-000004.safetensors" in tree(tmp_path)
+    assert {"me-000004.safetensors", "me.safetensors"} <= set(tree(tmp_path))  # what could be written is
 
 
 def test_the_sheet_and_the_sample_pictures_say_what_they_show(base, photo, tmp_path, monkeypatch):
