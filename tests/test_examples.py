@@ -43,6 +43,10 @@ def test_configs_of_the_recipe_are_options_of_hdb_train(file):
     assert {name: found[name] for name in wanted} == wanted
 
 
+def joined(script: str) -> str:
+    return script.replace("\\\n", " ")
+
+
 def test_scripts_for_clusters_are_shell_and_yaml_that_run_our_commands():
     scripts = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
     for script in scripts:
@@ -50,6 +54,11 @@ def test_scripts_for_clusters_are_shell_and_yaml_that_run_our_commands():
         assert script.read_text().startswith("#!/bin/bash\n")
     job = yaml.safe_load((ROOT / "examples" / "skypilot.yaml").read_text())
     for text in (*(script.read_text() for script in scripts), job["run"]):
-        ran = re.findall(r"(?:hdb|-m lidb_peft) (\w+)", text.replace("\\\n", " "))
+        ran = re.findall(r"(?:hdb|-m lidb_peft) (\w+)", joined(text))
         assert set(ran) & {"prepare", "train"}
+        for name, arguments in re.findall(
+            r"(?:^|[ \n])(?:OMP_NUM_THREADS=1 hdb|-m lidb_peft) (\w+)([^\n']*)", joined(text)
+        ):
+            options = {option for each in importlib.import_module(f"cli.{name}").command.params for option in each.opts}
+            assert set(re.findall(r"--[a-z-]+", arguments)) <= options, (name, arguments)
     assert len(scripts) == 2
