@@ -95,3 +95,16 @@ def test_models_of_different_settings_cannot_share_a_theta_file(tmp_path, real_m
         (tmp_path / component / component).rename(tmp_path / "folder" / component)
     with pytest.raises(ValueError, match="the adapters differ in seed; one theta file cannot hold them"):
         read_lidb_folder(tmp_path / "folder").save_theta(tmp_path / "again.safetensors")
+
+
+def test_layers_that_the_base_or_the_config_does_not_have_are_refused_by_name(tmp_path, real_models):
+    models = real_models("sd1")
+    targets = ["attn2.to_k", "attn2.to_v"]
+    write_theta(tmp_path / "theta.safetensors", {"unet": models["unet"]}, target_modules=targets)
+    prepare_conversion(tmp_path / "theta.safetensors", tmp_path / "folder", "lidb").write()
+    with pytest.raises(ValueError, match=r"does not have: unet\..*to_k"):
+        read_lidb_folder(tmp_path / "folder", {"text_encoder": models["text_encoder"]})
+    (config,) = (tmp_path / "folder").rglob("adapter_config.json")
+    config.write_text(config.read_text().replace('"attn2.to_v"', '"attn2.to_q"'))
+    with pytest.raises(ValueError, match=r"layers that its config does not name.*to_v"):
+        read_lidb_folder(tmp_path / "folder", {"unet": models["unet"]})
