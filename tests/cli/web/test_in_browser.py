@@ -85,10 +85,6 @@ def test_a_dropped_photo_becomes_a_lora_that_is_chosen_and_downloaded(browser, p
         assert file.keys()
     shoot(tab, screenshots / "ui.png")
     assert overflows(tab) <= 0
-    tab.set_viewport_size(PHONE)
-    shoot(tab, screenshots / "ui-phone.png")
-    assert overflows(tab) <= 0
-    tab.set_viewport_size(DESKTOP)
     before = tab.locator("#picture img").first.get_attribute("src")
     tab.locator("#step input[type=number]").fill("1")
     tab.locator("#step input[type=number]").press("Tab")
@@ -99,7 +95,7 @@ def test_a_dropped_photo_becomes_a_lora_that_is_chosen_and_downloaded(browser, p
     tab.close()
 
 
-def test_a_page_that_was_closed_finds_its_fit_again_on_a_phone(browser, page, portrait):
+def test_a_page_that_was_closed_finds_its_fit_again_on_a_phone(browser, page, portrait, screenshots):
     context = browser.new_context(viewport=PHONE, device_scale_factor=1)
     tab = context.new_page()
     tab.goto(page[1])
@@ -111,6 +107,7 @@ def test_a_page_that_was_closed_finds_its_fit_again_on_a_phone(browser, page, po
     tab.goto(page[1])
     tab.locator("#picture img").first.wait_for(timeout=WAIT_MS)
     assert "done" in tab.locator("#status").inner_text()
+    shoot(tab, screenshots / "ui-phone.png")
     assert overflows(tab) <= 0
     context.close()
 
