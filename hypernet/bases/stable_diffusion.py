@@ -109,14 +109,19 @@ class StableDiffusion(BaseModel):
         """Decide what the UNet predicts, and with it which published model this is, where no config says its size."""
         if prediction is None and self.prediction_type is not None:
             prediction = Prediction(self.prediction_type, "its scheduler says so")
+        is_sized = self.unet.config.sample_size is not None
+        if not is_sized:  # SDXL is told its size where it is asked
+            self._take_size("" if prediction is None else prediction.type)
         found = prediction or measured_prediction(self.noise_returned())
         self.is_contradicted = prediction is not None and prediction.type != self.prediction_type
         self.scheduler = type(self.scheduler).from_config(self.scheduler.config, prediction_type=found.type)
         self.prediction_reason = found.reason
-        if self.unet.config.sample_size is None:
-            family = get_family(self.family)
-            side = family.version(found.type).size_px // family.vae_scale_factor
-            self.unet.register_to_config(sample_size=side)
+        if not is_sized:
+            self._take_size(found.type)
+
+    def _take_size(self, prediction_type: str) -> None:
+        family = get_family(self.family)
+        self.unet.register_to_config(sample_size=family.version(prediction_type).size_px // family.vae_scale_factor)
 
     @torch.no_grad()
     def noise_returned(self) -> float:

@@ -454,6 +454,13 @@ def test_a_file_that_says_nothing_is_asked_and_is_of_the_published_size(original
     )  # narrow ones are SD1 to all
 
 
+def test_an_sdxl_that_says_nothing_is_asked_at_its_size(originals, save):
+    base = load(save(originals("sdxl")[1], {}))
+    assert base.prediction_reason.startswith("measured")
+    assert base.size_px == 1024
+    assert base.time_ids.tolist() == [1024, 1024, 0, 0, 1024, 1024]
+
+
 def test_a_unet_that_returns_the_noise_predicts_noise(originals, save):
     """One with nothing but a way through: its first and last layers, and a skip from the one to the other."""
     tensors = dict(originals("sd1")[1])
