@@ -74,6 +74,7 @@ def test_a_dropped_photo_becomes_a_lora_that_is_chosen_and_downloaded(browser, p
     dropped = time.monotonic()
     tab.get_by_role("button", name="Start").first.click()
     tab.locator("#picture img").first.wait_for(timeout=WAIT_MS)
+    tab.get_by_text("lora:me:1>").wait_for(timeout=WAIT_MS)  # the last step, at which the slider is put
     tab.locator("#files a[download]").first.wait_for(timeout=WAIT_MS)
     with tab.expect_download() as download:
         tab.locator("#files a[download]").first.click()
