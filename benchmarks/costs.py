@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hypernet.bases.base import BaseModel, PromptEmbeds
+from hypernet.base_models.base import BaseModel, PromptEmbeds
 from hypernet.devices import choose_device, choose_dtype, describe_choice
 from hypernet.errors import first_sentence
 from hypernet.recipe import FitConfig, PersonalizeConfig

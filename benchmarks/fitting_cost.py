@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from costs import alone, base_folder, lidb_config_for, measure, new_parser, recipe_for, report
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.devices import choose_device, limit_memory
 from hypernet.fitting.engine import Subject, fit_lora
 from lidb_peft import LiDBSpace

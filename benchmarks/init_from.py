@@ -17,8 +17,8 @@ from costs import new_parser, report
 from scoring import equal_steps
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.losses import base_losses
 from hypernet.fitting.noise import draw_noise, noise_photos

@@ -35,10 +35,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hypernet.bases.base import BaseModel, Prompts
-from hypernet.bases.flux import TOKENS as T5_TOKENS
-from hypernet.bases.flux import Flux
-from hypernet.bases.stable_diffusion import StableDiffusion
+from hypernet.base_models.base import BaseModel, Prompts
+from hypernet.base_models.flux import TOKENS as T5_TOKENS
+from hypernet.base_models.flux import Flux
+from hypernet.base_models.stable_diffusion import StableDiffusion
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBConfig, LiDBSpace

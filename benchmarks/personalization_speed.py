@@ -49,8 +49,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.devices import choose_device, choose_dtype, precision_name
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.recipe import PersonalizeConfig

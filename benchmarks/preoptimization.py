@@ -28,8 +28,8 @@ from costs import (
 )
 from PIL import Image
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.evaluation import harness
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors

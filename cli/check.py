@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import device_option, precision_option
+from cli.base_models import device_option, precision_option
 
 
 @click.command(name="check")
@@ -26,7 +26,7 @@ def command(device: str, precision: str, out: Path, overwrite: bool) -> None:
     import json
 
     from cli.progress import progress_bars
-    from hypernet.bases.loading import load_base
+    from hypernet.base_models.loading import load_base
     from hypernet.bundles import find_bundle
     from hypernet.check import check
     from lidb_peft.files import atomic_path

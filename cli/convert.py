@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.bases import prediction_option
+from cli.base_models import prediction_option
 from cli.main import as_sentence
 from cli.results import dtype_option, family_option
 
@@ -56,7 +56,7 @@ def command(
     models, v_prediction = None, None
     if base is not None:
         check_not_an_input(out, [base])
-        from hypernet.bases.loading import load_base
+        from hypernet.base_models.loading import load_base
 
         opened = load_base(base, device="cpu", precision="fp32", prediction=prediction)
         models, family = opened.adapted, family or opened.family

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import seed_option
+from cli.base_models import seed_option
 from cli.results import overwrite_option
 
 

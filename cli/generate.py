@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from cli.bases import (
+from cli.base_models import (
     base_option,
     components_option,
     device_option,
@@ -116,8 +116,8 @@ def command(
     if seeds is not None and num_images > 1:
         raise click.UsageError("--seeds and --num-images contradict each other; pass one of them")
     from cli.progress import progress_bars
-    from hypernet.bases.config import BaseConfig
-    from hypernet.bases.loading import as_base
+    from hypernet.base_models.config import BaseConfig
+    from hypernet.base_models.loading import as_base
     from hypernet.sheets import DrawConfig, check_pictures, generate_to_file
 
     chosen = BaseConfig(

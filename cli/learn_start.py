@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_options, given_options, hypernet_option, pop_base, recipe_options
+from cli.base_models import base_options, given_options, hypernet_option, pop_base, recipe_options
 from cli.options import ConfiguredCommand, config_options
 from hypernet.recipe import PersonalizeConfig, StartConfig
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.bases import (
+from cli.base_models import (
     base_options,
     batch_option,
     given_options,
@@ -24,7 +24,7 @@ from hypernet.recipe import PersonalizeConfig
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
-    from hypernet.bases.config import BaseConfig
+    from hypernet.base_models.config import BaseConfig
     from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
     from hypernet.request import PersonRequest
@@ -113,7 +113,7 @@ def command(
     seconds: dict[str, float] = {}
     with timed(seconds, "import"):
         from cli.progress import LastLoss, progress_bars
-        from hypernet.bases.loading import as_base
+        from hypernet.base_models.loading import as_base
         from hypernet.inputs.people import open_people
         from hypernet.personalization import make_person
         from hypernet.personalization_each import make_people

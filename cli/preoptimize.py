@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import base_options, batch_option, given_options, pop_base, recipe_options
+from cli.base_models import base_options, batch_option, given_options, pop_base, recipe_options
 from cli.options import ConfiguredCommand, field_option
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 

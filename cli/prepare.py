@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import given_options, recipe_options
+from cli.base_models import given_options, recipe_options
 from cli.options import ConfiguredCommand
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.bases import prediction_option
+from cli.base_models import prediction_option
 from cli.results import overwrite_option, what_is_missed
 
 
@@ -32,7 +32,7 @@ def command(source, out, minus, base, prediction, overwrite) -> None:
     check_output(out, [source, minus, base], overwrite=overwrite)
     options = {}
     if base is not None:
-        from hypernet.bases.loading import load_base
+        from hypernet.base_models.loading import load_base
         from hypernet.bundles import find_bundle
 
         model = load_base(base, device="cpu", precision="fp32", prediction=prediction)

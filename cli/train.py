@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from cli.bases import base_options, pop_base
+from cli.base_models import base_options, pop_base
 from cli.options import ConfiguredCommand, config_options, field_option
 from hypernet.recipe import DEFAULT_BASE, NetworkConfig, PersonalizeConfig, TrainConfig
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.bases import base_options, pop_base
+from cli.base_models import base_options, pop_base
 from cli.options import Command
 
 if TYPE_CHECKING:
-    from hypernet.bases.base import BaseModel
+    from hypernet.base_models.base import BaseModel
 
 
 @click.command(name="ui", cls=Command)
@@ -38,7 +38,7 @@ def command(work_dir: Path, host: str, port: int, no_browser: bool, **options) -
     config = pop_base(options)
 
     def open_base(name: str) -> "BaseModel":
-        from hypernet.bases.loading import as_base
+        from hypernet.base_models.loading import as_base
 
         return as_base(replace(config, base=name))
 

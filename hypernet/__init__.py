@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hypernet.bases.loading import load_base
+    from hypernet.base_models.loading import load_base
     from hypernet.comparison import evaluate
     from hypernet.data_sets import learn_start, preoptimize, train
     from hypernet.inputs.crops import find_crops
@@ -28,7 +28,7 @@ _PLACES = {
     "find_crops": "hypernet.inputs.crops",
     "generate": "hypernet.sampling",
     "learn_start": "hypernet.data_sets",
-    "load_base": "hypernet.bases.loading",
+    "load_base": "hypernet.base_models.loading",
     "personalize": "hypernet.personalization",
     "personalize_each": "hypernet.personalization_each",
     "preoptimize": "hypernet.data_sets",

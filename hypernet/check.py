@@ -17,8 +17,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.full_size import COUNTED_GB, random_sd15
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.full_size import COUNTED_GB, random_sd15
 from hypernet.devices import describe_choice, free_bytes, memory_limited, release_memory
 from hypernet.errors import first_sentence, is_out_of_memory
 from hypernet.fitting.engine import Subject, fit_flat_lora

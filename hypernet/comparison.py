@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import Base, as_base, base_inputs, base_name
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import Base, as_base, base_inputs, base_name
 from hypernet.bundles import find_bundle
 from hypernet.evaluation import baselines
 from hypernet.evaluation.faces import FaceNetwork, load_faces

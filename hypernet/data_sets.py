@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.config import BaseConfig
-from hypernet.bases.loading import Base, as_base, base_inputs, base_name
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.config import BaseConfig
+from hypernet.base_models.loading import Base, as_base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.devices import choose_device, join_processes, wait_for_others
 from hypernet.fitting import preoptimize as preoptimization

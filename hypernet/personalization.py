@@ -17,8 +17,8 @@ from torch import Tensor
 
 from converters import KohyaMetadata, prepare_conversion, write_lora
 from converters.sidecar import check_companions, write_our_picture
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import Base, as_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import Base, as_base
 from hypernet.checkpoints import Checkpoints, Writer, run_record, step_path
 from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta, relaxed_factors
 from hypernet.fitting.running import Observer, RunningFit

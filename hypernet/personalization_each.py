@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import Base, as_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import Base, as_base
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import KeptStep
 from hypernet.fitting.starts import AUTO_START

@@ -9,7 +9,7 @@ from PIL import Image
 
 from converters import describe, read_lora
 from converters.sidecar import has_preview, write_our_picture, write_preview
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.errors import first_sentence
 from hypernet.recipe import PersonalizeConfig, StageProgress
 from hypernet.request import sheet_path, steps_sheet_path

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from lidb_peft.safe_read import printable
 
 _WEIGHT = r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*"

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from converters.sidecar import check_companions, is_our_picture
-from hypernet.bases.loading import Base, base_inputs, base_name
+from hypernet.base_models.loading import Base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.checkpoints import due_steps, state_path, step_path
 from hypernet.fitting.starts import AUTO_START, LoraStart, load_start

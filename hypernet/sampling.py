@@ -13,8 +13,8 @@ from torch import Tensor
 
 from converters import FileDescription, describe
 from converters.lora import is_finite
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import as_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import as_base
 from hypernet.bundles import find_bundle
 from hypernet.infotext import PNG_KEY
 from hypernet.recipe import Progress

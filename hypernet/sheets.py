@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from converters import describe
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import Base, as_base, base_inputs
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import Base, as_base, base_inputs
 from hypernet.infotext import Infotext
 from hypernet.prompts import warn_of_prompts
 from hypernet.recipe import Progress

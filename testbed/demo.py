@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from converters.sidecar import check_companions
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
 from hypernet.personalization import Personalization, personalize

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel, PromptEmbeds
+from hypernet.base_models.base import BaseModel, PromptEmbeds
 from hypernet.fitting.losses import HEAD_HALF_HEIGHT, HEAD_HALF_WIDTH
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel, PromptEmbeds
+from hypernet.base_models.base import BaseModel, PromptEmbeds
 from lidb_peft import LiDBSpace
 from lidb_peft.stacks import Stacks
 from testbed import MINIATURE_RECIPE

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import fit_lora
 from hypernet.sampling import save_picture, to_image
 from hypernet.sheets import contact_sheet

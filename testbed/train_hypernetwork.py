@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject
 from hypernet.fitting.starts import START_FILE, save_start
 from hypernet.inputs.people import People, open_people

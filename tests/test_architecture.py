@@ -32,8 +32,8 @@ OF_ONE_KIND = {"unet", "time_ids", "alphas_cumprod", "added_cond_kwargs", "img_i
                "flux1", "text_encoder_2"}  # fmt: skip
 # What a family is, is in lidb_peft/families; who names one elsewhere has a reason, which is said here.
 NAMES_FAMILIES = {
-    Path("hypernet/bases/stable_diffusion.py"): "the base models of Stable Diffusion 1, 2 and XL",
-    Path("hypernet/bases/flux.py"): "the base model of FLUX.1",
+    Path("hypernet/base_models/stable_diffusion.py"): "the base models of Stable Diffusion 1, 2 and XL",
+    Path("hypernet/base_models/flux.py"): "the base model of FLUX.1",
     Path("testbed/train.py"): "makes the miniature, which is a Stable Diffusion",
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
@@ -98,7 +98,7 @@ def test_what_stands_beside_the_parts_of_a_package_is_their_ground_and_imports_n
 )
 def test_what_one_kind_of_base_model_has_is_named_by_its_own_file(file):
     """Fitting, training and sampling ask `BaseModel`; beside them, only the folder of base models knows which it is."""
-    if file.parent.name != "bases":
+    if file.parent.name != "base_models":
         words = set(re.findall(r"\w+", file.read_text(encoding="utf-8").lower()))
         assert not words & OF_ONE_KIND
 

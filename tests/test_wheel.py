@@ -65,8 +65,8 @@ def test_it_holds_the_hypernetwork_whole(wheel):
 
 
 def test_it_holds_clip_s_merges_and_their_licence(wheel):
-    assert set(contents(wheel, "hypernet/bases/clip")) == {
-        "hypernet/bases/clip/LICENSE", "hypernet/bases/clip/merges.txt",
+    assert set(contents(wheel, "hypernet/base_models/clip")) == {
+        "hypernet/base_models/clip/LICENSE", "hypernet/base_models/clip/merges.txt",
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from cli.web.work_folder import WorkFolder
 from hypernet.recipe import DEFAULT_BASE
 
 if TYPE_CHECKING:
-    from hypernet.bases.base import BaseModel
+    from hypernet.base_models.base import BaseModel
 
 MISSING = "the page needs Gradio, which is not installed; run pip install 'lidb-peft[ui]'"
 LOCALHOST = "127.0.0.1"

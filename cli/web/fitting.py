@@ -11,7 +11,7 @@ from cli.web.work_folder import file_name
 
 if TYPE_CHECKING:
     from hypernet import Personalization
-    from hypernet.bases.base import BaseModel
+    from hypernet.base_models.base import BaseModel
     from hypernet.watching import StepReport
 
 _NUM_LOSSES = 200  # reading one waits for the device

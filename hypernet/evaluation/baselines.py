@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.fitting.engine import Subject
 from hypernet.fitting.losses import denoising_error
 from hypernet.fitting.noise import draw_noise, noise_photos

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY, free_bytes, release_memory
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.engine import Subject, fit_flat_lora, fit_theta

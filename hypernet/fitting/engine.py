@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel, Prompts
+from hypernet.base_models.base import BaseModel, Prompts
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.losses import base_losses

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel, Prompts
+from hypernet.base_models.base import BaseModel, Prompts
 from hypernet.fitting.preservation import Preserved
 from lidb_peft import LiDBSpace, squared_distance
 

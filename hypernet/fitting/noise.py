@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.recipe import NUM_TIMESTEPS
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts
+from hypernet.base_models.base import BaseModel, PromptEmbeds, Prompts
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.engine import KeptStep, Subject

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.errors import first_sentence
 from hypernet.fitting.losses import layer_scale
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore

@@ -10,7 +10,7 @@ the hypernetwork's parameters used in one forward pass, the learned bases includ
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.fitting.losses import base_losses, layer_distance
 from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.fitting.preservation import Preserved, PromptPreservation

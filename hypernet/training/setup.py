@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.devices import WAIT, release_memory, use_device
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit

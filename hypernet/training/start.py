@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypernet.bases.base import BaseModel
+from hypernet.base_models.base import BaseModel
 from hypernet.fitting.engine import Subject, fit_flat_lora
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import People, PreparedPerson, derive_seed, prepare_person

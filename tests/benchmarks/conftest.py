@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from testbed import miniature_path
 
 

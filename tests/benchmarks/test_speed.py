@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject, fit_lora
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace

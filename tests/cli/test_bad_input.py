@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting import engine
 from lidb_peft import LiDBSpace, save_theta
 from testbed import miniature_lidb_config, miniature_path

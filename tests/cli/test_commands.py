@@ -16,7 +16,7 @@ from cli import convert, results
 from cli.main import COMMANDS, as_sentence
 from converters import describe
 from converters.lora import DTYPES
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.sampling import generate, lora_applied
 from testbed import miniature_path
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cli import train as train_module
 from cli.main import COMMANDS, main
 from cli.options import RENAMED, SECTIONS, field_docs, todays_spelling
-from hypernet.bases.config import BaseConfig
+from hypernet.base_models.config import BaseConfig
 from hypernet.recipe import FitConfig, NetworkConfig, PersonalizeConfig, StartConfig, TrainConfig
 from lidb_peft.families import FAMILIES
 

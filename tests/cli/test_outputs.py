@@ -130,7 +130,7 @@ def stock(hdb, monkeypatch):
     def work(*arguments, **options):
         raise AssertionError("the work has begun")
 
-    for name in ("hypernet.bases.loading.load_base", "converters.arithmetic.checkpoint.differences",
+    for name in ("hypernet.base_models.loading.load_base", "converters.arithmetic.checkpoint.differences",
                  "converters.arithmetic.algebra.merge", "converters.arithmetic.project.lora_updates"):  # fmt: skip
         monkeypatch.setattr(name, work)
     Path("faces").mkdir()

@@ -21,7 +21,7 @@ def no_base(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("hypernet.bases.loading.load_base", load)
+    monkeypatch.setattr("hypernet.base_models.loading.load_base", load)
 
 
 def test_a_dry_run_shows_the_crops_and_says_what_would_be_done(hdb, no_base, yunet):

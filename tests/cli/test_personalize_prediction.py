@@ -8,7 +8,7 @@ import pytest
 import testbed
 from converters import describe
 from hypernet import request
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import testbed
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 

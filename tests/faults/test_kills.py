@@ -81,7 +81,7 @@ def prepare(folder: Path) -> None:
 
     from converters.formats.kohya import write_lora
     from converters.metadata import KohyaMetadata
-    from hypernet.bases.loading import load_base
+    from hypernet.base_models.loading import load_base
     from lidb_peft.naming import find_layers
     from testbed import miniature_lidb_config, miniature_path
     from testbed.corpus import portrait

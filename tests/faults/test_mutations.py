@@ -37,7 +37,7 @@ def write_kinds(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]
     from converters.formats.lidb import read_lidb_folder
     from converters.metadata import KohyaMetadata
     from converters.sidecar import read_sidecar
-    from hypernet.bases.loading import load_base
+    from hypernet.base_models.loading import load_base
     from hypernet.fitting.targets import Shard, TargetStore, create_targets
     from hypernet.inputs.photos import read_image
     from hypernet.network.config import HyperNetworkConfig

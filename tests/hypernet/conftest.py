@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path

@@ -4,7 +4,7 @@ import diffusers
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hypernet.bases.clip_tokenizer import clip_tokenizer
+from hypernet.base_models.clip_tokenizer import clip_tokenizer
 
 ATTENDED, PLAIN = "CrossAttn{}Block2D".format, "{}Block2D".format
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

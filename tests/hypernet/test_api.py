@@ -16,7 +16,7 @@ import hypernet.training.validation as validation
 from converters import FORMATS, detect_format, read_lora
 from converters.convert import LIDB_FORMATS
 from hypernet import generate, load_base, personalize, personalize_each, preoptimize, train
-from hypernet.bases.loading import load_base as inner_load_base
+from hypernet.base_models.loading import load_base as inner_load_base
 from hypernet.bundles import base_source, find_bundle, hypernetwork_source
 from hypernet.inputs.crops import open_photos
 from hypernet.inputs.photos import read_image

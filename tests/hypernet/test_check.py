@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hypernet import check as checks
-from hypernet.bases.full_size import random_sd15
+from hypernet.base_models.full_size import random_sd15
 from hypernet.check import check
 from testbed import miniature_lidb_config
 

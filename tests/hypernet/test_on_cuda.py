@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from cli.main import main
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.check import check
 from hypernet.devices import choose_device, free_bytes, limit_memory, release_memory
 from hypernet.fitting import engine

@@ -11,7 +11,7 @@ from PIL import Image
 
 import hypernet.personalization as personalization
 from converters import prepare_conversion
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo

@@ -56,7 +56,7 @@ def test_downloads_keep_their_bars_unless_the_user_says_otherwise(libraries, mon
 
 def test_loading_from_python_prints_nothing():
     script = """
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from testbed import miniature_hypernetwork_path, miniature_path
 load_base(str(miniature_path()))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from converters import describe, write_lora
 from hypernet import draw_sheet, generate
-from hypernet.bases.config import BaseConfig
+from hypernet.base_models.config import BaseConfig
 from hypernet.infotext import read_picture
 from hypernet.personalization import lora_metadata
 from hypernet.sheets import DrawConfig, check_pictures

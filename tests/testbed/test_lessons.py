@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.likeness import RECOGNISER_WIDTH, Likeness, predicted_latents, train_recogniser

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.starts import START_FILE, find_start, load_start
 from hypernet.network.hypernetwork import HyperNetwork
 from lidb_peft import LiDBSpace

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.drawing import draw

@@ -2,7 +2,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.sampling import generate
 from testbed.measuring import POSE, load_attribute_network, load_measuring_network
 from testbed.train import main, psnr_db

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import testbed.train_hypernetwork as recipe
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.starts import START_FILE, load_start
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import StartConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from hypernet.bases.base import sample_moments
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import sample_moments
+from hypernet.base_models.loading import load_base
 from hypernet.fitting import engine
 from hypernet.fitting.engine import fit_lora, fit_theta
 from hypernet.recipe import FitConfig, PersonalizeConfig

@@ -86,7 +86,7 @@ def test_no_index_leads_to_a_pickle_or_elsewhere(folder, name):
 
 
 def test_no_index_of_a_base_leads_to_a_pickle(tmp_path, monkeypatch):
-    from hypernet.bases.folders import check_folder
+    from hypernet.base_models.folders import check_folder
     from testbed import miniature_path
 
     shutil.copytree(miniature_path(), tmp_path / "base")

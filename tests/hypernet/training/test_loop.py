@@ -286,7 +286,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig

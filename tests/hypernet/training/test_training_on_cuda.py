@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from transformers import ViTConfig
 
 import hypernet.training.validation as validation
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from hypernet.inputs.people import open_people
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork

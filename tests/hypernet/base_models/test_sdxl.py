@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from converters import describe, write_lora
-from hypernet.bases.base import PromptEmbeds
-from hypernet.bases.loading import load_base
+from hypernet.base_models.base import PromptEmbeds
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cli.options import config_options, field_option
-from hypernet.bases.config import BaseConfig
+from hypernet.base_models.config import BaseConfig
 from hypernet.recipe import PersonalizeConfig
 from testbed import MINIATURE_RECIPE
 

@@ -10,9 +10,9 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors.torch import save_file
 
 from converters.convert import prepare_conversion
-from hypernet.bases.flux import image_ids, pack, shifted_sigmas, unpack
-from hypernet.bases.flux_file import rename
-from hypernet.bases.loading import load_base
+from hypernet.base_models.flux import image_ids, pack, shifted_sigmas, unpack
+from hypernet.base_models.flux_file import rename
+from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import regex
 
-from hypernet.bases.clip_tokenizer import END, START, clip_tokenizer, vocabulary
+from hypernet.base_models.clip_tokenizer import END, START, clip_tokenizer, vocabulary
 
 TEXTS = (
     "a photo of a cat", "a [V] face", "a sks face wearing a crown", "(masterpiece:1.3), best quality, 8k, <lora:me:1>",

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.checkpoints import check_checkpoint
-from hypernet.bases.config import BaseConfig
-from hypernet.bases.flux import Flux
-from hypernet.bases.folders import check_folder, mend_text_encoder
-from hypernet.bases.from_hub import download_base, unavailable
-from hypernet.bases.prediction import NAMES, Prediction, short_name
-from hypernet.bases.stable_diffusion import StableDiffusion
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.checkpoints import check_checkpoint
+from hypernet.base_models.config import BaseConfig
+from hypernet.base_models.flux import Flux
+from hypernet.base_models.folders import check_folder, mend_text_encoder
+from hypernet.base_models.from_hub import download_base, unavailable
+from hypernet.base_models.prediction import NAMES, Prediction, short_name
+from hypernet.base_models.stable_diffusion import StableDiffusion
 from hypernet.bundles import BUNDLES, base_source
 from hypernet.devices import choose_device, choose_dtype, describe_choice, limit_memory, tune_device
 from hypernet.errors import first_sentence, is_out_of_memory

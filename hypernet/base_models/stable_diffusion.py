@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded
-from hypernet.bases.checkpoints import check_channels
-from hypernet.bases.prediction import EPSILON, Prediction, V, measured_prediction
-from hypernet.bases.stable_diffusion_file import find_parts, load_file
+from hypernet.base_models.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded
+from hypernet.base_models.checkpoints import check_channels
+from hypernet.base_models.prediction import EPSILON, Prediction, V, measured_prediction
+from hypernet.base_models.stable_diffusion_file import find_parts, load_file
 from lidb_peft.families import Family, family_of_pipeline, get_family
 
 if TYPE_CHECKING:

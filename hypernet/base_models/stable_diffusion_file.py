@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.checkpoints import denoiser_prefix
-from hypernet.bases.clip_tokenizer import END, MAX_TOKENS, START, VOCABULARY_SIZE, clip_tokenizer, vocabulary
-from hypernet.bases.prediction import HAS_ZERO_SNR, Prediction, stated_prediction
+from hypernet.base_models.checkpoints import denoiser_prefix
+from hypernet.base_models.clip_tokenizer import END, MAX_TOKENS, START, VOCABULARY_SIZE, clip_tokenizer, vocabulary
+from hypernet.base_models.prediction import HAS_ZERO_SNR, Prediction, stated_prediction
 from lidb_peft.families import Component, Family, clip
 from lidb_peft.safe_read import examples, iter_tensors, read_header
 

@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hypernet.bases.checkpoints import denoiser_prefix
-from hypernet.bases.loading import load_base
-from hypernet.bases.prediction import stated_prediction
-from hypernet.bases.stable_diffusion_file import find_parts, stated_size, text_encoder_config, unet_config, vae_config
+from hypernet.base_models.checkpoints import denoiser_prefix
+from hypernet.base_models.loading import load_base
+from hypernet.base_models.prediction import stated_prediction
+from hypernet.base_models.stable_diffusion_file import (
+    find_parts,
+    stated_size,
+    text_encoder_config,
+    unet_config,
+    vae_config,
+)
 from lidb_peft.families import FAMILIES
 
 STATED = {"modelspec.resolution": "64x64", "modelspec.prediction_type": "epsilon"}
@@ -289,7 +295,7 @@ def test_the_configs_are_those_of_the_published_models(ldm, monkeypatch, kind):
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     assert [name for name in FAMILIES if denoiser_prefix(FAMILIES[name], shapes) is not None] == [kind]
     header = SimpleNamespace(tensors={name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
-    monkeypatch.setattr("hypernet.bases.stable_diffusion_file.read_header", lambda path: header)
+    monkeypatch.setattr("hypernet.base_models.stable_diffusion_file.read_header", lambda path: header)
     parts = find_parts(None, family)
     assert set(parts) == {component.name for component in family.components} | {"vae"}
     config = unet_config(family, parts["unet"], 1280)

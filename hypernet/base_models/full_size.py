@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from hypernet.bases.base import BaseModel
-from hypernet.bases.stable_diffusion import StableDiffusion
+from hypernet.base_models.base import BaseModel
+from hypernet.base_models.stable_diffusion import StableDiffusion
 
 COUNTED_GB = {"step": 3.67, "step, checkpointed": 2.44}
 """Of Stable Diffusion 1.5 in bf16 with a LoRA of rank 4, the models included, as counted."""

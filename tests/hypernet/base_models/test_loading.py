@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypernet.bases.loading import load_base
+from hypernet.base_models.loading import load_base
 from testbed import miniature_path
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

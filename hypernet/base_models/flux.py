@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded, sample_moments
-from hypernet.bases.flux_file import load_transformer
+from hypernet.base_models.base import BaseModel, PromptEmbeds, Prompts, check_all_loaded, sample_moments
+from hypernet.base_models.flux_file import load_transformer
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -112,7 +112,7 @@ class Flux(BaseModel):
         if guidance_scale is not None and not transformer.config.guidance_embeds:
             raise ValueError(f"{name} is told no guidance scale (FLUX.1 schnell?); leave --guidance-scale out")
         if quantize is not None:
-            from hypernet.bases.quantization import quantize_blocks
+            from hypernet.base_models.quantization import quantize_blocks
 
             quantize_blocks(transformer, quantize, compute_dtype)
         base = cls(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hypernet.bases.prediction import Prediction
+from hypernet.base_models.prediction import Prediction
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
 from lidb_peft.families import Family

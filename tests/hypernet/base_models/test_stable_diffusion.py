@@ -6,9 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from hypernet.bases.base import sample_moments
-from hypernet.bases.loading import load_base
-from hypernet.bases.stable_diffusion import add_noise, prediction_target
+from hypernet.base_models.base import sample_moments
+from hypernet.base_models.loading import load_base
+from hypernet.base_models.stable_diffusion import add_noise, prediction_target
 from hypernet.fitting.losses import denoising_error
 from testbed import miniature_path
 

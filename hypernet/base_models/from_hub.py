@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hypernet.bases.folders import choose_weights, parts_of, pipeline_family
+from hypernet.base_models.folders import choose_weights, parts_of, pipeline_family
 from hypernet.errors import first_sentence
 from hypernet.hub import hub_folder, repository_files, split_revision
 from lidb_peft.families import Family

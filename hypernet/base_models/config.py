@@ -7,7 +7,7 @@ from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PRECISIONS, PREDICTIONS, Q
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Which base model, and how it is loaded; see `hypernet.bases.loading.load_base`.
+    """Which base model, and how it is loaded; see `hypernet.base_models.loading.load_base`.
 
     Attributes:
         base: base model, a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or ``testbed``, the bundled
