@@ -18,6 +18,11 @@ except ImportError:  # Python 3.10
     import sre_constants as _codes
     import sre_parse as _parser
 
+PATTERN_FIELDS = (
+    "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "scale_pattern",
+)  # fmt: skip
+"""Fields of `LiDBConfig` whose names PEFT tries as regular expressions."""
+
 _LITERAL = re.compile(r"[\w.-]*")
 _MAX_NAMES, _MAX_CHARS = 10_000, 2000
 _MAX_TRIES = 1_000_000  # on one name, of all patterns together
@@ -33,6 +38,8 @@ def check_patterns(patterns: Iterable[object] | str | None, source: str) -> None
         ValueError: they are no text, no regular expressions, too many, or could take forever; the message begins with
             ``source``.
     """
+    if not isinstance(patterns, Iterable | None):
+        raise ValueError(f"{source} is {patterns!r}, which names no layers; it is damaged")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
     if len(patterns) > _MAX_NAMES:
         raise ValueError(f"{source} names layers by {len(patterns)} patterns, more than the {_MAX_NAMES} that are read")

@@ -23,7 +23,7 @@ from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer
 from lidb_peft.layout import layers_hash
 from lidb_peft.naming import find_layers
-from lidb_peft.patterns import check_patterns
+from lidb_peft.patterns import PATTERN_FIELDS, check_patterns
 from lidb_peft.record import check_record, recorded_models
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import examples, printable
@@ -161,7 +161,7 @@ def _read_folder(source: Source) -> _Folder:
     path = source.file.parent
     try:
         config = LiDBConfig.from_pretrained(str(path))
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "scale_pattern"):
+        for name in PATTERN_FIELDS:
             check_patterns(getattr(config, name), f"its {name}")
     except _MALFORMED as error:
         raise ValueError(f"{path} describes no LiDB this version knows: {printable(str(error))}") from error

@@ -51,7 +51,7 @@ class Scenario:
 
 
 TRAIN = ("train", "faces", "--base", "testbed", "--out", "out", "--encoder", "vit", "--no-crop", "--hidden-size", "16",
-         "--rounds", "1", "--steps", "2", "--batch", "1", "--checkpoint-every", "1", "--log-every", "1",
+         "--k", "1", "--steps", "2", "--batch-size", "1", "--checkpoint-every", "1", "--log-every", "1",
          "--timesteps-per-step", "1", "--validation", "0.4")  # fmt: skip
 ONE = ("personalize", "faces/0.png", *FIT, "--out", "out/me.safetensors")
 SCENARIOS = {

@@ -63,3 +63,9 @@ def test_too_many_are_refused_and_many_are_quick(tmp_path):
             read_lora(tmp_path / "peft")
     config.write_text(json.dumps(entries | {"alpha_pattern": {"to_q": 4}}))
     assert [layer.alpha for layer in read_lora(tmp_path / "peft").layers.values()] == [4.0]
+
+
+@pytest.mark.parametrize("value", [True, 3, 1.5])
+def test_what_is_no_list_of_names_is_refused(value):
+    with pytest.raises(ValueError, match=r"its modules_to_save is .*, which names no layers; it is damaged"):
+        check_patterns(value, "its modules_to_save")
