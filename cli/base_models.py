@@ -1,4 +1,4 @@
-"""Options that commands share."""
+"""Options shared by commands."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -20,11 +20,11 @@ prediction_option = field_option(BaseConfig, "prediction")
 quantize_option = field_option(BaseConfig, "quantize")
 seed_option = field_option(PersonalizeConfig, "seed")
 base_options = config_options(BaseConfig, [field.name for field in fields(BaseConfig)])
-"""All fields of `BaseConfig`; `pop_base` takes their values out of a command's arguments."""
+"""An option for each field of `BaseConfig`; `pop_base` removes their values from a command's arguments."""
 
 
 def pop_base(arguments: dict[str, Any]) -> BaseConfig:
-    """Take what `base_options` gave out of ``arguments``."""
+    """Remove the values of `base_options` from ``arguments`` and return them as a config."""
     return BaseConfig(**{field.name: arguments.pop(field.name) for field in fields(BaseConfig)})
 
 
@@ -32,8 +32,8 @@ hypernet_option = click.option(
     "--hypernet",
     metavar="ID|DIR|testbed|none",
     show_default="none; testbed has its own",
-    help="Start from what this hypernetwork predicts from the photos: a Hugging Face id, a folder that hdb train "
-    "wrote, or testbed, the bundled one; none uses no hypernetwork.",
+    help="Start from the prediction of this hypernetwork: a Hugging Face id, a folder written by hdb train, "
+    "or testbed, the bundled one; none uses no hypernetwork.",
 )
 
 start_option = click.option(
@@ -41,8 +41,8 @@ start_option = click.option(
     metavar="auto|none|FILE",
     default="auto",
     show_default=True,
-    help="A LoRA that the finetuning starts from, as hdb learn-start makes it; auto: the one beside the hypernetwork, "
-    "or without one beside the base, if there is one; none: a fresh LoRA.",
+    help="LoRA to start the finetuning from, as made by hdb learn-start; auto: the one next to the hypernetwork, "
+    "or next to the base if no hypernetwork is used, if there is one; none: start from scratch.",
 )
 
 
@@ -54,17 +54,17 @@ class _CountOrAuto(click.IntRange):
 
 
 def batch_option(text: str):
-    """An option for how many people are fitted at once; ``auto`` is None."""
+    """The option for how many people to fit at once; ``auto`` becomes None."""
     return click.option("--batch-size", "batch_size", type=_CountOrAuto(1), default="auto", show_default=True,
                         help=text)  # fmt: skip
 
 
 def recipe_options(only: Iterable[str], flags: Mapping[str, str] = MappingProxyType({}), own: Iterable[str] = ()):
-    """A decorator that adds options of fields of `PersonalizeConfig`: None is the base's own recipe.
+    """A decorator that adds options for fields of `PersonalizeConfig`; None means the base's own recipe.
 
     Args:
-        flags: of those that are not called like their field.
-        own: fields of which a hypernetwork has its own.
+        flags: field -> option, where the two have different names.
+        own: fields for which a hypernetwork brings its own value.
     """
 
     def add(command: Callable) -> Callable:
@@ -84,5 +84,5 @@ def recipe_options(only: Iterable[str], flags: Mapping[str, str] = MappingProxyT
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `recipe_options` that were given."""
+    """Those of `recipe_options` that the user set."""
     return {name: value for name, value in options.items() if value not in (None, ())}

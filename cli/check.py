@@ -11,12 +11,12 @@ from cli.base_models import device_option, precision_option
 @device_option
 @precision_option
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("hdb-check.json"),
-              show_default=True, help="The report to write, for an issue.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Write the report over an older one.")
+              show_default=True, help="Report to write; attach it to a bug report.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an existing report.")
 def command(device: str, precision: str, out: Path, overwrite: bool) -> None:
-    """Find out in two minutes whether all of this works on your card, how fast it is and how much memory it takes.
+    """Check in two minutes whether everything works on your GPU, how fast it is and how much memory it uses.
 
-    Nothing is downloaded: the bundled miniature and, where memory allows, a Stable Diffusion of random weights are
+    Nothing is downloaded: the bundled miniature and, if memory allows, a Stable Diffusion with random weights are
     fitted in several ways that must agree.
 
     \b

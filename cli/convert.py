@@ -25,22 +25,23 @@ FORMATS = ("kohya", "diffusers", "diffusers-old", "peft", "theta", "lidb")
               "folder.")  # fmt: skip
 @dtype_option()
 @family_option
-@click.option("--rank", type=click.IntRange(1), help="Of the nearest LoRA, where IN is LoHa, LoKr or a difference.")
-@click.option("--alpha", type=float, help="Of PEFT's tensors whose adapter_config.json is lost.")
-@click.option("--drop-nan", is_flag=True, help="Leave layers out that hold NaN or infinity.")
-@click.option("--trigger", default="", help='What calls the person up, for A1111: "a sks face".')
+@click.option("--rank", type=click.IntRange(1), help="Rank of the nearest LoRA if IN is LoHa, LoKr or a difference.")
+@click.option("--alpha", type=float, help="Alpha of PEFT tensors that lack their adapter_config.json.")
+@click.option("--drop-nan", is_flag=True, help="Drop layers that contain NaN or infinity.")
+@click.option("--trigger", default="", help='Trigger words to store for A1111, e.g. "a sks face".')
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
-              help="Base model of LiDB weights, if it is of no known family.")  # fmt: skip
+              help="Base model of LiDB weights, if it belongs to no known family.")  # fmt: skip
 @prediction_option
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--overwrite", is_flag=True, help="Replace outputs that are there; else they are kept.")
+@click.option("--dry-run", is_flag=True, help="Do everything except write files.")
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs; otherwise they are kept.")
 def command(
     sources, out, to, dtype, family, rank, alpha, drop_nan, trigger, base, prediction, dry_run, overwrite
 ) -> None:
-    """Convert LoRAs and LiDB weights, whoever made them, from one format into another.
+    """Convert LoRAs and LiDB weights, whoever made them, from one format to another.
 
-    The format of IN is detected from its content: kohya's file, diffusers', a folder of PEFT's, LiDB weights. Several,
-    or all of a folder, go into the folder OUT. A1111's sidecar and preview of IN come along to a kohya file.
+    The format of IN is detected from its content: a kohya or diffusers file, a PEFT folder, or LiDB weights. With
+    several inputs, or a folder of files, OUT is a folder. A1111's sidecar and preview of IN are copied along with a
+    kohya file.
 
     \b
     hdb convert theirs.safetensors mine.safetensors               any LoRA, for A1111, ComfyUI and the others
@@ -77,12 +78,12 @@ def command(
 
 
 def as_text(outcome: "Outcome", to: str) -> str:
-    """An outcome for people: a line for each file, and below it what the conversion took."""
+    """An outcome as text: a line for each file, and below it the notes of the conversion."""
     if outcome.error:
         sentence = as_sentence(outcome.error)
         return f"failed {sentence if str(outcome.source) in sentence else f'{outcome.source}: {sentence}'}"
     if outcome.kept:
-        return f"kept {outcome.target}, which was there; --overwrite replaces it"
+        return f"kept {outcome.target}, which exists; --overwrite replaces it"
     planned = [f"would write {outcome.target} ({to}) from {outcome.source} ({outcome.found})"]
     return "\n".join([f"wrote {file}" for file in outcome.written] or planned) + "".join(
         f"\n  {note}" for note in outcome.notes

@@ -13,11 +13,13 @@ from cli.results import overwrite_option
     "--out", type=click.Path(file_okay=False, path_type=Path), default="hdb-demo", show_default=True,
     help="Folder for the results.",
 )  # fmt: skip
-@click.option("--person", default=4, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity.")
+@click.option(
+    "--person", default=4, show_default=True, type=click.IntRange(0, 9_999), help="Which unseen identity to use."
+)
 @seed_option
 @overwrite_option
 def command(out: Path, person: int, seed: int, overwrite: bool) -> None:
-    """Show the whole way on a bundled miniature, offline: portrait, prediction, LoRA, pictures.
+    """Run the whole pipeline on the bundled miniature, offline: portrait, prediction, LoRA, pictures.
 
     \b
     hdb demo

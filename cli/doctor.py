@@ -8,7 +8,7 @@ import click
 @click.command(name="doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, which is what a bug report should include.")
 def command(as_json: bool) -> None:
-    """Say which versions are installed, what the hardware is, and what `auto` would choose and why.
+    """Show installed versions, the hardware, and what `auto` would choose and why.
 
     \b
     hdb doctor

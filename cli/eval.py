@@ -21,7 +21,7 @@ class _Methods(click.ParamType):
         names = tuple(value if isinstance(value, tuple) else value.split(","))
         for name in names:
             if name not in METHODS:
-                self.fail(f"{name!r} is no method; choose from {', '.join(METHODS)}", param, ctx)
+                self.fail(f"{name!r} is not a method; choose from {', '.join(METHODS)}", param, ctx)
         return tuple(dict.fromkeys(names))
 
 
@@ -33,7 +33,7 @@ class _Setting(click.ParamType):
             return value
         name, separator, text = value.partition("=")
         if not separator:
-            self.fail(f"{value!r} is no NAME=VALUE, such as dreambooth_steps=400", param, ctx)
+            self.fail(f"{value!r} is not NAME=VALUE, such as dreambooth_steps=400", param, ctx)
         for kind in (int, float):
             try:
                 return name, kind(text)
@@ -45,43 +45,43 @@ class _Setting(click.ParamType):
 @click.command(name="eval", cls=Command)
 @click.argument("people_source", metavar="[PEOPLE]", required=False)
 @click.option("--methods", type=_Methods(), metavar="NAME,...", default=METHODS, show_default="all",
-              help=f"Of {', '.join(METHODS)}.")  # fmt: skip
+              help=f"Methods to compare: {', '.join(METHODS)}.")  # fmt: skip
 @click.option("--lora", "loras", multiple=True, type=click.Path(path_type=Path),
-              help="Instead of PEOPLE: judge this LoRA file; may be repeated.")  # fmt: skip
+              help="Evaluate this LoRA file instead of PEOPLE; may be repeated.")  # fmt: skip
 @click.option("--reference", "references", multiple=True, type=click.Path(path_type=Path),
-              help="A photo of the person that the LoRAs show; may be repeated.")  # fmt: skip
-@click.option("--trigger", show_default="what the file says, or a sks face", help="What calls a LoRA's person up.")
+              help="Photo of the person in the LoRAs; may be repeated.")  # fmt: skip
+@click.option("--trigger", show_default="from the file's metadata, else a sks face", help="Trigger words of the LoRAs.")
 @hypernet_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="evaluation", show_default=True,
-              help="Folder for scores, pictures, table and sheet; a run that was stopped resumes there.")  # fmt: skip
+              help="Folder for scores, pictures, table and sheet; an interrupted run resumes there.")  # fmt: skip
 @click.option("--face-network", type=click.Choice(FACE_NETWORKS), default="auto", show_default=True,
-              help="What recognises faces: facenet-pytorch trained on VGGFace2, as the paper's, or dlib; auto is "
-              "facenet where it is installed, and for testbed its own.")  # fmt: skip
-@click.option("--dino", default=DINO, show_default=True, metavar="ID|DIR|none", help="A DINO of transformers.")
-@click.option("--clip", default=CLIP, show_default=True, metavar="ID|DIR|none", help="A CLIP of transformers.")
+              help="Face recognition network: facenet-pytorch trained on VGGFace2, as in the paper, or dlib; auto is "
+              "facenet if it is installed, and for testbed its own network.")  # fmt: skip
+@click.option("--dino", default=DINO, show_default=True, metavar="ID|DIR|none", help="DINO model for transformers.")
+@click.option("--clip", default=CLIP, show_default=True, metavar="ID|DIR|none", help="CLIP model for transformers.")
 @click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), show_default="30 for faces",
-              help="A text file, a prompt a line with {} for the person.")  # fmt: skip
+              help="Text file with one prompt per line; {} stands for the person.")  # fmt: skip
 @click.option("--num-images", "pictures", type=click.IntRange(1), default=EvaluationConfig.pictures, show_default=True,
-              help="Of each prompt; with 1 there is no diversity.")  # fmt: skip
+              help="Pictures per prompt; diversity needs at least 2.")  # fmt: skip
 @click.option("--sampling-steps", "num_steps", type=click.IntRange(1), default=EvaluationConfig.num_steps,
-              show_default=True, help="Of each picture.")  # fmt: skip
+              show_default=True, help="Sampling steps per picture.")  # fmt: skip
 @click.option("--num-seeds", "seeds", type=click.IntRange(1), default=EvaluationConfig.seeds, show_default=True,
-              help="How often each person is fitted and drawn.")  # fmt: skip
-@click.option("--people", type=click.IntRange(2), show_default="all", help="Only the first so many of PEOPLE.")
+              help="Random seeds; each person is fitted and drawn once per seed.")  # fmt: skip
+@click.option("--people", type=click.IntRange(2), show_default="all", help="Evaluate only the first N people.")
 @click.option("--batch-size", type=click.IntRange(1), default=EvaluationConfig.batch_size, show_default=True,
-              help="People fitted at once by our own methods.")  # fmt: skip
+              help="People our own methods fit at once.")  # fmt: skip
 @click.option("--baseline", "baselines", multiple=True, type=_Setting(), metavar="NAME=VALUE",
-              help="How a baseline is fitted, e.g. dreambooth_steps=400; may be repeated.")  # fmt: skip
+              help="Setting of a baseline, e.g. dreambooth_steps=400; may be repeated.")  # fmt: skip
 @recipe_options(("steps", "crop", "face_detector", "face", "token", "prompt"), own=("token", "prompt"))
 @base_options
 def command(
     people_source, methods, loras, references, trigger, hypernet, out, face_network, dino, clip, prompts, pictures,
     num_steps, seeds, people, batch_size, baselines, **options,
 ) -> None:  # fmt: skip
-    """Compare methods on PEOPLE by the paper's metrics, or judge LoRA files of a person.
+    """Compare methods on PEOPLE by the paper's metrics, or evaluate LoRA files of a person.
 
-    PEOPLE is a folder with a sub-folder of photos for each person: the first photo is shown to the methods, and the
-    others are compared with. Scores and pictures are kept in --out, and what is there is not done again.
+    PEOPLE is a folder with a sub-folder of photos for each person: methods are given the first photo, and pictures are
+    compared with the others. Scores and pictures are kept in --out; existing ones are not computed again.
 
     \b
     hdb eval faces/ --hypernet hypernet/best --methods ours,only-hypernetwork,no-hypernetwork,lora-dreambooth
@@ -112,8 +112,8 @@ def command(
 
 def _check_usage(people, loras, references, trigger) -> None:
     if bool(people) == bool(loras):
-        raise click.UsageError("pass a folder of PEOPLE, or LoRA files with --lora and --reference, and not both")
+        raise click.UsageError("pass either a folder of PEOPLE, or LoRA files with --lora and --reference")
     if loras and not references:
-        raise click.UsageError("--lora needs --reference, a photo of the person to compare with")
+        raise click.UsageError("--lora requires --reference, a photo of the person to compare with")
     if people and (references or trigger):
-        raise click.UsageError("--reference and --trigger go with --lora; leave them out")
+        raise click.UsageError("--reference and --trigger require --lora; drop them")

@@ -1,4 +1,4 @@
-"""Putting a folder of this package into another program, where it looks for extensions, and taking it out again."""
+"""Install a folder of this package as another program's extension, and uninstall it."""
 
 import os
 import shutil
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 NAME = "lidb-peft"
-_MARK = "installed-by-hdb.txt"  # in a copy: that it is ours to remove
+_MARK = "installed-by-hdb.txt"  # marks a copy as ours, so that we may remove it
 
 
 def find_place(program: Path, below: str, name: str) -> Path:
-    """Where our folder goes in a program's.
+    """Where our folder belongs inside the folder of a program.
 
     Raises:
-        ValueError: it is not that program's folder.
+        ValueError: ``program`` is not the folder of that program.
     """
     folder = program.expanduser() / below
     if not folder.is_dir():
-        raise ValueError(f"{program} is no folder of {name}: it has no {below}; name the folder that has it")
+        raise ValueError(f"{program} is not a folder of {name}: it has no {below}; pass the folder that contains it")
     return folder / NAME
 
 
 def link(pack: Path, place: Path) -> None:
-    """Raises OSError where something is there, or links cannot be made."""
+    """Link ``place`` to ``pack``; raises OSError if ``place`` exists or cannot be a link."""
     _check_free(place)
     try:
         place.symlink_to(pack, target_is_directory=True)
@@ -31,10 +31,10 @@ def link(pack: Path, place: Path) -> None:
 
 
 def copy(pack: Path, place: Path, files: Mapping[str, str], without: tuple[str, ...] = ()) -> None:
-    """Copy a folder, with ``files``, name -> text, written beside it; whole or not at all.
+    """Copy a folder and add ``files``, name -> text; all of it or nothing.
 
     Raises:
-        OSError: something is there, or cannot be written.
+        OSError: ``place`` exists or cannot be written.
     """
     from lidb_peft.files import atomic_folder
 
@@ -46,11 +46,11 @@ def copy(pack: Path, place: Path, files: Mapping[str, str], without: tuple[str, 
 
 
 def remove(place: Path) -> None:
-    """Take out what `link` or `copy` made, and nothing else.
+    """Remove what `link` or `copy` made, and nothing else.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: it is something else.
+        FileNotFoundError: ``place`` does not exist.
+        ValueError: ``place`` was not made by us.
     """
     if place.is_symlink():
         place.unlink()
@@ -59,7 +59,7 @@ def remove(place: Path) -> None:
     elif place.exists():
         raise ValueError(f"{place} was not made by hdb and is kept; remove it yourself")
     else:
-        raise FileNotFoundError(f"{place} is not there; nothing is installed")
+        raise FileNotFoundError(f"{place} does not exist; nothing is installed")
 
 
 def _check_free(place: Path) -> None:

@@ -13,14 +13,16 @@ from cli.results import dtype_option, overwrite_option, pop_rank_rule, rank_opti
 @click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA to write.")
 @rank_options(32)
-@click.option("--v-prediction", is_flag=True, help="BASE predicts v, as Stable Diffusion 2 at 768 pixels does.")
+@click.option(
+    "--v-prediction", is_flag=True, help="BASE is a v-prediction model, like Stable Diffusion 2 at 768 pixels."
+)
 @dtype_option("fp16")
 @overwrite_option
 def command(tuned, base, out, v_prediction, dtype, overwrite, **ranks) -> None:
-    """Make a LoRA of what TUNED, a finetuned model, has that BASE has not, and say how much it misses.
+    """Extract a LoRA from the difference between TUNED, a finetuned model, and BASE, and report the error.
 
-    Both are .safetensors checkpoints or diffusers folders, or their UNets alone. Attention blocks and text encoders
-    are taken, with --conv-rank the convolutions too.
+    Both are .safetensors checkpoints or diffusers folders, or their UNets alone. The LoRA covers attention blocks and
+    text encoders, with --conv-rank convolutions too.
 
     \b
     hdb extract dreambooth.safetensors sd15.safetensors --out person.safetensors
@@ -38,9 +40,9 @@ def command(tuned, base, out, v_prediction, dtype, overwrite, **ranks) -> None:
     write_result(found.lora, [tuned, base], out, found.errors, "kohya", overwrite=overwrite,
                  v_prediction=v_prediction or None)  # fmt: skip
     for layers, why in (
-        (found.left_out, "differ and are no linear ones of attention or text encoder"),
+        (found.left_out, "differ but are not linear layers of attention or text encoder"),
         (found.rounded, "differ by no more than rounding"),
-        (found.in_one_model, "are in one of the models only"),
+        (found.in_one_model, "are in only one of the models"),
     ):
         if layers:
             click.echo(f"left out {count(layers, 'layer')} that {why}: {examples(layers)}")

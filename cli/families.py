@@ -1,4 +1,4 @@
-"""The names of the families, for help: data of `lidb_peft`, whose own import takes seconds."""
+"""Names of the families for help texts, read without importing `lidb_peft`, which takes seconds."""
 
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def family_names() -> tuple[str, ...]:
-    """Names of `lidb_peft.families.FAMILIES`, of a copy of that package which stands alone."""
+    """Names in `lidb_peft.families.FAMILIES`, from that package loaded on its own."""
     found = find_spec("lidb_peft")  # of a package at the top this imports nothing
     assert found is not None
     assert found.origin is not None

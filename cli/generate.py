@@ -29,7 +29,7 @@ class _Size(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+) ?[xX] ?(\d+)", str(value))
         if match is None:
-            self.fail(f"{value!r} is no size; write it as 768x512, width first", param, ctx)
+            self.fail(f"{value!r} is not a size; write it as 768x512, width first", param, ctx)
         return int(match[1]), int(match[2])
 
 
@@ -47,7 +47,7 @@ class _Numbers(click.ParamType):
         try:
             return tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} are no numbers; write them as 0.6,0.8,1.0", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers; write it as 0.6,0.8,1.0", param, ctx)
 
 
 class _Sampler(click.ParamType):
@@ -64,7 +64,7 @@ class _Sampler(click.ParamType):
 
 weights_option = click.option(
     "--weights", type=_Numbers(), default="1.0", show_default=True,
-    help="Strengths of the LoRAs, such as 0.6,0.8,1.0: a column of the sheet for each.",
+    help="Strengths of the LoRAs, such as 0.6,0.8,1.0; each is a column of the sheet.",
 )  # fmt: skip
 
 
@@ -72,24 +72,24 @@ weights_option = click.option(
 @click.argument("prompts", nargs=-1, required=True)
 @base_option
 @click.option("--lora", "loras", type=click.Path(path_type=Path), multiple=True,
-              help="LoRA file to draw with, ours or anybody's; may be repeated: a row for each.")  # fmt: skip
+              help="LoRA file to draw with, whoever made it; may be repeated, one row each.")  # fmt: skip
 @weights_option
 @click.option("--out", type=click.Path(path_type=Path), default="pictures.png", show_default=True,
               help="PNG to write: one picture, or a sheet of several.")  # fmt: skip
 @click.option("--pictures", type=click.Path(path_type=Path), metavar="DIR",
-              help="Write every picture by itself too, into this new folder.")  # fmt: skip
-@click.option("--negative", default="", help="What is not to be drawn.")
-@click.option("--size", type=_Size(), show_default="the base's own", help="Width and height in pixels.")
-@click.option("--sampler", type=_Sampler(), show_default="the base's own",
-              help="By Automatic1111's name, such as 'Euler a' or 'DPM++ 2M Karras'; a name that is none lists "
-              "them.")  # fmt: skip
+              help="Also write every picture to its own file in this new folder.")  # fmt: skip
+@click.option("--negative", default="", help="Negative prompt.")
+@click.option("--size", type=_Size(), show_default="the base model's", help="Width and height in pixels.")
+@click.option("--sampler", type=_Sampler(), show_default="the base model's",
+              help="Automatic1111's name of the sampler, such as 'Euler a' or 'DPM++ 2M Karras'; an unknown name "
+              "lists all.")  # fmt: skip
 @click.option("--steps", "num_steps", default=30, show_default=True, type=click.IntRange(1), help="Sampling steps.")
-@click.option("--guidance", type=float, show_default="the base's own: 7.5, 3.5 for FLUX.1, testbed 3",
+@click.option("--guidance", type=float, show_default="the base model's: 7.5, 3.5 for FLUX.1, testbed 3",
               help="Guidance scale, CFG scale in Automatic1111.")  # fmt: skip
 @click.option("--clip-skip", default=1, show_default=True, type=click.IntRange(1),
-              help="As in Automatic1111: 1 reads CLIP's last layer, 2 the last but one.")  # fmt: skip
+              help="As in Automatic1111: 1 uses CLIP's last layer, 2 the second-to-last.")  # fmt: skip
 @click.option("--num-images", default=1, show_default=True, type=click.IntRange(1),
-              help="Pictures of each prompt, from seeds that count up from --seed.")  # fmt: skip
+              help="Pictures per prompt; their seeds count up from --seed.")  # fmt: skip
 @click.option("--seeds", type=_Numbers(int), help="Several random seeds, such as 1,2,3, instead of --seed.")
 @seed_option
 @device_option
@@ -104,8 +104,8 @@ def command(
 ) -> None:  # fmt: skip
     """Draw PROMPTS, with or without LoRAs.
 
-    Several LoRAs, weights, prompts or seeds make a labelled sheet. What a picture was drawn with is in the PNG, as
-    Automatic1111 writes it; hdb inspect shows it.
+    Several LoRAs, weights, prompts or seeds make a labelled sheet. Each PNG holds its generation parameters as
+    Automatic1111 writes them; hdb inspect shows them.
 
     \b
     hdb generate "a sks face" "a pencil drawing of a sks face" --lora me.safetensors

@@ -19,12 +19,12 @@ _TOPIC_CHARS = 40
 @click.command(name="inspect")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-@click.option("--layers", is_flag=True, help="List what each layer does: rank, alpha, norm of its update, rms change.")
+@click.option("--layers", is_flag=True, help="List each layer: rank, alpha, norm of its update, rms change.")
 @click.pass_context
 def command(context: click.Context, file: Path, as_json: bool, layers: bool) -> None:
-    """Say what a LoRA or LiDB file holds, whoever made it, and what would go wrong with it.
+    """Show what a LoRA or LiDB file contains, whoever made it, and warn about problems.
 
-    Of a PNG it says what the picture was drawn with, if that is in it, as Automatic1111 and hdb generate write it.
+    For a PNG, show the generation parameters that Automatic1111 and hdb generate store in it.
 
     The exit code is 0 for a sound file, 3 for one with warnings, and 1 for one that cannot be read.
 
@@ -53,7 +53,7 @@ def _inspect_picture(file: Path, as_json: bool) -> None:
 
     told = read_picture(file)
     if told is None:
-        raise ValueError(f"{file} does not say what it was drawn with; only Automatic1111's text can be read")
+        raise ValueError(f"{file} has no generation parameters; only those in Automatic1111's format can be read")
     rows = {"prompt": told.prompt, "negative prompt": told.negative, **told.fields}
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -64,7 +64,7 @@ def _inspect_picture(file: Path, as_json: bool) -> None:
 
 
 def as_text(description: "FileDescription") -> str:
-    """A description for people: a topic and a finding on each line, what is unknown left out."""
+    """A description as text: a topic and a finding per line, without what is unknown."""
     from lidb_peft.safe_read import printable
 
     rows = [
@@ -88,7 +88,7 @@ def as_text(description: "FileDescription") -> str:
 
 
 def layers_as_text(description: "FileDescription") -> str:
-    """A line for each layer: its name, what it is and what it does."""
+    """A line for each layer: rank, alpha, size of its update, and name."""
     from lidb_peft.safe_read import printable
 
     rows = [("rank", "alpha", "norm", "rms", "layer")]
@@ -119,7 +119,7 @@ def _layers(layers: dict[str, int]) -> str:
 
 
 def _lidb(metadata: dict[str, str]) -> str:
-    """The dimensions, seed and kind of the bases of a theta file; empty for other files."""
+    """Dimensions, seed and kind of a theta file's bases; empty for other files."""
     from lidb_peft.record import from_metadata
 
     record = from_metadata(metadata)

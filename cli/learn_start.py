@@ -9,7 +9,7 @@ from cli.base_models import base_options, given_options, hypernet_option, pop_ba
 from cli.options import ConfiguredCommand, config_options
 from hypernet.recipe import PersonalizeConfig, StartConfig
 
-# What the fit of theta alone has, the pictures, and the seed, which is `StartConfig`'s.
+# Fields of the theta fit and of pictures, and the seed, which `StartConfig` has.
 _OTHERS = {"theta_steps", "theta_lr", "steps", "guidance", "seed"}
 
 
@@ -23,11 +23,11 @@ _OTHERS = {"theta_steps", "theta_lr", "steps", "guidance", "seed"}
 )
 @base_options
 def command(images, hypernet, out, rounds, people, inner_steps, rate, seed, **options) -> None:
-    """Learn where finetunings start: a LoRA from which a few steps reach anybody, and hdb personalize --start takes it.
+    """Learn a start for finetunings: a LoRA that a few steps turn into anybody's, for hdb personalize --start.
 
-    IMAGES is as for hdb preoptimize; some hundred people suffice. Options that hdb personalize has too should be as
-    they will be there. Beside a hypernetwork or a base model in a folder it is found by itself if it is called
-    start.safetensors. A run that was stopped goes on when it is started again.
+    IMAGES has the format of hdb preoptimize; a few hundred people are enough. Set the options shared with
+    hdb personalize as you will set them there. In the folder of a hypernetwork or base model, the LoRA is found
+    automatically if its name is start.safetensors. Run the command again to resume an interrupted run.
 
     \b
     hdb learn-start faces/ --out start.safetensors

@@ -1,4 +1,4 @@
-"""The `hdb` group: which commands there are, and how errors are told. Imports nothing heavy, so help is instant."""
+"""The `hdb` group: its commands, and how errors are reported. Imports nothing heavy, so help is instant."""
 
 import atexit
 import gc
@@ -45,7 +45,7 @@ _MAX_LINES, _MAX_LINE_CHARS = 6, 2000
 
 
 def as_sentence(error: Exception) -> str:
-    """What an error tells people: a few lines at most, and nothing that a terminal would obey."""
+    """An error's message for users: a few lines at most, without terminal control characters."""
     from lidb_peft.safe_read import printable
 
     is_of_system = isinstance(error, OSError) and error.filename and error.strerror
@@ -56,10 +56,10 @@ def as_sentence(error: Exception) -> str:
 
 
 def check_shadowing() -> None:
-    """Say which file or folder Python would import in place of one of our packages.
+    """Check that Python imports our packages and not files or folders of the same name.
 
     Raises:
-        click.ClickException: there is one, such as a ``hypernet.py`` in the working folder.
+        click.ClickException: something shadows a package, such as a ``hypernet.py`` in the working folder.
     """
     ours = Path(__file__).resolve().parents[1]
     for name in PACKAGES:
@@ -73,14 +73,14 @@ def check_shadowing() -> None:
 
 
 class _Told(logging.Handler):
-    """What the library says that it chose, such as the device, on stderr."""
+    """Prints what the library chose, such as the device, to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(record.getMessage(), err=True)
 
 
 class LazyGroup(click.Group):
-    """Loads a command's module when it is asked for; turns the errors that users can mend into one sentence."""
+    """Loads a command's module on demand; turns errors that users can fix into one sentence."""
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         check_shadowing()
@@ -130,12 +130,12 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show the version."
 )
 def main() -> None:
-    """One face photo in, a standard LoRA out, that Automatic1111, ComfyUI, kohya and diffusers load.
+    """One face photo in, a standard LoRA out, for Automatic1111, ComfyUI, kohya and diffusers.
 
     \b
-    hdb demo                                    see the whole way, offline, in a minute
+    hdb demo                                    see the whole pipeline, offline, in a minute
     hdb personalize me.jpg                      make a LoRA of a person for Stable Diffusion 1.5
-    hdb inspect me.safetensors                  say what a LoRA file holds
+    hdb inspect me.safetensors                  show what a LoRA file contains
     """
     for stream in (sys.stdout, sys.stderr):  # into a file Windows writes in a code page, which lacks most letters
         if hasattr(stream, "reconfigure"):

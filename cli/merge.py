@@ -35,16 +35,16 @@ class WeightedPath(click.ParamType):
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="LoRA or model to write.")
 @rank_options()
 @click.option("--into", metavar="DIR|FILE", type=click.Path(path_type=Path),
-              help="Add them to this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
+              help="Merge them into this model: a .safetensors checkpoint, or a diffusers folder.")  # fmt: skip
 @dtype_option()
 @family_option
 @overwrite_option
 def command(loras, out, into, dtype, family, overwrite, **ranks) -> None:
-    """Add up LoRAs, each times its WEIGHTS, into one LoRA or into a model.
+    """Merge LoRAs, each multiplied by its WEIGHTS, into one LoRA or into a model.
 
-    A sum of LoRAs is exact: its rank is the sum of theirs, unless --rank makes it smaller. A model is not held in
-    memory, and keeps its own dtype. WEIGHTS are one number, or as in A1111's prompts te=, unet=, and by blocks lbw=
-    (a list of 17 or 26 numbers, of SDXL 12 or 20, of FLUX 61) or names: IN04=0, OUT=0.5, M00=1, BASE=0.
+    A merge of LoRAs is exact: its rank is the sum of their ranks, unless --rank reduces it. A model is not held in
+    memory and keeps its dtype. WEIGHTS are one number or, as in A1111's prompts, te=, unet=, and block weights lbw=
+    (a list of 17 or 26 numbers, for SDXL 12 or 20, for FLUX 61) or names: IN04=0, OUT=0.5, M00=1, BASE=0.
 
     \b
     hdb merge anna.safetensors=0.8 ink.safetensors=0.5 --out both.safetensors
@@ -66,7 +66,7 @@ def command(loras, out, into, dtype, family, overwrite, **ranks) -> None:
     sources, weights = [path for path, _ in loras], [LoraWeight.parse(text) for _, text in loras]
     needs_family = not all(weight.is_uniform for weight in weights)
     if into is not None and (rule is not None or dtype is not None or (family and not needs_family)):
-        raise click.UsageError("--rank, --dtype and --family are for a LoRA; leave them out with --into")
+        raise click.UsageError("--rank, --dtype and --family apply to a LoRA; drop them with --into")
     if into is None:
         check_target(out, sources, overwrite=overwrite)
     else:

@@ -1,4 +1,4 @@
-"""What all commands' options have in common: a config's fields as options, sections of help, older spellings, files."""
+"""Shared machinery of options: config fields as options, help sections, older spellings, option files."""
 
 import difflib
 import inspect
@@ -30,7 +30,7 @@ class MemorySize(click.ParamType):
         return round(float(match[1]) * {"G": 1e9, "M": 1e6}[match[2].upper()])
 
 
-# Command -> older spelling -> today's. They work without being shown, and go with the next minor version.
+# Command -> older spelling -> current one. Older spellings work but are hidden; the next minor version drops them.
 RENAMED = {
     "generate": {"--num-steps": "--steps", "--weight": "--weights"},
     "preoptimize": {"--timesteps": "--timesteps-per-step", "--init-from": "--hypernet", "--batch": "--batch-size"},
@@ -49,14 +49,14 @@ RENAMED = {
 
 
 def todays_spelling(command: str, arguments: list[str]) -> list[str]:
-    """Arguments with older spellings of a command's options replaced."""
+    """Replace older spellings of a command's options by the current ones."""
     renamed = RENAMED.get(command, {})
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parts = [argument.partition("=") for argument in arguments[:end]]
     return ["".join((renamed.get(name, name), sign, value)) for name, sign, value in parts] + arguments[end:]
 
 
-# Title -> options in their order, of whatever command; what is in no list comes after all of them.
+# Section title -> options in display order, of all commands; options not listed come under "Further".
 SECTIONS = {
     "Everyday": "preset base hypernet methods lora reference trigger weights out each targets resume steps "
                 "rank save-every preview preview-every no-preview dry-run overwrite seed",
@@ -77,14 +77,14 @@ SECTIONS = {
     "Options in a file": "config save-config help",
 }  # fmt: skip
 _FURTHER = "Further"
-# Where the type of a field does not say all of it.
+# For fields whose type hint does not determine the option's type.
 _TYPES = {"max_vram": MemorySize(), "components": click.Path(file_okay=False)}
 _METAVARS = {"base": "ID|DIR|FILE|testbed", "components": "DIR", "revision": "BRANCH|TAG|COMMIT", "max_vram": "SIZE",
              "preserved": "PROMPT", "encoder": "ID|DIR"}  # fmt: skip
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """What a config's docstring says of each of its fields, by name."""
+    """The documentation of each field in a config's docstring, by name."""
     docs: dict[str, str] = {}
     name = ""
     for line in (inspect.getdoc(config) or "").partition("Attributes:\n")[2].splitlines():
@@ -98,7 +98,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def _help(text: str) -> str:
-    """The first sentence of a field's documentation, as help has it."""
+    """The first sentence of a field's documentation, as help text."""
     first = text.replace("``", "").split(". ")[0].rstrip(".")
     return f"{first[0].upper()}{first[1:]}."
 
@@ -106,13 +106,13 @@ def _help(text: str) -> str:
 def field_option(
     config: type, name: str, flag: str = "", is_left_open: bool = False, shown: str = "", text: str = ""
 ) -> Callable:
-    """The option of one field of a config: its name, default, range and documentation.
+    """The option for one config field, with the field's name, default, range and documentation.
 
     Args:
-        flag: where it is not the field's name.
-        is_left_open: it is None unless it is given, for what a base model or hypernetwork has a default of its own.
-        shown: the default in words.
-        text: help, instead of the field's documentation.
+        flag: name of the option, if not the field's.
+        is_left_open: default to None, for fields whose default depends on the base model or hypernetwork.
+        shown: the default as shown in help.
+        text: help text, instead of the field's documentation.
     """
     known = next(each for each in fields(config) if each.name == name)
     hint = typing.get_type_hints(config)[name]
@@ -137,7 +137,7 @@ def field_option(
 
 
 def config_options(config: type, only: Iterable[str], flags: Mapping[str, str] = MappingProxyType({})) -> Callable:
-    """A decorator that adds the options of some fields of a config."""
+    """A decorator that adds options for some fields of a config."""
 
     def add(command):
         for name in reversed(list(only)):
@@ -166,7 +166,7 @@ def _kind(hint: type, allowed: Mapping[str, Any]) -> Any:
 
 
 class Command(click.Command):
-    """A command whose help has its options in sections, everyday ones first."""
+    """A command whose help groups its options into sections, everyday ones first."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         places = {word: (title, place) for title, words in SECTIONS.items() for place, word in enumerate(words.split())}
@@ -183,14 +183,14 @@ class Command(click.Command):
 
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
-"""The files of ``--preset``, by name; they are read as those of ``--config`` are."""
+"""The files of ``--preset``, by name, in the format of ``--config``."""
 
 
 class ConfiguredCommand(Command):
-    """A command with ``--config`` and ``--save-config``, of all of its other options.
+    """A command whose options can be read from and saved to a file (``--config``, ``--save-config``).
 
     Args:
-        presets: it has ``--preset`` too.
+        presets: add ``--preset`` too.
     """
 
     def __init__(self, *arguments, presets: bool = False, **options) -> None:
@@ -199,16 +199,16 @@ class ConfiguredCommand(Command):
             self.params.append(
                 click.Option(["--preset"], type=click.Choice(list(PRESETS)), is_eager=True, expose_value=False,
                              callback=_read_preset,
-                             help="Options that go together, from a file of this package (cli/presets); --config and "
-                                  "the command line override them.")
+                             help="Predefined set of options (files in cli/presets); --config and the command line "
+                                  "override them.")
             )  # fmt: skip
         path = click.Path(dir_okay=False, path_type=Path)
         self.params += [
             click.Option(["--config"], type=path, is_eager=True, expose_value=False, callback=_read,
                          metavar="FILE.yaml|json",
-                         help="Read options from this file; those on the command line override it."),
+                         help="Read options from this file; the command line overrides it."),
             click.Option(["--save-config"], type=path, metavar="FILE.yaml|json",
-                         help="Write the options of this run to a file for --config."),
+                         help="Save the options of this run to a file that --config can read."),
         ]  # fmt: skip
 
     def invoke(self, context: click.Context):
@@ -219,7 +219,7 @@ class ConfiguredCommand(Command):
 
 
 def _keys(command: click.Command) -> dict[str, click.Option]:
-    """The name of each option in a file: the one that is typed, with underscores."""
+    """The options by their name in a file: the flag with underscores."""
     options = [option for option in command.params if isinstance(option, click.Option)]
     keys = {option.opts[-1].lstrip("-").replace("-", "_"): option for option in options}
     return {key: option for key, option in keys.items() if key not in ("config", "save_config", "preset", "help")}
@@ -236,7 +236,7 @@ def _read_preset(context: click.Context, _: click.Parameter, name: str | None) -
 
 
 def _options_of(context: click.Context, path: Path) -> dict[str, object]:
-    """The options in a file, as click takes defaults."""
+    """Read the options in a file into the form of click's ``default_map``."""
     import yaml
 
     try:
@@ -246,7 +246,7 @@ def _options_of(context: click.Context, path: Path) -> dict[str, object]:
         raise click.UsageError(f"--config {path} cannot be read ({first}); pass a YAML or JSON file") from error
     found = {} if found is None else found
     if not isinstance(found, dict):
-        raise click.UsageError(f"--config {path} holds no options; write one a line, such as steps: 100")
+        raise click.UsageError(f"--config {path} holds no options; write one per line, such as steps: 100")
     keys, renamed = _keys(context.command), RENAMED.get(context.info_name or "", {})
     values = {}
     for name, value in found.items():

@@ -30,36 +30,36 @@ if TYPE_CHECKING:
     from hypernet.request import PersonRequest
     from hypernet.watching import StepReport
 
-_STOPPED = 130  # as a shell tells Ctrl-C
+_STOPPED = 130  # the exit code that shells use for Ctrl-C
 
 
 @click.command(name="personalize", cls=ConfiguredCommand, presets=True)
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
-              help="Instead of PHOTOS: a folder of people, each with one photo or a sub-folder of photos.")  # fmt: skip
-@batch_option("People fitted at once with --each; auto: as many as fit into the GPU's memory, or a few on a CPU.")
+              help="Instead of PHOTOS: a folder of people, each a photo or a sub-folder of photos.")  # fmt: skip
+@batch_option("People to fit at once with --each; auto: as many as fit into GPU memory, or a few on a CPU.")
 @hypernet_option
-@click.option("--out", type=click.Path(path_type=Path), show_default="the photo's name .safetensors; of DIR, DIR-loras",
-              help="LoRA to write; with --each the folder of the LoRAs, where an interrupted run resumes.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), show_default="PHOTO.safetensors; with --each, DIR-loras",
+              help="LoRA to write; with --each, folder for the LoRAs, where an interrupted run resumes.")  # fmt: skip
 @start_option
 @recipe_options([field.name for field in fields(PersonalizeConfig)], own=("token", "prompt"))
-@click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Draw this too; may be repeated.")
-@click.option("--no-preview", is_flag=True, help="Draw nothing, not even the LoRA's preview picture.")
+@click.option("--preview", "previews", multiple=True, metavar="PROMPT", help="Also draw this prompt; may be repeated.")
+@click.option("--no-preview", is_flag=True, help="Draw no pictures, not even the LoRA's preview.")
 @click.option("--save-every", type=click.IntRange(1), metavar="STEPS",
-              help="Write the LoRA after every so many steps too (NAME-000020.safetensors), and at the end a sheet of "
-                   "them all (NAME-sheet.png) and the loss (NAME-loss.png).")  # fmt: skip
+              help="Also save the LoRA every STEPS steps (NAME-000020.safetensors), and at the end a sheet comparing "
+                   "them (NAME-sheet.png) and the loss curve (NAME-loss.png).")  # fmt: skip
 @weights_option
 @click.option("--preview-every", type=click.IntRange(1), metavar="STEPS",
-              help="Draw the LoRA after every so many steps (NAME-000020.png).")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on with the fit that Ctrl-C has stopped.")
-@click.option("--dry-run", is_flag=True, help="Write NAME-crops.png, what is taken of the photos, and say "
-                                              "what would be done; load and fit nothing.")  # fmt: skip
+              help="Draw a picture with the LoRA every STEPS steps (NAME-000020.png).")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Resume a fit that was stopped with Ctrl-C.")
+@click.option("--dry-run", is_flag=True, help="Write NAME-crops.png, which shows the crops, and print "
+                                              "the plan; load and fit nothing.")  # fmt: skip
 @click.option("--push-to-hub", metavar="OWNER/NAME",
-              help="Bring the LoRA to a private repository of the Hugging Face hub too, with a model card (NAME.md); "
-                   "hdb push does the same later.")  # fmt: skip
+              help="Also upload the LoRA to a private repository on the Hugging Face hub, with a model card (NAME.md); "
+                   "hdb push does so later.")  # fmt: skip
 @base_options
-@click.option("--save-theta", type=click.Path(path_type=Path), help="Write the LiDB weights too (53 KB for SD1.5).")
-@click.option("--from-theta", type=click.Path(path_type=Path), help="Start from LiDB weights written before.")
+@click.option("--save-theta", type=click.Path(path_type=Path), help="Also save the LiDB weights (53 KB for SD1.5).")
+@click.option("--from-theta", type=click.Path(path_type=Path), help="Start from saved LiDB weights.")
 @overwrite_option
 @click.pass_context
 def command(
@@ -83,11 +83,11 @@ def command(
     overwrite,
     **options,
 ) -> None:
-    """Make a LoRA of the person in PHOTOS; several photos are one person. With --each, of many people at once.
+    """Make a LoRA of the person in PHOTOS; several photos are of one person. With --each, of many people at once.
 
-    A folder among PHOTOS stands for the photos in it. Of several photos those that cannot be used are left out and
-    named; whether they all show one person is not checked: look at what --dry-run writes. Ctrl-C ends the fit after its
-    step and keeps the LoRA so far.
+    A folder among PHOTOS stands for the photos in it. If there are several photos, unusable ones are skipped and
+    listed. Whether they all show the same person is not checked: look at what --dry-run writes. Ctrl-C stops the fit
+    after the current step and saves the LoRA so far.
 
     \b
     hdb personalize me.jpg
@@ -104,7 +104,7 @@ def command(
     of_one = {"--save-every": save_every, "--preview-every": preview_every, "--resume": resume, "--dry-run": dry_run,
               "--push-to-hub": push_to_hub}  # fmt: skip
     if each is not None and any(of_one.values()):
-        raise click.UsageError(f"{next(filter(of_one.get, of_one))} is for one person; leave it or --each out")
+        raise click.UsageError(f"{next(filter(of_one.get, of_one))} is for one person; drop it or --each")
     if push_to_hub is not None:
         from hypernet.cards import check_repository
 
@@ -163,11 +163,11 @@ def command(
     if push_to_hub is not None:
         _push(result, out, base.base, push_to_hub)
     if each is not None:
-        click.echo(f'all of them answer to "{trigger}": take one at a time')
+        click.echo(f'all of them use the trigger "{trigger}": load one at a time')
 
 
 class Stop:
-    """Ctrl-C, or SIGTERM, while a fit runs: the first ends it after its step, the second everything at once."""
+    """Ctrl-C or SIGTERM during a fit: the first stops the fit after its step, the second stops everything at once."""
 
     def __init__(self) -> None:
         self._is_asked = self._is_fitting = False
@@ -188,7 +188,7 @@ class Stop:
         return self._is_asked
 
     def note(self, report: "StepReport") -> None:
-        """Note whether there is a step that can be waited for."""
+        """Note whether a step is running that can be finished first."""
         self._is_fitting = report.step < report.steps
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -211,7 +211,7 @@ def _tell_plan(request: "PersonRequest", base: "BaseConfig") -> None:
     count = len(request.photos)
     stages = [f"{steps} steps of {what}" for what, steps in (("a LiDB fit", config.theta_steps),
               ("finetuning", config.steps)) if steps]  # fmt: skip
-    click.echo(f"wrote {sheet}: what is taken of {count} photo{'s'[: count != 1]}; look whether all show one person")
+    click.echo(f"wrote {sheet}: the crops of {count} photo{'s'[: count != 1]}; check that all show the same person")
     click.echo(
         f'would fit "{config.trigger}" on {base.base}: {" and ".join(stages) or "nothing beyond the prediction"}'
     )
@@ -231,7 +231,7 @@ def _push(result: "Personalization", out: Path, base: str, repository: str) -> N
 
 def _tell_stopped(result: "Personalization", request: "PersonRequest", context: click.Context) -> None:
     stage, step = result.stopped_at
-    click.echo(f"stopped after step {step} of {stage}; the same command with --resume goes on")
+    click.echo(f"stopped after step {step} of {stage}; run the same command with --resume to continue")
     context.exit(_STOPPED)
 
 
@@ -272,8 +272,8 @@ def _tell_people(result: "PersonalizedEach", out: Path) -> None:
     for name, reason in result.skipped:
         click.echo(f"skipped {name}: {reason}")
     if not result.made and not result.kept:
-        raise ValueError(f"there is nobody that a LoRA could be made of; {len(result.skipped)} were skipped, see above")
+        raise ValueError(f"no LoRA was made: all {len(result.skipped)} people were skipped, see above")
     if result.made:
         click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")
     if result.kept:
-        click.echo(f"kept {len(result.kept)} LoRAs that were in {out}; delete one to have it made anew")
+        click.echo(f"kept {len(result.kept)} LoRAs already in {out}; delete a LoRA to redo it")

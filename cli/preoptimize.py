@@ -9,7 +9,7 @@ from cli.base_models import base_options, batch_option, given_options, pop_base,
 from cli.options import ConfiguredCommand, field_option
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 
-# What the finetuning alone has, and the pictures.
+# Fields of the finetuning and of pictures.
 _OTHERS = {"steps", "lr", "rank", "max_timestep", "adapt", "guidance"}
 
 
@@ -22,18 +22,18 @@ _OTHERS = {"steps", "lr", "rank", "max_timestep", "adapt", "guidance"}
     [field.name for field in fields(PersonalizeConfig) if field.name not in _OTHERS | {"theta_steps"}],
     flags={"theta_lr": "--lr"},
 )
-@batch_option("People fitted at once; auto: as many as fit into the GPU's memory, or a few on a CPU.")
+@batch_option("People to fit at once; auto: as many as fit into GPU memory, or a few on a CPU.")
 @click.option(
-    "--hypernet", "init_from", metavar="ID|DIR|testbed", help="Start each fit from the prediction of this hypernetwork."
+    "--hypernet", "init_from", metavar="ID|DIR|testbed", help="Start each fit from this hypernetwork's prediction."
 )
 @click.option("--streaming", is_flag=True, help="Stream the data set instead of copying it into the cache first.")
 @base_options
 def command(images, out, batch_size, init_from, streaming, **options) -> None:
     """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
 
-    IMAGES is a folder of images, one person each, with a sub-folder for a person of several; or parquet, webdataset
-    tars, or a data set of the Hugging Face hub. An interrupted run resumes when it is started again, and
-    `accelerate launch` shares the work between processes.
+    IMAGES is a folder with one image per person, or a sub-folder of images for a person with several; or parquet
+    files, webdataset tars, or a data set on the Hugging Face hub. Run the command again to resume an interrupted run;
+    use `accelerate launch` to share the work between processes.
 
     \b
     hdb preoptimize faces/ --out targets
@@ -59,5 +59,5 @@ def command(images, out, batch_size, init_from, streaming, **options) -> None:
         click.echo(f"{who}skipped {result.num_skipped} photos or people so far, listed in {result.skipped_file}")
     click.echo(f"{who}{out} now holds the targets of {result.num_targets} people")
     if result.missing:
-        raise ValueError(f"{result.missing} shards of {result.shard_size} people are missing; start hdb preoptimize "
-                         f"again, which makes them")  # fmt: skip
+        raise ValueError(f"{result.missing} shards of {result.shard_size} people are missing; run hdb preoptimize "
+                         f"again to make them")  # fmt: skip

@@ -16,7 +16,7 @@ class _Part(click.ParamType):
             return value
         number, _, count = value.partition("/")
         if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-            self.fail(f"{value!r} is no part; write 0/8, 1/8 and so on to 7/8", param, ctx)
+            self.fail(f"{value!r} is not a part; write 0/8, 1/8 and so on to 7/8", param, ctx)
         return int(number), int(count)
 
 
@@ -25,17 +25,17 @@ class _Part(click.ParamType):
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Folder for the data set; an interrupted run resumes there.")  # fmt: skip
 @click.option("--resolution", "size_px", type=click.IntRange(1), default=512, show_default=True,
-              help="Side of the squares in pixels: the base model's, 1024 for SDXL, 32 for testbed.")  # fmt: skip
+              help="Side of the squares in pixels; use the base model's, 1024 for SDXL, 32 for testbed.")  # fmt: skip
 @click.option("--part", type=_Part(), metavar="I/N", show_default="all",
-              help="Make every N-th shard from the I-th on, for N machines; I counts from 0.")  # fmt: skip
+              help="Make every N-th shard, starting at the I-th (from 0), to share work among N machines.")  # fmt: skip
 @click.option("--num-workers", type=click.IntRange(0), default=4, show_default=True,
               help="Processes that find faces.")  # fmt: skip
 @recipe_options(("crop", "face_detector", "face"))
 def command(images, out, size_px, part, num_workers, **options) -> None:
-    """Decode the photos in IMAGES, find the faces and cut them out, once: what hdb preoptimize and hdb train read.
+    """Decode the photos in IMAGES and crop the faces once, for hdb preoptimize and hdb train.
 
-    IMAGES is as for hdb preoptimize. --out is a folder of parquet files, which the datasets library reads and
-    the Hugging Face hub shows; photos that cannot be used are in it with the reason.
+    IMAGES has the format of hdb preoptimize. --out is a folder of parquet files, which the datasets library reads and
+    the Hugging Face hub displays; unusable photos are listed in it with the reason.
 
     \b
     hdb prepare faces/ --out prepared
@@ -57,5 +57,5 @@ def command(images, out, size_px, part, num_workers, **options) -> None:
     if made.left_out:
         click.echo(f"left out {len(made.left_out)} photos in all; the reasons are in the data set")
     if made.missing:
-        click.echo(f"{made.missing} shards are missing yet, which are other parts'")
+        click.echo(f"{made.missing} shards of other parts are still missing")
     click.echo(f"wrote {out}")

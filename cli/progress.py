@@ -21,7 +21,7 @@ _SPEED_OVER_S = 300.0  # rich's own 30 s are less than some steps take
 
 
 class LastLoss:
-    """The loss of a fit that runs; to be called with every `StepReport`, on the thread of the fit."""
+    """The loss of a running fit; call it with every `StepReport`, on the fit's thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._looked, self._losses = clock, None, {}
@@ -32,7 +32,7 @@ class LastLoss:
             self._looked, self._losses[report.stage] = now, report.loss
 
     def read(self, stage: str) -> float | None:
-        """That of about now of a stage; None if it has none."""
+        """The most recent loss of a stage; None if there is none."""
         return self._losses.get(stage)
 
 
@@ -40,7 +40,7 @@ def report_lines(clock: Callable[[], float] = time.monotonic, read_loss: ReadLos
     """Return a callback that prints a line every so often: steps, loss, time and time left.
 
     Args:
-        read_loss: asked for when a line is due.
+        read_loss: called when a line is due.
     """
     began: dict[str, tuple[float, int]] = {}
     told: dict[str, float] = {}
@@ -73,11 +73,11 @@ def _as_time(seconds: float) -> str:
 
 @contextmanager
 def progress_bars(per_hour: str = "", read_loss: ReadLoss | None = None) -> Iterator[StageProgress]:
-    """Yield a callback ``(stage, done, total)`` that shows one bar per stage; off a terminal a line every so often.
+    """Yield a callback ``(stage, done, total)`` that shows one bar per stage; without a terminal, lines now and then.
 
     Args:
-        per_hour: name of what is done, to show how many of it an hour.
-        read_loss: as for `report_lines`; shown beside the bars too, and asked by another thread.
+        per_hour: what is counted, to show how many are done per hour.
+        read_loss: as for `report_lines`; also shown beside the bars, and called from another thread.
     """
     from rich.console import Console
     from rich.progress import (

@@ -12,15 +12,15 @@ from cli.results import overwrite_option, what_is_missed
 @click.argument("source", metavar="LORA|MODEL", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--minus", metavar="DIR|FILE", type=click.Path(path_type=Path),
-              help="The base of a finetuned MODEL: project their difference.")  # fmt: skip
+              help="Base model of a finetuned MODEL, whose difference from it is projected.")  # fmt: skip
 @click.option("--base", metavar="ID|DIR|FILE|testbed",
-              help="Base model, where it is of no known family.")  # fmt: skip
+              help="Base model, if it belongs to no known family.")  # fmt: skip
 @prediction_option
 @overwrite_option
 def command(source, out, minus, base, prediction, overwrite) -> None:
-    """Write the LiDB weights nearest to a LoRA, and say how much they miss: what a hypernetwork can be trained on.
+    """Write the LiDB weights nearest to a LoRA, for training a hypernetwork, and report the error.
 
-    Most LoRAs change more than two random bases can hold; on layers that LiDB does not adapt, all is left out.
+    Most LoRAs change more than two random bases can represent. Layers that LiDB does not adapt are dropped.
 
     \b
     hdb project theirs.safetensors theta.safetensors

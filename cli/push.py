@@ -10,16 +10,16 @@ import click
 @click.argument("repository", metavar="OWNER/NAME", required=False)
 @click.option("--base", metavar="ID", default="", help="The base model's id on the hub, for the card.")
 @click.option("--license", "license_name", metavar="NAME", default="",
-              help="By the hub's names, such as creativeml-openrail-m.")  # fmt: skip
+              help="License, by the hub's name for it, such as creativeml-openrail-m.")  # fmt: skip
 @click.option("--public", is_flag=True, help="Make the repository public; it is private otherwise.")
-@click.option("--consent", is_flag=True, help="The person, or everybody it was trained on, has agreed to this; the "
-                                              "card says so. --public requires it.")  # fmt: skip
+@click.option("--consent", is_flag=True, help="Confirm that the person, or everybody it was trained on, has "
+                                              "agreed; the card says so. Required by --public.")  # fmt: skip
 def command(source: Path, repository: str | None, base: str, license_name: str, public: bool, consent: bool) -> None:
-    """Bring a LoRA, or the folder of a hypernetwork, to the Hugging Face hub, with a model card.
+    """Upload a LoRA, or the folder of a hypernetwork, to the Hugging Face hub, with a model card.
 
-    The card is written here first: beside the LoRA as NAME.md, in the folder as README.md. One that is there is taken
-    as it is, so edit it and push. Without OWNER/NAME nothing is uploaded. With the LoRA go its sidecar, its preview and
-    its sheets; no photo does. Log in with hf auth login.
+    The card is written locally first: next to the LoRA as NAME.md, in the folder as README.md. An existing card is used
+    unchanged, so you can edit it and push. Without OWNER/NAME nothing is uploaded. The LoRA's sidecar, preview and
+    sheets are uploaded too, but no photos. Log in with hf auth login.
 
     \b
     hdb push me.safetensors                                    writes me.md, the card, and uploads nothing
@@ -34,9 +34,9 @@ def command(source: Path, repository: str | None, base: str, license_name: str, 
     card = card_path(source)
     was_there = card.exists()
     write_card(shared, card)
-    click.echo(f"{'took the card that is there,' if was_there else 'wrote'} {card}")
+    click.echo(f"{'used the existing card' if was_there else 'wrote'} {card}")
     if repository is None:
         click.echo(f"would upload {', '.join(map(str, shared.files))}; name a repository, OWNER/NAME, to do so")
         return
     url = push(shared, card, repository, private=not public)
-    click.echo(f"uploaded {len(shared.files) + 1} files to {url}{'' if public else ', private if it was not there'}")
+    click.echo(f"uploaded {len(shared.files) + 1} files to {url}{'' if public else '; a new repository is private'}")

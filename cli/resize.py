@@ -15,9 +15,9 @@ from cli.results import dtype_option, family_option, overwrite_option, pop_rank_
 @family_option
 @overwrite_option
 def command(source, out, dtype, family, overwrite, **ranks) -> None:
-    """Make a LoRA smaller: the nearest one of lower ranks, and how much it misses.
+    """Reduce the ranks of a LoRA to make it smaller, and report the error.
 
-    Each layer has a rank of its own, and none grows.
+    Each layer gets its own rank, and no rank grows.
 
     \b
     hdb resize big.safetensors small.safetensors --rank 8
@@ -27,7 +27,7 @@ def command(source, out, dtype, family, overwrite, **ranks) -> None:
     """
     rule = pop_rank_rule(ranks)
     if rule is None:
-        raise click.UsageError("pass --rank, --energy or another of the options that choose a rank")
+        raise click.UsageError("pass --rank, --energy or another option that chooses ranks")
     from converters import read_lora
     from converters.arithmetic.algebra import resize
     from converters.convert import check_target

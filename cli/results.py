@@ -1,4 +1,4 @@
-"""Options of the commands that compute with LoRAs; writing what they made, and saying what was lost."""
+"""Options of the commands that do arithmetic on LoRAs; writing results and reporting errors."""
 
 from pathlib import Path
 from statistics import median
@@ -24,28 +24,29 @@ class _Dtype(click.Choice):
         return getattr(torch, DTYPES[super().convert(value, parameter, context)])
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that are there.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 family_option = click.option(
-    "--family", metavar="|".join(family_names()), default="", help="The base model's, where a LoRA does not tell.",
+    "--family", metavar="|".join(family_names()), default="",
+    help="Family of the base model, if it cannot be detected from the LoRA.",
 )  # fmt: skip
 _RANKS = {
     "conv_rank": click.option("--conv-rank", type=click.IntRange(1), show_default="as --rank",
-                              help="Of 3x3 convolutions, at most."),
+                              help="Maximum rank of 3x3 convolutions."),
     "energy": click.option("--energy", type=click.FloatRange(0, 1, min_open=True),
-                           help="In each layer the lowest rank that keeps this share of its squared norm."),
+                           help="Give each layer the lowest rank that keeps this fraction of its squared norm."),
     "sv_fro": click.option("--sv-fro", type=click.FloatRange(0, 1, min_open=True),
-                           help="Or this share of its norm, as kohya's sv_fro."),
+                           help="Keep this fraction of its norm, like kohya's sv_fro."),
     "sv_cumulative": click.option("--sv-cumulative", type=click.FloatRange(0, 1, min_open=True),
-                                  help="Or of the sum of its singular values, as kohya's sv_cumulative."),
+                                  help="Keep this fraction of the singular values' sum, like kohya's sv_cumulative."),
     "sv_ratio": click.option("--sv-ratio", type=click.FloatRange(1),
-                             help="Or singular values down to the largest over this, as kohya's sv_ratio."),
+                             help="Keep singular values down to the largest divided by this, like kohya's sv_ratio."),
 }  # fmt: skip
 
 
 def rank_options(default: int | None = None):
-    """Options for the rank of each layer, which `pop_rank_rule` takes out of a command's arguments."""
+    """Options for the rank of each layer; `pop_rank_rule` removes them from a command's arguments."""
     rank = click.option("--rank", type=click.IntRange(1), default=default, show_default=default is not None,
-                        help="Of a layer, at most.")  # fmt: skip
+                        help="Maximum rank of a layer.")  # fmt: skip
 
     def add(command):
         for option in reversed((rank, *_RANKS.values())):
@@ -56,7 +57,7 @@ def rank_options(default: int | None = None):
 
 
 def pop_rank_rule(arguments: dict[str, Any]) -> "RankRule | None":
-    """Take what `rank_options` gave out of ``arguments``; None if nothing is asked for."""
+    """Remove the values of `rank_options` from ``arguments`` and return them as a rule; None if none is set."""
     rank, conv_rank = arguments.pop("rank"), arguments.pop("conv_rank")
     amounts = {name: arguments.pop(name) for name in _RANKS if name != "conv_rank"}
     given = [(name, amount) for name, amount in amounts.items() if amount is not None]
@@ -71,16 +72,16 @@ def pop_rank_rule(arguments: dict[str, Any]) -> "RankRule | None":
 
 
 def dtype_option(default: str | None = None):
-    """The option for the dtype of what is written, as torch's."""
-    shown = "as it is" if default is None else True
+    """The option for the dtype of the output; its value is a torch dtype."""
+    shown = "unchanged" if default is None else True
     return click.option("--dtype", type=_Dtype(tuple(DTYPES)), default=default, show_default=shown,
-                        help="Of the tensors.")  # fmt: skip
+                        help="Dtype of the output's tensors.")  # fmt: skip
 
 
 def write_result(
     lora: "Lora", sources: list[Path], out: Path, errors: dict[str, float], to: str = "", **options: Any
 ) -> None:
-    """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are its layers' relative ones.
+    """Write a LoRA in the format of the first source, or in ``to``; ``errors`` are relative, by layer.
 
     Args:
         options: of `prepare_writing`.
@@ -99,17 +100,17 @@ def write_result(
 
 
 def echo_notes(lora: "Lora") -> None:
-    """Say what reading a LoRA took, and what of it a model cannot hold."""
+    """Print the notes of reading a LoRA, and which parts of it a model cannot hold."""
     from lidb_peft.safe_read import examples
 
     for note in lora.notes:
         click.echo(f"  {note}")
     if lora.embeddings:
-        click.echo(f"  embeddings left out, which a model's file does not hold: {examples(list(lora.embeddings))}")
+        click.echo(f"  left out embeddings, which a model file cannot hold: {examples(list(lora.embeddings))}")
 
 
 def what_is_missed(errors: dict[str, float]) -> str:
-    """What layers miss, for people; ``errors`` are relative, by layer."""
+    """A sentence about the layers' errors, which are relative, by layer."""
     worst = max(errors, key=errors.__getitem__)
     return (
         f"layers miss {median(errors.values()):.1%} of their norm in the median, {errors[worst]:.1%} at most ({worst})"

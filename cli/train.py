@@ -17,7 +17,7 @@ _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "p
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
-              help="What hdb preoptimize wrote, to compare predictions with.")  # fmt: skip
+              help="Folder written by hdb preoptimize, to compare predictions with.")  # fmt: skip
 @click.option(
     "--resume", is_flag=True, help="Resume from the last checkpoint in --out, with the same options and images."
 )
@@ -30,18 +30,18 @@ _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "p
     TrainConfig, [field.name for field in fields(TrainConfig) if field.name != "target_distance"],
     {"preserved": "--preserve"},
 )  # fmt: skip
-@click.option("--validation-images", metavar="IMAGES", help="Hold out these people instead of a fraction.")
+@click.option("--validation-images", metavar="IMAGES", help="Hold out these people instead of a fraction of IMAGES.")
 @click.option("--tracker", "trackers", multiple=True, metavar="NAME",
-              help="A tracker of accelerate, e.g. tensorboard; may be repeated.")  # fmt: skip
+              help="Tracker supported by accelerate, e.g. tensorboard; may be repeated.")  # fmt: skip
 @base_options
 def command(
     images, out, targets, resume, init_from, target_distance, validation_images, trackers, **options
 ) -> None:  # fmt: skip
-    """Train a hypernetwork on the people in IMAGES: it predicts anybody's LiDB weights from a photo.
+    """Train a hypernetwork on the people in IMAGES, to predict anybody's LiDB weights from a photo.
 
-    IMAGES is as for hdb preoptimize, whose targets are optional: the denoising loss needs none. OUT/last and OUT/best
-    are hypernetworks, OUT/samples shows held-out people, OUT/log.jsonl holds the losses. `accelerate launch` trains
-    on several GPUs or machines.
+    IMAGES has the format of hdb preoptimize. Targets are optional: the denoising loss needs none. OUT/last and OUT/best
+    are hypernetworks, OUT/samples shows held-out people, and OUT/log.jsonl holds the losses. Use `accelerate launch`
+    to train on several GPUs or machines.
 
     \b
     hdb train faces/ --out hypernet
@@ -67,7 +67,7 @@ def command(
             network_options=fresh, held_out=validation_images, resume=resume, trackers=trackers, progress=report,
         )  # fmt: skip
     if result.is_main_process:
-        loss = "no step was left" if result.loss is None else f"loss {result.loss:.4f}"
+        loss = "no steps were left" if result.loss is None else f"loss {result.loss:.4f}"
         best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({result.folder})"
         click.echo(f"trained {result.steps} steps: {loss}{best}")
         if result.rose:
@@ -84,5 +84,5 @@ def _check_nothing_of_a_fresh_one() -> None:
     for name in _OF_A_FRESH_ONE:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is the hypernetwork's own with --hypernet; leave one of the two out"
+                f"--{name.replace('_', '-')} cannot be set with --hypernet, which has its own; drop one of the two"
             )

@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 
 @click.command(name="ui", cls=Command)
 @click.option("--work-dir", type=click.Path(file_okay=False, path_type=Path), default="hdb-ui", show_default=True,
-              help="Folder for uploads and results; no file outside of it is served.")  # fmt: skip
+              help="Folder for uploads and results; no files outside it are served.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True,
-              help="Address to serve at; any but this machine's own lets others in, without a password.")  # fmt: skip
-@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
+              help="Address to serve on; any but this machine's own admits others without a password.")  # fmt: skip
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="Port to serve on; 0 picks a free one.",
+)
 @click.option("--no-browser", is_flag=True, help="Do not open the page in a browser.")
 @base_options
 def command(work_dir: Path, host: str, port: int, no_browser: bool, **options) -> None:
-    """Make LoRAs on a page in the browser: drop photos, watch, choose the step, download.
+    """Make LoRAs in the browser: drop photos, watch the fit, choose a step, download.
 
     \b
     hdb ui
@@ -34,7 +40,7 @@ def command(work_dir: Path, host: str, port: int, no_browser: bool, **options) -
     if find_spec("gradio") is None:
         raise click.ClickException(MISSING)
     port = check_port(host, port)
-    click.echo(f"the page is at http://{host}:{port}; results are in {work_dir}; Ctrl-C ends it", err=True)
+    click.echo(f"the page is at http://{host}:{port}; results are in {work_dir}; Ctrl-C stops it", err=True)
     config = pop_base(options)
 
     def open_base(name: str) -> "BaseModel":

@@ -1,4 +1,4 @@
-"""How to fit and how to personalise: plain configs, light to import, so that `hdb --help` shows their defaults."""
+"""Settings of fitting and personalising: plain configs, light to import, so that `hdb --help` shows their defaults."""
 
 import difflib
 import math
@@ -10,21 +10,21 @@ DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_ENCODER = "google/vit-huge-patch14-224-in21k"
 
 Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all) after every step."""
+"""Called with (steps done, total steps) after every step."""
 TARGET_STEPS = 100
 """Steps of the LiDB fit that makes a target, by default."""
 
 NUM_TIMESTEPS = 1000
-"""Of a Stable Diffusion's noise schedule."""
+"""Timesteps in Stable Diffusion's noise schedule."""
 
 StageProgress = Callable[[str, int, int | None], None]
-"""Called with (stage, steps done, steps in all or None if nobody knows) after every step."""
+"""Called with (stage, steps done, total steps or None if unknown) after every step."""
 
 PRESERVED = (
     "a pencil drawing of {}", "a watercolour painting of {}", "an oil painting of {}", "a cartoon of {}",
     "{} at night", "{} on a beach", "{} in a forest", "{} in a city", "{} wearing a hat", "{} wearing sunglasses",
 )  # fmt: skip
-"""Prompts whose effect a fit preserves, by default; others gain from it too."""
+"""Prompts whose effect a fit preserves by default; other prompts benefit too."""
 
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
@@ -41,10 +41,10 @@ Config = TypeVar("Config", bound="FitConfig | PersonalizeConfig | PreoptimizeCon
 
 
 def changed(config: Config, options: Mapping[str, Any]) -> Config:
-    """Return a config with other values of some fields.
+    """Return a copy of a config with some fields changed.
 
     Raises:
-        ValueError: it has no such field, or the value is out of range.
+        ValueError: there is no such field, or a value is out of range.
     """
     known = [field.name for field in fields(config)]
     for name in options:
@@ -62,14 +62,14 @@ def setting(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field of a config, and what it may be: `check_settings` raises what `hdb` refuses."""
+    """A config field with its allowed values, which `hdb` and `check_settings` enforce."""
     return field(
         default=default, metadata={"choices": choices, "least": least, "most": most, "above": above, "below": below}
     )
 
 
 def check_settings(config: Any) -> None:
-    """Raise ValueError unless each field of a config is what it may be; None is where it is the default."""
+    """Raise ValueError unless each field has an allowed value; None is allowed where it is the default."""
     for known in fields(config):
         value, allowed = getattr(config, known.name), known.metadata
         if not allowed or (value is None and known.default is None):
@@ -104,23 +104,24 @@ def check_face(face: str) -> None:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to fit.
+    """Settings of a fit.
 
     Attributes:
         steps: optimizer steps.
         lr: peak learning rate of AdamW; decays linearly to a tenth.
-        timesteps_per_step: noisy copies of a photo in each step.
-        max_timestep: noisy copies are of timesteps below this one of the schedule's 1,000.
-        background: how much the photo's background counts; 1 as much as the head.
-        preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 leaves it out.
+        timesteps_per_step: noisy copies of each photo per step.
+        max_timestep: sample timesteps below this one; the schedule has 1,000.
+        background: weight of the photo's background in the loss; the head has weight 1.
+        preservation: weight of prompt preservation, see `hypernet.fitting.preservation`; 0 is off.
         preserved: the prompts whose effect is preserved; ``{}`` stands for the subject.
         max_grad_norm: each person's gradient is clipped to this norm.
-        seed: keys the noise, together with the identity's key.
-        optimizer: ``adamw``, which ``auto`` is, or ``adamw8bit`` by bitsandbytes, no saving on so few numbers.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory: ``on``, ``off``, or
-            ``auto``, on if a step does not fit into the memory of a CUDA device otherwise.
-        graph: replay the step as a CUDA graph, see `hypernet.fitting.replay`: ``on``, ``off``, or ``auto``, on where
-            it can be done and nothing is recomputed.
+        seed: random seed; each person's noise depends on it and on their key.
+        optimizer: ``adamw``, which ``auto`` also selects, or ``adamw8bit``, which requires bitsandbytes and saves
+            little, since so few parameters are trained.
+        gradient_checkpointing: recompute activations in the backward pass to save memory: ``on``, ``off``, or
+            ``auto``, which is on if a step would not fit into GPU memory otherwise.
+        graph: replay the step as a CUDA graph, see `hypernet.fitting.replay`: ``on``, ``off``, or ``auto``, which is
+            on wherever possible unless activations are recomputed.
     """
 
     steps: int = setting(MISSING, least=0)
@@ -148,37 +149,39 @@ def _check_preserved(config: "FitConfig | TrainConfig") -> None:
 
 @dataclass(frozen=True)
 class PersonalizeConfig:
-    """How to personalise.
+    """Settings of a personalisation.
 
     Attributes:
-        token: the rare word that means the person.
-        prompt: what the photos show; ``[V]`` stands for the token.
-        adapt: which layers, where neither a hypernetwork nor a theta file says so: those of the ``denoiser``, or
-            ``all``, those of the text encoders too. The latter forget prompts sooner than they learn a person.
-        theta_steps: steps of a LiDB fit before the finetuning; 0 leaves theta at the identity, or at its prediction.
-            What it adds, as many steps of finetuning add sooner.
+        token: rare word that stands for the person in prompts.
+        prompt: prompt that describes the photos; ``[V]`` stands for the token.
+        adapt: layers to adapt unless a hypernetwork or theta file determines them: those of the ``denoiser``, or
+            ``all``, which includes the text encoders. Text encoders forget other prompts sooner than they learn a
+            person.
+        theta_steps: steps of a LiDB fit before the finetuning; 0 skips it and leaves theta at its start or prediction.
+            The same number of finetuning steps achieves more in less time.
         theta_lr: peak learning rate of the LiDB fit.
-        steps: steps of the rank-relaxed finetuning, by default half after a prediction; 0 leaves it out.
+        steps: steps of the rank-relaxed finetuning, by default half as many after a prediction; 0 skips it.
         lr: peak learning rate of the finetuning.
         rank: rank of the finetuned LoRA; LiDB weights add 1 to the file's.
-        timesteps_per_step: noisy copies of a photo in each step.
-        max_timestep: finetune on timesteps below this one; fewer leave composition as it was. What pictures owe to
-            more noise than that, their composition and much of what a prompt asks for, is not learned from the photos.
-        background: how much a photo's background counts; the head counts 1.
-        preservation: how strongly prompts keep their effect; 0 is off. See `hypernet.fitting.preservation`.
-        preserved: a prompt whose effect is preserved; ``{}`` stands for the person.
+        timesteps_per_step: noisy copies of each photo per step.
+        max_timestep: finetune only on timesteps below this one; lower values preserve composition. What pictures get
+            from higher noise levels, their composition and much of the prompt's content, is then not learned from
+            the photos.
+        background: weight of the photo's background in the loss; the head has weight 1.
+        preservation: weight of prompt preservation; 0 is off. See `hypernet.fitting.preservation`.
+        preserved: prompt whose effect is preserved; ``{}`` stands for the person.
         max_grad_norm: each person's gradient is clipped to this norm.
-        optimizer: which one, ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
-        gradient_checkpointing: use less memory but be slower; ``auto`` turns it on if a step does not fit into the
-            GPU's memory.
-        graph: replay steps as a CUDA graph, which is faster; ``auto`` is on where it can be done.
+        optimizer: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        gradient_checkpointing: save memory at the cost of speed; ``auto`` turns it on if a step would not fit into GPU
+            memory.
+        graph: replay steps as a CUDA graph, which is faster; ``auto`` turns it on wherever possible.
         seed: random seed.
-        crop: find the face and crop to it; otherwise the middle square of the photo is taken.
-        face_detector: what looks for faces: ``yunet``, whose file (233 KB) comes from the Hugging Face hub at first
-            use, or OpenCV 4's ``cascade``, which misses more; ``auto`` is ``yunet`` where it can be had.
-        face: which face of a photo with several: the ``largest`` clear one, ``leftmost``, ``rightmost``, or its number,
-            counted from the left from 1.
-        guidance: guidance scale of the preview pictures, by default the base's own, such as 7.5 for Stable Diffusion.
+        crop: find the face and crop to it; otherwise crop the centre square of the photo.
+        face_detector: face detector: ``yunet``, downloaded (233 KB) from the Hugging Face hub on first use, or OpenCV
+            4's ``cascade``, which misses more faces; ``auto`` is ``yunet`` if available.
+        face: which face to use in a photo of several people: the ``largest`` clear one, ``leftmost``, ``rightmost``,
+            or its number from the left, starting at 1.
+        guidance: guidance scale of preview pictures, by default the base model's, such as 7.5 for Stable Diffusion.
     """
 
     token: str = "sks"
@@ -244,10 +247,10 @@ class PersonalizeConfig:
 
 @dataclass(frozen=True)
 class PreoptimizeConfig:
-    """How to fit a theta to each person of a data set.
+    """Settings for fitting a theta to each person in a data set.
 
     Attributes:
-        recipe: its LiDB fit, prompt and cropping are everybody's.
+        recipe: its LiDB fit, prompt and cropping apply to everybody.
         batch_size: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
     """
 
@@ -263,14 +266,14 @@ class PreoptimizeConfig:
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """How what we compare with is fitted: steps and learning rates.
+    """Settings of the baselines: steps and learning rates.
 
-    DreamBooth's are those that diffusers' example advises for faces, Textual Inversion's those of Gal et al. 2023.
+    DreamBooth's are recommended for faces by diffusers' example, Textual Inversion's come from Gal et al. 2023.
 
     Attributes:
-        lora_rank: of LoRA DreamBooth.
-        inversion_start: the word whose embedding Textual Inversion starts from.
-        class_pictures: of the base's own, for DreamBooth's prior preservation.
+        lora_rank: rank of LoRA DreamBooth.
+        inversion_start: word whose embedding Textual Inversion starts from.
+        class_pictures: pictures that the base model draws for DreamBooth's prior preservation.
     """
 
     dreambooth_steps: int = 1200
@@ -294,14 +297,14 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How methods are compared.
+    """Settings of an evaluation.
 
     Attributes:
-        seeds: fits and pictures of each person by each method.
-        pictures: of each prompt.
-        num_steps: of sampling.
-        people: the first so many; None is all.
-        batch_size: people fitted at once by our own methods.
+        seeds: random seeds; each method fits and draws each person once per seed.
+        pictures: pictures per prompt.
+        num_steps: sampling steps.
+        people: evaluate only the first N people; None is all.
+        batch_size: people our own methods fit at once.
     """
 
     seeds: int = 1
@@ -320,14 +323,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """How to learn where finetunings start.
+    """Settings for learning a start for finetunings.
 
     Attributes:
-        rounds: in each, some people are finetuned from the present start, and it moves towards what becomes of them.
-        people: people in each round.
-        inner_steps: steps of their finetuning.
-        rate: how far the start moves at first, 1 all the way to the mean; it decays linearly to 0.
-        seed: random seed: who is in which round, and all noise.
+        rounds: rounds; each finetunes some people from the current start and then moves it towards their results.
+        people: people per round.
+        inner_steps: finetuning steps per person and round.
+        rate: how far the start moves in the first round, 1 being all the way to the mean; decays linearly to 0.
+        seed: random seed for the noise and the choice of people in each round.
     """
 
     rounds: int = setting(50, least=1)
@@ -340,22 +343,22 @@ class StartConfig:
         check_settings(self)
 
     def inner_fit(self, fit: FitConfig, number: int) -> FitConfig:
-        """How round ``number`` finetunes: as ``fit`` does, for fewer steps and with noise of its own."""
+        """The fit of round ``number``: like ``fit``, but with fewer steps and its own noise."""
         return replace(fit, steps=self.inner_steps, seed=self.seed * 1_000_003 + number)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What a fresh hypernetwork is like; `hypernet.network.config.HyperNetworkConfig` is what one is in full.
+    """Settings of a new hypernetwork; `hypernet.network.config.HyperNetworkConfig` is its full config.
 
     Attributes:
-        encoder: vision transformer that sees the photos, an id or a folder.
+        encoder: vision transformer that encodes the photos, an id or a folder.
         train_encoder: train the encoder too.
-        learned_bases: learn the bases too, shared by everybody.
-        k: refinements of a prediction, as the paper calls their number.
+        learned_bases: learn the bases too, which everybody shares.
+        k: number of refinements of each prediction, the paper's k.
         hidden_size: width of the decoder.
         num_hidden_layers: layers of the decoder.
-        num_attention_heads: attention heads of the decoder, which divide its width.
+        num_attention_heads: attention heads of the decoder; must divide its width.
     """
 
     encoder: str = DEFAULT_ENCODER
@@ -372,42 +375,42 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train a hypernetwork.
+    """Settings for training a hypernetwork.
 
     Attributes:
         steps: optimizer steps.
         lr: peak learning rate.
-        warmup_steps: steps in which the learning rate grows linearly to its peak.
+        warmup_steps: steps over which the learning rate rises linearly to its peak.
         lr_scheduler: how the learning rate decays to zero, ``cosine`` or ``linear``.
         batch_size: people per process in each forward pass.
-        gradient_accumulation_steps: forward passes in each step.
-        optimizer: which one, ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        gradient_accumulation_steps: forward passes per optimizer step.
+        optimizer: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
         weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         denoising: weight of the denoising loss (the paper's alpha); 0 is off.
-        target_distance: weight of the distance of predictions to the targets (the paper's beta), which needs targets;
-            0 is off.
+        target_distance: weight of the distance between predictions and targets (the paper's beta), which requires
+            targets; 0 is off.
         preservation: weight of prompt preservation; 0 is off. See `hypernet.fitting.preservation`.
-        compare: what is compared with the targets, the ``updates`` of the base's weights, or theta's own numbers, the
-            ``factors``.
-        deep_supervision: put the loss on every refinement of a prediction, not on the last alone.
-        timesteps_per_step: noisy copies of a photo in each step.
-        background: weight of the background in the loss; the head has 1.
-        preserved: a prompt whose effect is preserved; ``{}`` stands for the person.
-        same_photo: denoise the photo that the encoder sees, also if a person has several.
-        flip: mirror half of the photos.
-        jitter: cut off up to this fraction of a photo's side.
-        caption_dropout: share of the steps that use an empty prompt.
-        validation: the fraction of the people to hold out.
-        crop: find each face and crop to it; otherwise the middle square of the photo is taken.
-        face_detector: what looks for faces: ``yunet``, whose file (233 KB) comes from the Hugging Face hub at first
-            use, or OpenCV 4's ``cascade``, which misses more; ``auto`` is ``yunet`` where it can be had.
-        seed: random seed: the order of people, all noise and who is held out.
-        gradient_checkpointing: use less memory but be slower; ``auto`` turns it on if a step does not fit into the
-            GPU's memory.
-        log_every: steps between lines of the log.
+        compare: what to compare with the targets: the ``updates`` to the base model's weights, or the ``factors``,
+            theta itself.
+        deep_supervision: apply the loss to every refinement of a prediction, not only to the last.
+        timesteps_per_step: noisy copies of each photo per step.
+        background: weight of the photo's background in the loss; the head has weight 1.
+        preserved: prompt whose effect is preserved; ``{}`` stands for the person.
+        same_photo: denoise the same photo that the encoder sees, even if a person has several.
+        flip: mirror half of the photos at random.
+        jitter: crop up to this fraction off a photo's sides at random.
+        caption_dropout: fraction of the steps that use an empty prompt.
+        validation: fraction of the people to hold out.
+        crop: find each face and crop to it; otherwise crop the centre square of the photo.
+        face_detector: face detector: ``yunet``, downloaded (233 KB) from the Hugging Face hub on first use, or OpenCV
+            4's ``cascade``, which misses more faces; ``auto`` is ``yunet`` if available.
+        seed: random seed for the order of people, the noise and who is held out.
+        gradient_checkpointing: save memory at the cost of speed; ``auto`` turns it on if a step would not fit into GPU
+            memory.
+        log_every: steps between log lines.
         checkpoint_every: steps between checkpoints, each with a validation and sample pictures.
-        num_workers: processes that decode photos; 0 decodes between the steps.
+        num_workers: processes that decode photos; 0 decodes in the training process.
     """
 
     steps: int = setting(20_000, least=1)
@@ -450,10 +453,10 @@ class TrainConfig:
 
     @property
     def augments(self) -> bool:
-        """Whether a photo differs from step to step."""
+        """Whether photos are augmented differently at each step."""
         return self.flip or self.jitter > 0
 
     @property
     def needs_base(self) -> bool:
-        """Whether a term asks the base; comparing weights alone does not."""
+        """Whether a loss term runs the base model; comparing weights alone does not."""
         return self.denoising > 0 or self.preservation > 0

@@ -1,4 +1,4 @@
-"""`hdb a1111`: the tab in an Automatic1111 or Forge, and out of it again."""
+"""`hdb a1111`: install the tab in Automatic1111 or Forge, and uninstall it."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 
 @click.group(name="a1111")
 def command() -> None:
-    """Put a tab into Automatic1111 or Forge, or take it out.
+    """Install the tab in Automatic1111 or Forge, or uninstall it.
 
     \b
     hdb a1111 install ~/stable-diffusion-webui
@@ -24,7 +24,7 @@ def command() -> None:
 @command.command()
 @_folder
 def install(folder: Path) -> None:
-    """Copy the tab into the webui in DIR; it runs hdb in the Python that runs this."""
+    """Copy the tab into the webui in DIR; it runs hdb with the current Python."""
     place = find_place(folder, "extensions", "Automatic1111 or Forge")
     copy(PACK, place, {"python.txt": f"{sys.executable}\n"}, without=("command.py", "__init__.py"))
     click.echo(f"copied the tab to {place}; restart the webui, and look for the tab lidb-peft")
@@ -33,7 +33,7 @@ def install(folder: Path) -> None:
 @command.command()
 @_folder
 def uninstall(folder: Path) -> None:
-    """Take the tab out of the webui in DIR; LoRAs that it made stay."""
+    """Remove the tab from the webui in DIR; LoRAs made with it are kept."""
     place = find_place(folder, "extensions", "Automatic1111 or Forge")
     remove(place)
     click.echo(f"removed {place}")

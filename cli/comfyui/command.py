@@ -1,4 +1,4 @@
-"""`hdb comfyui`: the node pack in a ComfyUI, and out of it again."""
+"""`hdb comfyui`: install the node pack in ComfyUI, and uninstall it."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 
 @click.group(name="comfyui")
 def command() -> None:
-    """Put the nodes of lidb-peft into a ComfyUI, or take them out.
+    """Install the nodes of lidb-peft in ComfyUI, or uninstall them.
 
     \b
     hdb comfyui install ~/ComfyUI
@@ -25,7 +25,7 @@ def command() -> None:
 @_folder
 @click.option("--copy", "is_copy", is_flag=True, help="Copy the nodes instead of linking to them.")
 def install(folder: Path, is_copy: bool) -> None:
-    """Put the nodes into the ComfyUI in DIR: a link, which follows this installation, or a copy."""
+    """Install the nodes in the ComfyUI in DIR: as a link, which follows this installation, or as a copy."""
     place = find_place(folder, "custom_nodes", "ComfyUI")
     if is_copy:
         copy(PACK, place, {}, without=("command.py",))
@@ -38,7 +38,7 @@ def install(folder: Path, is_copy: bool) -> None:
 @command.command()
 @_folder
 def uninstall(folder: Path) -> None:
-    """Take the nodes out of the ComfyUI in DIR; LoRAs that they made stay."""
+    """Uninstall the nodes from the ComfyUI in DIR; LoRAs made with them are kept."""
     place = find_place(folder, "custom_nodes", "ComfyUI")
     remove(place)
     click.echo(f"removed {place}")

@@ -119,7 +119,7 @@ def fit_people(job: Job, people: Path, base: str, bases: Bases, options: dict[st
         "skipped": [f"{name}: {reason}" for name, reason in result.skipped],
     }
     if not job.results["loras"]:
-        raise ValueError(f"there is nobody that a LoRA could be made of: {'; '.join(job.results['skipped'])}")
+        raise ValueError(f"no LoRA was made, because all people were skipped: {'; '.join(job.results['skipped'])}")
 
 
 def _watch(job: Job) -> "Callable[[StepReport], None]":

@@ -107,7 +107,7 @@ def test_lora_files_of_anybody_are_judged_by_photos(hdb, people, made):
 
 def test_what_is_wrong_is_said_before_anything_is_fitted(hdb, people, made):
     run = ("eval", people, *QUICK)
-    assert "'magic' is no method; choose from ours, only" in hdb.fail(*run, "--methods", "magic", code=2)
+    assert "'magic' is not a method; choose from ours, only" in hdb.fail(*run, "--methods", "magic", code=2)
     message = hdb.fail(*run, "--methods", "ours", "--hypernet", "none")
     assert message.startswith("ours: there is no hypernetwork for testbed to start from; pass --hypernet")
     assert "DINO, 'nobody/dino', is no folder here" in hdb.fail("eval", people, *QUICK, "--dino", "nobody/dino")

@@ -119,4 +119,4 @@ def test_a_family_that_the_layers_do_not_tell_is_named_by_an_option(hdb, made):
         hdb.run(*command, "--family", "sd2")
         assert describe(out).base == "SD2"
     into = ("merge", "attn1.safetensors", "--into", miniature_path(), "--out", "model", "--family", "sd1")
-    assert "leave them out with --into" in hdb.run(*into, code=2)
+    assert "drop them with --into" in hdb.run(*into, code=2)

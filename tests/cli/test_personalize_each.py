@@ -19,7 +19,7 @@ def test_everybody_in_a_folder_gets_the_lora_of_their_photo(hdb, personalize, fa
     for stage in ("import", "load base", "prepare photos", "fit theta", "finetune LoRA", "export"):
         assert f" {stage} " in output
     assert 'write "a sks face <lora:NAME:1>"' in output
-    assert 'all of them answer to "a sks face"' in output
+    assert 'all of them use the trigger "a sks face"' in output
     hdb.run(*personalize("faces/bob.png"))
     alone = load_file("bob.safetensors")
     found = load_file("faces-loras/bob.safetensors")
@@ -36,7 +36,7 @@ def test_who_has_a_lora_keeps_it(hdb, personalize, faces):
     Path("loras/ann.safetensors").write_text("the one from yesterday")
     output = hdb.run(*personalize("--each", faces, "--out", "loras"))
     assert "made 1 LoRAs in loras" in output
-    assert "kept 1 LoRAs that were in loras; delete one to have it made anew" in output
+    assert "kept 1 LoRAs already in loras; delete a LoRA to redo it" in output
     assert Path("loras/ann.safetensors").read_text() == "the one from yesterday"
     output = hdb.run(*personalize("--each", faces, "--out", "loras"))
     assert "kept 2 LoRAs" in output
@@ -49,7 +49,7 @@ def test_nobody_is_an_error_after_all_reasons(hdb, personalize):
         Path("faces", name).write_bytes(b"no picture")
     output = hdb.run(*personalize("--each", "faces"), code=1)
     assert "skipped a.png: faces/a.png is not an image" in output
-    assert output.splitlines()[-1] == ("Error: there is nobody that a LoRA could be made of; 2 were skipped, see above")
+    assert output.splitlines()[-1] == "Error: no LoRA was made: all 2 people were skipped, see above"
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_intermediate_loras_are_written_and_a_stop_is_told(hdb, personalize, por
                  "--no-preview", "--steps", 4, "--preservation", 0, "--save-every", 2,
                  "--out", "me.safetensors")  # fmt: skip
     output = hdb.run(*arguments, code=130)
-    assert "stopped after step 3 of finetune LoRA; the same command with --resume goes on" in output
+    assert "stopped after step 3 of finetune LoRA; run the same command with --resume to continue" in output
     assert hdb.files() == [
         "me-000002.json", "me-000002.safetensors", "me-000003.json", "me-000003.safetensors", "me.hdb-state",
     ]  # fmt: skip

@@ -23,5 +23,5 @@ def test_what_is_wrong_is_said(hdb, draw_faces):
     assert "was prepared with size_px 32 and not 64" in hdb.fail(
         "prepare", folder, "--out", "prepared", "--resolution", 64, "--no-crop", "--num-workers", 0
     )
-    assert "'8/8' is no part; write 0/8" in hdb.fail("prepare", folder, "--out", "x", "--part", "8/8", code=2)
+    assert "'8/8' is not a part; write 0/8" in hdb.fail("prepare", folder, "--out", "x", "--part", "8/8", code=2)
     assert "is prepared; pass the images" in hdb.fail("prepare", "prepared", "--out", "again", *quick)

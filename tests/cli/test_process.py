@@ -86,7 +86,9 @@ def test_ctrl_c_and_a_schedulers_stop_in_a_fit_keep_what_there_is(environment, p
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "stopping after this step" in stderr
-    step = re.search(r"stopped after step (\d+) of finetune LoRA; the same command with --resume goes on", stdout)[1]
+    step = re.search(
+        r"stopped after step (\d+) of finetune LoRA; run the same command with --resume to continue", stdout
+    )[1]
     assert "Traceback" not in stderr
     assert (tmp_path / "me.hdb-state").exists()
     assert describe(tmp_path / f"me-{int(step):06d}.safetensors").kind.endswith(" LoRA")

@@ -25,7 +25,7 @@ def test_without_a_repository_the_card_is_written_and_nothing_is_uploaded(hdb, m
     assert not hub
     assert hdb.files() == ["me.md", "me.safetensors"]
     output = hdb.run("push", "me.safetensors", "someone/me")
-    assert "took the card that is there, me.md" in output
+    assert "used the existing card me.md" in output
     ((repository, private, card),) = hub
     assert (repository, private) == ("someone/me", True)
     assert "base_model: someone/base" in card

@@ -36,7 +36,7 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out", "other")
     output = hdb.run("train", faces, *QUICK, "--targets", "targets", "--denoising", 0, "--validation", 0, "--out",
                      "other", "--resume")  # fmt: skip
-    assert "trained 2 steps: no step was left" in output
+    assert "trained 2 steps: no steps were left" in output
     assert output.splitlines()[-1] == "use it: hdb personalize me.jpg --base testbed --hypernet other/last"
     lines = [json.loads(line) for line in (hdb.folder / "other" / "log.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"step", "loss", "target_distance", "people", "lr"}] * 2
@@ -53,7 +53,7 @@ def test_train_goes_on_from_another_training(hdb, faces):
     lines = [json.loads(line) for line in (hdb.folder / "further" / "log.jsonl").read_text().splitlines()]
     assert all(line["preservation"] > 0 for line in lines)
     output = hdb.run(*further, "--lr", 1e-12, "--out", "further", "--resume")
-    assert "no step was left" in output
+    assert "no steps were left" in output
     assert "--k is the hypernetwork's own with --hypernet" in hdb.fail(*further, "--out", "x", "--rounds", 2, code=2)
     assert "nowhere" in hdb.fail("train", faces, *ANY_NETWORK, "--init-from", "nowhere", "--out", "x")
 

@@ -187,7 +187,7 @@ def test_uninstalling_takes_out_that_folder_and_keeps_a_foreign_one(webui, tmp_p
     (webui.folder / "theirs.txt").write_text("x")
     assert "is kept" in run(main, ["a1111", "uninstall", str(tmp_path / "webui")]).output
     assert (webui.folder / "theirs.txt").exists()
-    assert "is no folder of Automatic1111" in run(main, ["a1111", "install", str(tmp_path)]).output
+    assert "is not a folder of Automatic1111" in run(main, ["a1111", "install", str(tmp_path)]).output
 
 
 def test_the_extension_imports_nothing_of_lidb_peft():

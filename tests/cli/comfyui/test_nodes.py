@@ -153,7 +153,7 @@ def test_the_example_workflows_fit_the_nodes(nodes, file):
 @pytest.mark.parametrize("options", [(), ("--copy",)])
 def test_hdb_puts_the_nodes_into_comfyui_and_takes_them_out(tmp_path, options):
     run = CliRunner().invoke
-    assert "is no folder of ComfyUI" in run(main, ["comfyui", "install", str(tmp_path)]).output
+    assert "is not a folder of ComfyUI" in run(main, ["comfyui", "install", str(tmp_path)]).output
     place = tmp_path / "custom_nodes" / "lidb-peft"
     place.parent.mkdir()
     assert run(main, ["comfyui", "install", str(tmp_path), *options]).exit_code == 0
