@@ -25,13 +25,14 @@ from tempfile import TemporaryDirectory
 
 import psutil  # which accelerate requires
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hypernet.base_models.base import BaseModel, PromptEmbeds
 from hypernet.devices import choose_device, choose_dtype, describe_choice
 from hypernet.errors import first_sentence
+from hypernet.quiet import quiet_libraries
 from hypernet.recipe import FitConfig, PersonalizeConfig
 from lidb_peft import LiDBConfig
 from lidb_peft.files import atomic_path
@@ -64,13 +65,18 @@ def save_random_sd15(folder: str | Path) -> None:
     """Write Stable Diffusion 1.5 at full size with random weights, float16; the tokenizer is the miniature's."""
     tokenizer = CLIPTokenizer.from_pretrained(miniature_path() / "tokenizer", model_max_length=77)
     text_config = CLIPTextConfig(**CLIP_L, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE, sample_size=512), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**SD15_UNET), scheduler=schedule,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder)
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    with quiet_libraries():
+        from diffusers import StableDiffusionPipeline  # warns when it is imported
+
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL(**VAE, sample_size=512), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer,
+            unet=UNet2DConditionModel(**SD15_UNET), scheduler=schedule,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.to(torch.float16).save_pretrained(folder)
 
 
 def recipe_for(name: str) -> PersonalizeConfig:

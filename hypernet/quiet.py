@@ -1,4 +1,4 @@
-"""Loading without transformers' and diffusers' own warnings and bars, whose loggers are the user's again afterwards."""
+"""Loading and saving models without transformers' and diffusers' warnings and bars; their loggers stay the user's."""
 
 import logging
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from types import ModuleType
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep transformers and diffusers from warning and from showing bars in a block; downloads keep theirs.
 
-    They warn of a torchvision that nothing here needs, and count weights that load in a moment. Whoever has asked one
-    of them for more than its default, ``info`` or ``debug``, gets that.
+    They warn of a torchvision that nothing here needs, and count weights that load or are written in a moment. Whoever
+    has asked one of them for more than its default, ``info`` or ``debug``, gets that.
     """
     with ExitStack() as libraries:
         for name in ("transformers", "diffusers"):

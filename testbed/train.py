@@ -14,11 +14,12 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from hypernet.quiet import quiet_libraries
 from lidb_peft.files import atomic_path
 from testbed.corpus import MAX_TOKENS, portrait, train_tokenizer
 from testbed.measuring import save_measuring_network, to_pixels
@@ -187,11 +188,14 @@ def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = tor
     That is the tokenizer's two classic files, and the classic names of the text encoder's weights: transformers 4 would
     not find those without ``text_model.`` and draw them at random.
     """
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(dtype).save_pretrained(folder)
+    with quiet_libraries():
+        from diffusers import StableDiffusionPipeline  # warns when it is imported
+
+        pipeline = StableDiffusionPipeline(
+            vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=build_scheduler(),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.to(dtype).save_pretrained(folder)
     weights = folder / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})

@@ -26,6 +26,7 @@ from hypernet.fitting.engine import Subject
 from hypernet.fitting.starts import START_FILE, save_start
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.quiet import quiet_libraries
 from hypernet.recipe import StageProgress, StartConfig, TrainConfig
 from hypernet.training.loop import train
 from hypernet.training.setup import BEST, LAST
@@ -103,7 +104,8 @@ def train_encoder(run: Run, people: Labelled, num_steps: int) -> Path:
         with fixed_initialisation():
             network = MeasuringNetwork(PhotoFeatures(encoder), ENCODER_WIDTH)
         train_to_tell_people("encoder", run, network, people, num_steps)
-        encoder.save_pretrained(folder)
+        with quiet_libraries():
+            encoder.save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from hypernet.recipe import DEFAULT_BASE
 if TYPE_CHECKING:
     from hypernet.base_models.base import BaseModel
 
-MISSING = "the page needs Gradio, which is not installed; run pip install 'lidb-peft[ui]'"
+MISSING = "the page needs Gradio, which is not installed; run pip install 'gradio>=6.2,<7'"
 LOCALHOST = "127.0.0.1"
 _LARGEST_UPLOAD = "2gb"  # LoRAs of FLUX.1 are as large; a photo of more than 560 MB of pixels is refused when read
 _UPLOADS_KEPT_S = 24 * 3600

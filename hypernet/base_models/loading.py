@@ -22,7 +22,7 @@ from hypernet.base_models.stable_diffusion import StableDiffusion
 from hypernet.bundles import BUNDLES, base_source
 from hypernet.devices import choose_device, choose_dtype, describe_choice, limit_memory, tune_device
 from hypernet.errors import first_sentence, is_out_of_memory
-from hypernet.quiet import quiet_loading
+from hypernet.quiet import quiet_libraries
 from hypernet.recipe import ATTENTIONS, DEFAULT_BASE, PREDICTIONS
 from lidb_peft.families import FAMILIES, Family
 from lidb_peft.safe_read import PICKLE_SUFFIXES
@@ -176,8 +176,8 @@ def _use_xformers(denoiser: nn.Module) -> None:
         denoiser.enable_xformers_memory_efficient_attention()
     except Exception as error:  # built for another torch, no CUDA, or a card that it does not know
         raise ValueError(
-            f"attention xformers cannot be had ({first_sentence(error)}); pip install 'lidb-peft[cuda]' on a machine "
-            f"with CUDA, or choose sdpa"
+            f"attention xformers cannot be had ({first_sentence(error)}); pip install xformers on a machine with "
+            f"CUDA, or choose sdpa"
         ) from error
 
 
@@ -197,7 +197,7 @@ def load_pipeline(
         FileNotFoundError: the source is neither here nor can it be had from the hub.
     """
     path = Path(source)
-    with quiet_loading():
+    with quiet_libraries():
         if path.is_file():
             return _load_single_file(path, dtype, options, components)
         if components is not None:

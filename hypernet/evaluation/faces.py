@@ -74,7 +74,7 @@ class DlibFaces:
         missing = [package for package, module in _DLIB.items() if not importlib.util.find_spec(module)]
         if missing:
             raise ValueError(f"faces cannot be recognised with dlib: {' and '.join(missing)} is not installed; run pip "
-                             "install 'lidb-peft[eval]', or pass --face-network none")  # fmt: skip
+                             f"install {' '.join(missing)}, or pass --face-network none")  # fmt: skip
         import dlib
 
         folder = Path(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]) / "models"

@@ -16,7 +16,7 @@ from hypernet.errors import first_line
 from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from hypernet.inputs.photos import to_pixels
 from hypernet.network.encoder import load_encoder, picture_settings, prepare_pictures
-from hypernet.quiet import quiet_loading
+from hypernet.quiet import quiet_libraries
 from lidb_peft.safe_read import check_indices
 
 DINO = "facebook/dino-vits16"
@@ -103,7 +103,7 @@ def load_clip(source: str = CLIP, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP by id or folder; raises as `load_dino`."""
     folder = _folder(source, "CLIP", (*HYPERNETWORK_FILES, *_TOKENIZER_FILES))
     try:
-        with torch.random.fork_rng(devices=[]), quiet_loading():
+        with torch.random.fork_rng(devices=[]), quiet_libraries():
             check_indices(folder, "get CLIP again")
             kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
             if kind != "clip":

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from hypernet.errors import first_line
 from hypernet.hub import HYPERNETWORK_FILES, hub_folder
-from hypernet.quiet import quiet_loading
+from hypernet.quiet import quiet_libraries
 from lidb_peft.safe_read import check_indices, read_json_object
 
 # Parts that make one vector of a picture, or replace masked patches; the patches' own vectors do not pass through them.
@@ -33,7 +33,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         ValueError: it is no vision transformer, or lacks weights.
     """
     try:
-        with torch.random.fork_rng(devices=[]), quiet_loading():  # transformers draws the weights that it does not find
+        with torch.random.fork_rng(devices=[]), quiet_libraries():  # transformers draws weights that it does not find
             folder = Path(source) if Path(source).exists() else hub_folder(str(source), HYPERNETWORK_FILES)
             check_indices(folder, "get the encoder again")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -21,7 +21,7 @@ from hypernet.hub import HYPERNETWORK_FILES, hub_folder
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.config_check import check_config, check_size, todays_names
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
-from hypernet.quiet import quiet_loading
+from hypernet.quiet import quiet_libraries
 from lidb_peft import LiDBSpace, check_record
 from lidb_peft.bases import get_basis
 from lidb_peft.files import atomic_files
@@ -210,7 +210,7 @@ class HyperNetwork(PreTrainedModel):
         if dtype is not None:
             parameters = dict(self.named_parameters())
             options["state_dict"] = {k: v.to(dtype) if k in parameters else v for k, v in self.state_dict().items()}
-        with atomic_files(save_directory) as folder:
+        with atomic_files(save_directory) as folder, quiet_libraries():
             super().save_pretrained(folder, **options)
 
     @classmethod
@@ -226,7 +226,7 @@ class HyperNetwork(PreTrainedModel):
         """
         config = options.pop("config", None) or read_config(source)
         try:
-            with _told_if_missing(source), quiet_loading():
+            with _told_if_missing(source), quiet_libraries():
                 model, info = super().from_pretrained(
                     _folder(source), config=config, use_safetensors=True, output_loading_info=True, **_float32(),
                     **options,

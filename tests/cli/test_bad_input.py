@@ -92,7 +92,7 @@ def test_what_only_a_card_has_is_named_without_one(hdb, personalize, portrait):
     assert "only a CUDA device has one" in hdb.fail(*personalize(portrait), "--max-vram", "4GB")
     message = hdb.fail(*personalize(portrait), "--attention", "xformers")
     assert "attention xformers cannot be had" in message
-    assert "choose sdpa" in message
+    assert "pip install xformers on a machine with CUDA, or choose sdpa" in message
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

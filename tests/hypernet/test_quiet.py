@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from hypernet.quiet import quiet_loading
+from hypernet.quiet import quiet_libraries
 
 LIBRARIES = {"transformers": transformers.utils.logging, "diffusers": diffusers.utils.logging}
 
@@ -33,7 +34,7 @@ def test_a_library_says_errors_only_and_is_the_users_again(libraries, name, has_
     is_talkative = verbosity < logging.WARNING
 
     def load():
-        with quiet_loading():
+        with quiet_libraries():
             assert library.get_verbosity() == (verbosity if is_talkative else max(verbosity, logging.ERROR))
             assert library._tqdm_active == (has_bars and is_talkative)
             raise OSError("no such model")
@@ -49,19 +50,43 @@ def test_downloads_keep_their_bars_unless_the_user_says_otherwise(libraries, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", disabled_by_user)
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", disabled_by_user)
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", not disabled_by_user)
-    with quiet_loading():
+    with quiet_libraries():
         assert are_progress_bars_disabled() is bool(disabled_by_user)
     assert are_progress_bars_disabled() is bool(disabled_by_user)
 
 
-def test_loading_from_python_prints_nothing():
-    script = """
-from hypernet.base_models.loading import load_base
-from hypernet.network.hypernetwork import HyperNetwork
-from testbed import miniature_hypernetwork_path, miniature_path
-load_base(str(miniature_path()))
-HyperNetwork.from_pretrained(miniature_hypernetwork_path())
-"""
+@pytest.mark.parametrize(
+    "script",
+    [
+        """
+from tempfile import TemporaryDirectory
+from hypernet import HyperNetwork, load_base
+from testbed import miniature_hypernetwork_path
+load_base("testbed")
+with TemporaryDirectory() as folder:
+    HyperNetwork.from_pretrained(miniature_hypernetwork_path()).save_pretrained(folder)
+""",
+        """
+from tempfile import TemporaryDirectory
+from unittest import mock
+import costs
+from hypernet import load_base
+narrow = {"block_out_channels": (32,) * 4, "norm_num_groups": 8}
+small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+changed = {
+    "CLIP_L": small,
+    "SD15_UNET": {**costs.SD15_UNET, **narrow, "layers_per_block": 1, "cross_attention_dim": 32},
+    "VAE": {**costs.VAE, **narrow, "layers_per_block": 1},
+}
+with mock.patch.multiple(costs, **changed), costs.base_folder(costs.RANDOM_SD15) as folder:
+    load_base(folder, device="cpu")
+""",
+    ],
+    ids=["the API", "the benchmarks"],
+)
+def test_loading_and_saving_from_python_print_nothing(script):
     root = Path(__file__).parents[2]
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert loaded.stdout + loaded.stderr == ""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "benchmarks")))}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout + ran.stderr == ""

@@ -201,7 +201,7 @@ def test_the_command_says_what_is_missing_and_its_help_is_instant(monkeypatch):
     monkeypatch.setattr("cli.ui.find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["ui", "--base", "testbed"])
     assert result.exit_code == 1
-    assert "pip install 'lidb-peft[ui]'" in result.output
+    assert "pip install 'gradio>=6.2,<7'" in result.output
 
 
 def test_names_become_file_names():
