@@ -191,12 +191,12 @@ def prepare_writing(
         ValueError: the format cannot hold it.
         ValueError, OSError: as `check_target`.
     """
-    sources, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
+    paths, target, to = [Path(source) for source in sources], Path(target), to or detect_format(sources[0])
     if to in READ_ONLY:
         to, lora = "kohya", replace(lora, notes=(*lora.notes, f"its names are {READ_ONLY[to]}; kohya's are written"))
     _check_choices(to, family=family)
-    check_target(target, sources, to, overwrite)
-    lora, companions = _with_companions(replace(lora, family=family or lora.family), sources)
+    check_target(target, paths, to, overwrite)
+    lora, companions = _with_companions(replace(lora, family=family or lora.family), paths)
     lora, notes = _fit_to(lora, to, _one_dtype(lora))
     return Conversion(to, notes, _writer(target, lora, to, companions, v_prediction, overwrite))
 
@@ -340,8 +340,8 @@ def _writer(
         if companions.entries or trigger:
             check_companions(target, str(companions.entries.get("activation text") or trigger), overwrite=overwrite)
         return lambda: _write_kohya(target, tensors, lora, companions, v_prediction)
-    tensors = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
-    return lambda: _write_file(target, tensors, lora.metadata)
+    written = (old_diffusers_tensors if to == "diffusers-old" else diffusers_tensors)(lora)
+    return lambda: _write_file(target, written, lora.metadata)
 
 
 def _write_kohya(

@@ -110,8 +110,7 @@ class LoraLayer:
         """Return the layer with its numbers, computed anew if they are not there."""
         if self.compute is None:
             return self
-        lora_A, lora_B, *magnitude = self.compute()
-        return LoraLayer(lora_A, lora_B, self.alpha, *magnitude)
+        return _of_tensors(self.compute(), self.alpha)
 
     def later(self, change: "Callable[[LoraLayer], LoraLayer]") -> "LoraLayer":
         """Return what ``change`` makes of the layer, computed when it is loaded.
@@ -119,8 +118,7 @@ class LoraLayer:
         Args:
             change: takes a layer on the meta device too, and gives it the shapes and dtypes that it will have.
         """
-        outline = change(LoraLayer(*(tensor.to("meta") for tensor in self.tensors()[:2]), self.alpha,
-                                   *(tensor.to("meta") for tensor in self.tensors()[2:])))  # fmt: skip
+        outline = change(_of_tensors([tensor.to("meta") for tensor in self.tensors()], self.alpha))
         return replace(outline, compute=lambda: change(self.loaded()).tensors())
 
     def with_alpha(self, alpha: float) -> "LoraLayer":
@@ -157,9 +155,15 @@ class LoraLayer:
         return math.prod(self.lora_A.shape[2:]) > 1
 
 
+def _of_tensors(tensors: Sequence[Tensor], alpha: float) -> LoraLayer:
+    """The layer whose `LoraLayer.tensors` they are."""
+    lora_A, lora_B, *magnitude = tensors
+    return LoraLayer(lora_A, lora_B, alpha, magnitude[0] if magnitude else None)
+
+
 def _in_dtypes(layer: LoraLayer, dtypes: Sequence[torch.dtype]) -> LoraLayer:
-    lora_A, lora_B, *magnitude = (tensor.to(dtype) for tensor, dtype in zip(layer.tensors(), dtypes, strict=True))
-    return LoraLayer(lora_A, lora_B, layer.alpha, *magnitude)
+    tensors = [tensor.to(dtype) for tensor, dtype in zip(layer.tensors(), dtypes, strict=True)]
+    return _of_tensors(tensors, layer.alpha)
 
 
 class Loader:

@@ -34,7 +34,8 @@ def has_layer(layer: str, family: str) -> bool:
 @lru_cache
 def _blocks(family: str, component: str) -> frozenset[str]:
     """All starts of the paths of a component's attention projections."""
-    words = [path.split(".") for path in FAMILIES[family].component(component).shapes]
+    found = FAMILIES[family].component(component)
+    words = [path.split(".") for path in found.shapes] if found else []
     return frozenset(".".join(path[:end]) for path in words for end in range(len(path)))
 
 

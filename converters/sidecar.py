@@ -141,7 +141,12 @@ def _changed_by_the_user(
     kept = {key: earlier[key] for key in ours if key in earlier and earlier[key] != written.get(key, earlier[key])}
     text, trigger = earlier.get("activation text"), ours["activation text"]
     kept.pop("activation text", None)
-    if isinstance(text, str) and trigger and (trigger in text or written.get("activation text") == trigger):
+    if (
+        isinstance(text, str)
+        and isinstance(trigger, str)
+        and trigger
+        and (trigger in text or written.get("activation text") == trigger)
+    ):
         kept["activation text"] = text
     return kept
 
@@ -154,7 +159,7 @@ def _entries_of(lora_path: Path) -> dict[str, object]:
         return {}
     stated = metadata.get("ss_base_model_version")
     families = (
-        family for family in FAMILIES.values() if stated in (version.base_version for version in family.versions)
+        family for family in FAMILIES.values() if stated in [version.base_version for version in family.versions]
     )
     family = next(families, None)
     return {

@@ -72,6 +72,9 @@ def _make_hook(index: int, layer: nn.Linear, bindings: Bindings) -> Callable:
     return hook
 
 
+_CHECKPOINT = "_gradient_checkpointing_func"  # of diffusers' and transformers' modules: their checkpointing function
+
+
 class CheckpointRouter:
     """Routes the models' checkpointing functions through ``Bindings`` while factors are bound."""
 
@@ -88,16 +91,16 @@ class CheckpointRouter:
         """Replace the checkpointing function of every module that has checkpointing switched on."""
         routed = []
         for owner in self.owners:
-            original = getattr(owner, "_gradient_checkpointing_func", None)
+            original = getattr(owner, _CHECKPOINT, None)
             if owner.gradient_checkpointing and original is not None and not self._is_ours(original):
-                owner._gradient_checkpointing_func = functools.partial(self._checkpoint, original, owner)
+                setattr(owner, _CHECKPOINT, functools.partial(self._checkpoint, original, owner))
                 routed.append((owner, original))
         try:
             yield
         finally:
             for owner, original in routed:
-                if self._is_ours(owner._gradient_checkpointing_func):
-                    owner._gradient_checkpointing_func = original
+                if self._is_ours(getattr(owner, _CHECKPOINT)):
+                    setattr(owner, _CHECKPOINT, original)
 
     def _is_ours(self, function: Callable) -> bool:
         return isinstance(function, functools.partial) and getattr(function.func, "__self__", None) is self

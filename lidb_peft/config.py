@@ -52,10 +52,12 @@ class LiDBConfig(PeftConfig):
     lidb_dropout: float = field(default=0.0, metadata={"help": "Dropout of the input of the update."})
     seed: int = field(default=0, metadata={"help": "Chooses the bases and the starting vector."})
     basis: str = field(default="orthogonal", metadata={"help": "Kind of basis."})
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression; None: the attention projections."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "True: the identity. False: random, for tests."})
     save_projection: bool = field(default=False, metadata={"help": "Store the bases in the checkpoint."})
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'lidb_only'."})
@@ -80,9 +82,9 @@ class LiDBConfig(PeftConfig):
                 f"rank is {max(ranks.values())} but the bases have {self.down_dim} and {self.up_dim} vectors; "
                 f"choose r <= {min(self.down_dim, self.up_dim)}"
             )
-        for name, value in ({"scale": self.scale} | self.scale_pattern).items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}; choose a finite number")
+        for name, factor in ({"scale": self.scale} | self.scale_pattern).items():
+            if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+                raise ValueError(f"{name} is {factor!r}; choose a finite number")
         if not isinstance(self.lidb_dropout, (int, float)) or not 0 <= self.lidb_dropout < 1:
             raise ValueError(f"lidb_dropout is {self.lidb_dropout!r}; choose a number from 0 to below 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -104,7 +106,8 @@ class LiDBConfig(PeftConfig):
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Return the rank and the scale of the layer called ``name``."""
         rank_key, scale_key = (find_pattern(pattern, name) for pattern in (self.rank_pattern, self.scale_pattern))
-        return self.rank_pattern.get(rank_key, self.r), self.scale_pattern.get(scale_key, self.scale)
+        rank = self.r if rank_key is None else self.rank_pattern[rank_key]
+        return rank, self.scale if scale_key is None else self.scale_pattern[scale_key]
 
     def basis_keys(self, in_features: int, out_features: int) -> tuple[BasisKey, BasisKey]:
         """Return the keys of the down and the up basis of a layer of that shape."""

@@ -26,7 +26,7 @@ from .safe_read import TensorInfo
 try:
     import fcntl
 except ImportError:  # Windows, which does not remove a file that somebody has open
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module is never None to mypy
 
 # dtype -> its name in a safetensors file, in the order in which the library sorts tensors: the last first.
 _DTYPE_NAMES = {
@@ -219,7 +219,8 @@ def _make_locked(target: Path, make: Callable[[Path], Path]) -> tuple[Path, int 
             continue
         if temporary.exists():
             return temporary, lock
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(path: Path) -> int | None:
@@ -347,7 +348,7 @@ def safetensors_chunks(tensors: Tensors, metadata: Mapping[str, str]) -> Iterato
         tensor = tensors[name]
         loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor
         assert (loaded.dtype, tuple(loaded.shape)) == (tensor.dtype, tuple(tensor.shape)), name
-        yield memoryview(loaded.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield loaded.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -376,12 +377,12 @@ def write_safetensors(
         if hashes is None:
             file.writelines(safetensors_chunks(tensors, metadata))
             return
-        chunks = safetensors_chunks(tensors, metadata | hashes.entries())
+        chunks = safetensors_chunks(tensors, {**metadata, **hashes.entries()})
         num_bytes = file.write(next(chunks))
         for chunk in chunks:
             hashes.update(chunk)
             file.write(chunk)
-        header = header_bytes(tensor_infos(tensors), metadata | hashes.entries())
+        header = header_bytes(tensor_infos(tensors), {**metadata, **hashes.entries()})
         assert len(header) == num_bytes, "hashes of another length"
         file.seek(0)
         file.write(header)

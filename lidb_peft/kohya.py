@@ -268,8 +268,8 @@ class LiDBNetwork(nn.Module):
     ) -> dict[str, float]:
         denoiser = self.family.denoiser.name
         encoders = [component for component in self.space.models if component != denoiser]
-        rates = text_encoder_lr if isinstance(text_encoder_lr, list) else [text_encoder_lr]
-        rates = rates or [None]
+        given_rates = text_encoder_lr if isinstance(text_encoder_lr, list) else [text_encoder_lr]
+        rates: list[float | None] = [*given_rates] or [None]
         if len(rates) == 1:
             rates = rates * len(encoders)
         if len(rates) != len(encoders):
@@ -396,11 +396,17 @@ def _read_theta(file: str | os.PathLike, space: LiDBSpace) -> Tensor:
     return theta
 
 
+def _kohya_blocks(family: Family) -> tuple[int, int]:
+    """The family's, which every family that sd-scripts trains here has."""
+    assert family.kohya_blocks is not None, family.name
+    return family.kohya_blocks
+
+
 def _block_of(layer: str, family: Family) -> tuple[str, int]:
     """Return the side ("down", "mid", "up") of the UNet that a layer is on, and the place of its block there."""
     block = re.match(r"[^.]+\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", layer)
     if block is None:
-        return "mid", family.kohya_blocks[1] // 2
+        return "mid", _kohya_blocks(family)[1] // 2
     position = 3 * int(block[2]) + int(block[3])
     return block[1], position + (block[1] == "down")  # the first block going down is conv_in
 
@@ -418,7 +424,7 @@ def _block_weights(
         return {}
     weights = {}
     for side, text in given.items():
-        count = family.kohya_blocks[side == "mid"]
+        count = _kohya_blocks(family)[side == "mid"]
         weights[side] = [1.0] * count
         if text:
             values = _weights_of(f"{side}_lr_weight", text, count)

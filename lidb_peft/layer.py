@@ -23,6 +23,14 @@ def is_linear(layer: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """``(in_features, out_features)`` of a layer for which `is_linear`."""
+    in_features, out_features = _get_in_out_features(layer)
+    assert in_features is not None, layer
+    assert out_features is not None, layer
+    return in_features, out_features
+
+
 class AdapterWeights(nn.ParameterDict):
     """Weights by adapter; called for one, so that whoever moves a module's weights in for its call moves these too.
 
@@ -62,7 +70,7 @@ class LiDBLayer(BaseTunerLayer):
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         self.fan_in_fan_out = isinstance(base, Conv1D)  # its weight is (in, out)
-        self.in_features, self.out_features = _get_in_out_features(base)
+        self.in_features, self.out_features = _widths(base)
 
     def update_layer(self, adapter_name: str, config: LiDBConfig, layer_name: str) -> None:
         """Add an adapter, at the shared starting vector unless ``config.init_weights`` is False."""
@@ -214,12 +222,14 @@ class LiDBLinear(nn.Module, LiDBLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight, ours = self.get_base_weight(), self._unmerged_weight
+        weight, unmerged = self.get_base_weight(), self._unmerged_weight
+        assert unmerged is not None, "merged without the weight before"
+        ours = unmerged
         for lora_A, lora_B in self._merged_factors:
             ours = self._add_update(ours, lora_A, lora_B)
         is_ours = torch.allclose(weight, ours.to(weight), rtol=0, atol=0, equal_nan=True)
         if is_ours or self.quantization_backend is not None:
-            weight = self._unmerged_weight.to(weight)
+            weight = unmerged.to(weight)
         else:
             for lora_A, lora_B in self._merged_factors:
                 weight = self._add_update(weight, lora_A, -lora_B)

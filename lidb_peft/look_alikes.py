@@ -61,9 +61,9 @@ def name_look_alike(start: bytes, size: int) -> str:
     text = _as_text(start)
     if text is None:
         return ""
-    for begin, what, remedy in _TEXTS:
-        if text.lower().startswith(begin):
-            return f"is {what}, not a safetensors file{_quoted(text) if begin in '{[' else ''}; {remedy}"
+    for opening, what, remedy in _TEXTS:
+        if text.lower().startswith(opening):
+            return f"is {what}, not a safetensors file{_quoted(text) if opening in '{[' else ''}; {remedy}"
     return f"is a text, not a safetensors file{_quoted(text)}; download the file itself again"
 
 

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -40,16 +41,18 @@ class LiDBModel(BaseTuner):
 
     prefix = "lidb_"
     tuner_layer_cls = LiDBLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    # PEFT's own tuners have this too, which is wider than what their base class says.
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    def _prepare_adapter_config(self, peft_config: LiDBConfig, model_config: dict) -> LiDBConfig:
+    # PEFT calls a tuner with configs of its own kind, which its base class cannot say: hence what is ignored below.
+    def _prepare_adapter_config(self, peft_config: LiDBConfig, model_config: dict) -> PeftConfig:  # type: ignore[override]
         if model_config.get("model_type") in self.target_module_mapping:
             return super()._prepare_adapter_config(peft_config, model_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
         return peft_config
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: LiDBConfig,
         adapter_name: str,
@@ -105,11 +108,13 @@ class LiDBModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, LiDBLayer) and not parts.keys().isdisjoint(module.lidb_down)
         }
-        wholes = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        wholes = [(whole, [name for name in parts if name in whole.modules_to_save]) for whole in wholes]
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        wholes = [(whole, [name for name in parts if name in whole.modules_to_save]) for whole in wrappers]
         if any(len(names) > 1 for _, names in wholes):
             raise ValueError(f"{list(adapters)} train the same whole module, which has no sum; add one of them at most")
-        self.peft_config[adapter_name] = _config_of_sum([self.peft_config[name] for name in parts], layers, parts)
+        self.peft_config[adapter_name] = _config_of_sum(
+            [cast(LiDBConfig, self.peft_config[name]) for name in parts], layers, parts
+        )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
             layer.set_to_sum(adapter_name, parts)
@@ -156,7 +161,7 @@ class LiDBModel(BaseTuner):
                 handle.remove()
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: LiDBConfig,
@@ -173,7 +178,7 @@ class LiDBModel(BaseTuner):
         return selected
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: LiDBConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Give the file's keys the model's names, whichever of the two namings of CLIP's modules each has.

@@ -12,8 +12,9 @@ from functools import lru_cache
 from .safe_read import printable
 
 try:
-    from re import _constants as _codes
-    from re import _parser
+    # typeshed leaves private names out.
+    from re import _constants as _codes  # type: ignore[attr-defined]
+    from re import _parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
     import sre_constants as _codes
     import sre_parse as _parser
@@ -40,18 +41,19 @@ def check_patterns(patterns: Iterable[object] | str | None, source: str) -> None
     """
     if not isinstance(patterns, Iterable | None):
         raise ValueError(f"{source} is {patterns!r}, which names no layers; it is damaged")
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    if len(patterns) > _MAX_NAMES:
-        raise ValueError(f"{source} names layers by {len(patterns)} patterns, more than the {_MAX_NAMES} that are read")
-    tries = 0
-    for pattern in patterns:
+    given = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    if len(given) > _MAX_NAMES:
+        raise ValueError(f"{source} names layers by {len(given)} patterns, more than the {_MAX_NAMES} that are read")
+    tries, longest = 0, ""
+    for pattern in given:
         if not isinstance(pattern, str) or len(pattern) > _MAX_CHARS:
             raise ValueError(f"{source} names layers by {printable(repr(pattern))}, which is no name; it is damaged")
         if not _LITERAL.fullmatch(pattern):
             tries += _tries(pattern, source)
+        longest = max(longest, pattern, key=len)
     if tries > _MAX_TRIES:
         raise ValueError(f"{source} names layers by regular expressions that can take too long to try, such as "
-                         f"{printable(repr(max(patterns, key=len)))}; name the layers themselves")  # fmt: skip
+                         f"{printable(repr(longest))}; name the layers themselves")  # fmt: skip
 
 
 def find_pattern(patterns: Mapping[str, object], name: str, source: str = "") -> str | None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -68,7 +68,7 @@ def load_adapter(
     if not names:  # the base was on the meta device; another list of layers is refused below
         families = families_of_pipeline(type(pipeline).__name__)
         others = {part.name for part in families[0].components if not part.is_adapted} if families else set()
-        names = [name for name in COMPONENTS if getattr(pipeline, name, None) is not None and name not in others]
+        names = tuple(name for name in COMPONENTS if getattr(pipeline, name, None) is not None and name not in others)
     models = _components(pipeline, names, path)
     space = LiDBSpace(models, file.config)
     check_record(file.record, space, str(path))
@@ -135,7 +135,7 @@ def _parse_config(text: str, folder: Path) -> LiDBConfig:
     return config
 
 
-def _components(pipeline: "DiffusionPipeline", names: Iterable[str], path: Path) -> dict[str, nn.Module]:
+def _components(pipeline: "DiffusionPipeline", names: Iterable[str], path: Path) -> dict[str, Any]:
     models = {name: getattr(pipeline, name, None) for name in names}
     missing = [name for name, model in models.items() if not isinstance(model, nn.Module)]
     if missing:
@@ -147,9 +147,7 @@ def _components(pipeline: "DiffusionPipeline", names: Iterable[str], path: Path)
 
 
 @contextmanager
-def _added(
-    models: dict[str, nn.Module], configs: dict[str, LiDBConfig], adapter_name: str, weight: float
-) -> Iterator[None]:
+def _added(models: dict[str, Any], configs: dict[str, LiDBConfig], adapter_name: str, weight: float) -> Iterator[None]:
     """Give each model a fresh adapter, which the block fills; activate it then, or remove it if the block fails."""
     active = {name: _check_ready(name, model, adapter_name) for name, model in models.items()}
     with ExitStack() as undo:
@@ -166,7 +164,7 @@ def _added(
                 module.set_scale(adapter_name, weight)
 
 
-def _remove(model: nn.Module, adapter_name: str, active: list[str]) -> None:
+def _remove(model: Any, adapter_name: str, active: list[str]) -> None:
     """Take an adapter off, if it is there, and make those active that were."""
     from diffusers.utils import delete_adapter_layers
 

@@ -54,8 +54,8 @@ def project_lora(
             lora_A, lora_B = (factor.detach().to("cpu", torch.float64) for factor in factors[name])
             _check_factors(name, shape, lora_A, lora_B)
             keys = config.basis_keys(*shape)
-            aux = [find_basis(key, torch.device("cpu"), bases).double() for key in keys]
-            down, up, residuals[index] = _project(lora_A, lora_B / config.scale, *aux, config.r)
+            aux_down, aux_up = (find_basis(key, torch.device("cpu"), bases).double() for key in keys)
+            down, up, residuals[index] = _project(lora_A, lora_B / config.scale, aux_down, aux_up, config.r)
             row_down, row_up = split_theta(theta[index], config)
             start = row_down[: len(down), : keys[0].dim]
             signs = torch.where((down * start).sum(dim=1) < 0, -1.0, 1.0)

@@ -8,6 +8,7 @@ is a warning.
 import json
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def record_config(record: Mapping[str, str], source: str) -> LiDBConfig:
     missing = missing_fields(record)
     if missing:
         raise ValueError(f"{source} does not say what its theta belongs to: it lacks {missing}; it is damaged")
-    values = {name: read_number(record, name, kind, source) for name, kind in _SETTINGS.items()}
+    values: dict[str, Any] = {name: read_number(record, name, kind, source) for name, kind in _SETTINGS.items()}
     try:
         targets = json.loads(record.get("targets", "{}"))
         for name in _TARGETS:

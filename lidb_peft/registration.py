@@ -4,6 +4,8 @@ PEFT has no hook for methods from outside: ``register_peft_method`` demands a me
 keyed by strings, so a member of our ``str`` enum works, through pickling, JSON and ``from_pretrained``.
 """
 
+from typing import Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import LiDBConfig, LiDBPeftType
@@ -16,9 +18,10 @@ def register() -> None:
     Raises:
         RuntimeError: another method already has the name.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(LiDBPeftType.LIDB, LiDBConfig)
+    name: Any = LiDBPeftType.LIDB  # PEFT says that its keys are members of its own enum
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(name, LiDBConfig)
     if known.__name__ != LiDBConfig.__name__:
         raise RuntimeError(f"PEFT already has a method called LIDB ({known.__name__}); remove the other package")
-    PEFT_TYPE_TO_PREFIX_MAPPING[LiDBPeftType.LIDB] = LiDBModel.prefix
-    PEFT_TYPE_TO_CONFIG_MAPPING[LiDBPeftType.LIDB] = LiDBConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[LiDBPeftType.LIDB] = LiDBModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = LiDBModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = LiDBConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = LiDBModel

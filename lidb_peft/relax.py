@@ -8,7 +8,7 @@ For the same reason both parts leave as one LoRA by concatenation, never by an S
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .families import DENOISERS
@@ -56,7 +56,7 @@ def relax(
         model.float()
         with torch.no_grad():
             for name, (lora_A, lora_B) in own.items():
-                weight = model.get_submodule(name).weight
+                weight = _weight(model.get_submodule(name))
                 weight.addmm_(lora_B.to(weight), lora_A.to(weight))
     relaxed = get_peft_model(model, _lora_config(rank, own), adapter_name=RELAXED_ADAPTER)
     if generator is not None:
@@ -97,9 +97,15 @@ def _lora_config(rank: int, own: LoraFactors, inference_mode: bool = False) -> L
 def _draw_lora_a(model: PeftModel, generator: torch.Generator) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            weight = module.lora_A[RELAXED_ADAPTER].weight
+            weight = _weight(module.lora_A[RELAXED_ADAPTER])
             drawn = torch.rand(weight.shape, generator=generator, device=generator.device)
             weight.copy_((2 * drawn - 1) * weight.shape[1] ** -0.5)  # PEFT's Kaiming-uniform with a = sqrt(5)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor), type(weight)
+    return weight
 
 
 def _add_frozen_theta(model: PeftModel, own: LoraFactors) -> None:
@@ -107,12 +113,15 @@ def _add_frozen_theta(model: PeftModel, own: LoraFactors) -> None:
     model.add_adapter(THETA_ADAPTER, _lora_config(rank, own, inference_mode=True))
     with torch.no_grad():
         for path, (lora_A, lora_B) in own.items():
-            layer = model.base_model.model.get_submodule(path)
-            layer.lora_A[THETA_ADAPTER].weight.copy_(lora_A)
-            layer.lora_B[THETA_ADAPTER].weight.copy_(lora_B)
+            layer = model.get_base_model().get_submodule(path)
+            assert isinstance(layer, LoraLayer), path
+            _weight(layer.lora_A[THETA_ADAPTER]).copy_(lora_A)
+            _weight(layer.lora_B[THETA_ADAPTER]).copy_(lora_B)
             # PEFT makes every active adapter trainable whenever it switches adapters, except what is listed here.
             layer.frozen_peft_weight_names = {THETA_ADAPTER: ("lora_A", "lora_B")}
-    model.base_model.set_adapter([RELAXED_ADAPTER, THETA_ADAPTER])
+    tuner = model.base_model
+    assert isinstance(tuner, BaseTuner)
+    tuner.set_adapter([RELAXED_ADAPTER, THETA_ADAPTER])
 
 
 def peft_factors(model: nn.Module, component: str, adapter_name: str = "default") -> LoraFactors:
@@ -124,11 +133,12 @@ def peft_factors(model: nn.Module, component: str, adapter_name: str = "default"
     factors: LoraFactors = {}
     for name, module in model.named_modules():
         if isinstance(module, LiDBLayer) and adapter_name in module.lidb_keys:
-            factors[layer_name(component, name)] = tuple(t.detach() for t in module.get_lora_factors(adapter_name))
+            lora_A, lora_B = module.get_lora_factors(adapter_name)
+            factors[layer_name(component, name)] = (lora_A.detach(), lora_B.detach())
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             if not isinstance(module.get_base_layer(), nn.Linear) or module.use_dora.get(adapter_name):
                 raise ValueError(f"adapter {adapter_name!r} on {name} is no plain low-rank update of a linear layer")
-            lora_A, lora_B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+            lora_A, lora_B = _weight(module.lora_A[adapter_name]), _weight(module.lora_B[adapter_name])
             scaled = lora_B.detach().float() * module.scaling[adapter_name]
             factors[layer_name(component, name)] = (lora_A.detach().float(), scaled)
     if not factors:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -199,9 +200,10 @@ def _parse_tensor(path: Path, name: str, entry: object) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
-def _are_counts(values: object) -> bool:
-    is_short = isinstance(values, list) and len(values) <= _MAX_DIMS
-    return is_short and all(type(value) is int and 0 <= value < _MAX_COUNT for value in values)
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    if not isinstance(values, list) or len(values) > _MAX_DIMS:
+        return False
+    return all(type(value) is int and 0 <= value < _MAX_COUNT for value in values)
 
 
 def printable(text: str, max_chars: int = _MAX_SHOWN_CHARS) -> str:

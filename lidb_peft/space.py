@@ -36,7 +36,7 @@ class LiDBSpace:
         theta_0: float32 ``(L, row_size)``, the shared starting vector; the identity.
     """
 
-    def __init__(self, models: dict[str, nn.Module], config: LiDBConfig) -> None:
+    def __init__(self, models: Mapping[str, nn.Module], config: LiDBConfig) -> None:
         """Find the layers of ``models``: component, as the families name it, -> model.
 
         Raises:
@@ -49,7 +49,7 @@ class LiDBSpace:
             )
         if not models:
             raise ValueError("LiDBSpace needs at least one model; pass {component: model}, as the pipeline calls them")
-        self.models = dict(models)
+        self.models: dict[str, nn.Module] = dict(models)
         self.config = config
         layers: dict[str, nn.Linear] = {}
         for component, model in models.items():
@@ -161,7 +161,7 @@ class LiDBSpace:
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return each component's floating dtype; float32 where the weights are quantised."""
-        dtypes = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name, layer in zip(self.layer_names, self.layers, strict=True):
             dtype = layer.weight.dtype
             dtypes.setdefault(name.partition(".")[0], dtype if dtype.is_floating_point else torch.float32)
@@ -208,7 +208,7 @@ class LiDBSpace:
             raise ValueError(
                 f"no LiDB adapter called {adapter_name!r} on {missing}; add it to every layer of the space"
             )
-        adapters = [wrappers[layer] for layer in self.layers]
+        adapters: list[LiDBLayer] = [wrappers[layer] for layer in self.layers]
         for index, adapter in enumerate(adapters):
             found = adapter.lidb_r[adapter_name], adapter.lidb_scale[adapter_name], adapter.lidb_keys[adapter_name]
             expected = self.config.r, self.config.scale, self.basis_keys(index)

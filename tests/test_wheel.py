@@ -70,6 +70,11 @@ def test_it_holds_clip_s_merges_and_their_licence(wheel):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("package", ["lidb_peft", "converters", "hypernet"])
+def test_its_annotations_count_for_those_who_install_it(wheel, package):
+    assert f"{package}/py.typed" in wheel.namelist()
+
+
 def test_it_installs_the_command_and_the_licence(wheel):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info" in name}
     assert "hdb = cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()

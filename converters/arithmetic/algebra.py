@@ -175,7 +175,7 @@ def _merge_layer(
         return layer_to_dtype(name, first, dtype), 0.0
     lora_A, lora_B = _concatenate(name, parts)
     error = 0.0
-    if is_measured or len(lora_A) > highest:
+    if rule is not None and (is_measured or len(lora_A) > highest):
         left, singular, right = factor_svd(lora_A, lora_B)
         rank = rule.choose(singular, first.is_convolution)
         if is_first_alone and rank >= first.rank:

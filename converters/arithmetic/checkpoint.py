@@ -98,7 +98,9 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
     for file in _model_files(model):
         for tensor in read_header(file).tensors:
             place = (_place_in_folder if model.is_dir() and file.parent != model else _place_in_file)(file, tensor)
-            for part, layer in enumerate(place.layers if place else ()):
+            if place is None:
+                continue
+            for part, layer in enumerate(place.layers):
                 if layer in weights:
                     raise ValueError(f"{model} holds {layer} twice, in {weights[layer].file.name} and {file.name};"
                                      " remove one")  # fmt: skip
@@ -289,7 +291,7 @@ def rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor])
     with atomic_path(target) as temporary, open(temporary, "wb") as out, safe_open(source, "pt") as stored:
         out.write(header_bytes(tensors, metadata))
         for name in tensors:
-            out.write(change(name, stored.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8).numpy())
+            out.write(change(name, stored.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _model_files(model: Path) -> Sequence[Path]:
@@ -340,10 +342,12 @@ def _updated(name: str, weight: Tensor, layer: LoraLayer | FullUpdate | SumOfUpd
         raise ValueError(f"the update of {name} maps {lora_A.shape[1]} to {len(lora_B)}, but its weight has shape"
                          f" {tuple(weight.shape)}; take a base of the LoRA's family")  # fmt: skip
     updated = torch.addmm(weight.float().flatten(1), lora_B, lora_A)
-    if layer.has_input_magnitude:  # LyCORIS's, of the columns
+    if layer.magnitude is None:
+        pass
+    elif layer.has_input_magnitude:  # LyCORIS's, of the columns
         columns = updated.view(len(updated), layer.lora_A.shape[1], -1)
         columns *= (layer.magnitude.float().flatten() / columns.norm(dim=(0, 2)))[None, :, None]
-    elif layer.magnitude is not None:  # DoRA, arXiv:2402.09353, equation 5
+    else:  # DoRA, arXiv:2402.09353, equation 5
         updated *= (layer.magnitude.float() / updated.norm(dim=1))[:, None]
     return _finite(name, updated.view(weight.shape), weight.dtype)
 

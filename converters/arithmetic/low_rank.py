@@ -8,8 +8,8 @@ from torch import Tensor
 
 from converters.arithmetic.algebra import to_layer
 from converters.arithmetic.checkpoint import leading_columns
-from converters.full_update import FullUpdate
-from converters.lora import Lora, held
+from converters.full_update import FullUpdate, SumOfUpdates
+from converters.lora import Lora, LoraLayer, held
 from converters.shapes import kernel_side
 from lidb_peft.safe_read import count, examples
 
@@ -65,10 +65,16 @@ def _in_shape(layer: str, delta: Tensor) -> tuple[int, ...]:
     return tuple(delta.shape[1:])
 
 
-def _dtype(update: FullUpdate) -> torch.dtype:
+def _tensors(update: LoraLayer | FullUpdate | SumOfUpdates) -> list[Tensor]:
+    if isinstance(update, SumOfUpdates):
+        return [tensor for term, _ in update.terms for tensor in _tensors(term)]
+    return list(update.parts.values() if isinstance(update, FullUpdate) else update.tensors())
+
+
+def _dtype(update: FullUpdate | SumOfUpdates) -> torch.dtype:
     """The widest dtype of an update's tensors, float8 being held as float16."""
     widest = torch.float16
-    for index, tensor in enumerate(update.parts.values()):
+    for index, tensor in enumerate(_tensors(update)):
         dtype = held(tensor).dtype
         widest = torch.promote_types(widest, dtype) if index else dtype
     return widest

@@ -96,14 +96,13 @@ def project(
     for name, factors in updates:
         if name in rows:
             shapes = {name: space.shapes[rows[name]]}
-            theta[rows[name]], errors[name] = (
-                found[0] for found in project_lora(shapes, space.config, {name: factors}, bases)
-            )
+            row, error = project_lora(shapes, space.config, {name: factors}, bases)
+            theta[rows[name]], errors[name] = row[0], float(error[0])
         else:
             left_out.append(name)
     if not errors:
         raise ValueError(f"none of {len(left_out)} updates is on a layer that LiDB adapts; nothing can be projected")
-    return Projected(theta, {name: float(error) for name, error in errors.items()}, tuple(left_out))
+    return Projected(theta, errors, tuple(left_out))
 
 
 def lora_updates(lora: Lora) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:

@@ -7,7 +7,7 @@ of kohya's ``svd_merge_lora.py``.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from converters.key_maps import block_name
@@ -51,7 +51,8 @@ class LoraWeight:
         Raises:
             ValueError: a piece that is none of these.
         """
-        whole, block_list, named = 1.0, (), {}
+        whole, named = 1.0, {}
+        block_list: tuple[float, ...] = ()
         for position, piece in enumerate(text.split(":")):
             name, sign, value = piece.partition("=")
             if not sign and position == 0:
@@ -159,7 +160,7 @@ def _block(name: str) -> str:
     return _MIDDLE[1] if name == _MIDDLE[0] else name
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
+def _shortened(names: Iterable[str]) -> list[str]:
     """Blocks by number as a range: ``IN00 to IN11``."""
     runs: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: (name.rstrip("0123456789"), name)):

@@ -151,7 +151,7 @@ def _kohya_layer(lora: Lora, place: Place) -> LoraLayer:
 
 def _balanced_layer(name: str, lora_A: Tensor, lora_B: Tensor) -> LoraLayer:
     try:
-        layer = LoraLayer(*(factor.detach().to("cpu", torch.float32) for factor in (lora_A, lora_B)), alpha=1.0)
+        layer = LoraLayer(lora_A.detach().to("cpu", torch.float32), lora_B.detach().to("cpu", torch.float32), alpha=1.0)
     except ValueError as error:
         raise ValueError(f"layer {name} has {error}") from error
     return LoraLayer(*balance(layer.lora_A, layer.lora_B), alpha=float(layer.rank))

@@ -105,7 +105,7 @@ def read_layout(names: list[str]) -> Layout:
         endings = _BY_LAST_WORD.get(plain.rpartition(".")[2], ())
         ending = next((ending for ending in endings if plain.endswith(ending)), None)
         module = plain.removesuffix(ending) if ending else ""
-        if not module:
+        if ending is None or not module:
             layout.unknown.append(name)
             continue
         if adapter and adapter not in layout.adapters:

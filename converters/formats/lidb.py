@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -34,6 +35,7 @@ from lidb_peft.theta import ThetaFile, load_theta, save_theta
 Shapes = dict[str, tuple[int, int]]
 # What PEFT raises on a config of other types, and torch on tensors of other shapes, than they should have.
 _MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+_BASE_NAME = "name_or_path"  # the attribute of a model that PEFT writes down as its base
 _WHICH_BASE = "name the base model that it was made for"
 
 
@@ -75,7 +77,7 @@ class LiDBWeights:
         Raises:
             ValueError: the models have different settings, or bases of their own, which a theta file cannot hold.
         """
-        config = _one_config([model.peft_config["default"] for model in self.models.values()])
+        config = _one_config([cast(LiDBConfig, model.peft_config["default"]) for model in self.models.values()])
         space = LiDBSpace(self.models, config)
         adapted = sum(isinstance(module, LiDBLayer) for model in self.models.values() for module in model.modules())
         if space.num_layers != adapted:
@@ -113,10 +115,10 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
     models = models and recorded_models(models, file.base_fingerprint, str(path))
     family, shapes = ("", _shapes_of(models, file.config)) if models else _shapes_by_hash(path, file)
     check_record(file.record, LiDBSpace(models or skeleton_models(shapes, "meta"), file.config), str(path))
-    adapters = {}
+    adapters: dict[str, PeftModel] = {}
     for component, skeleton in skeleton_models(shapes, "cpu").items():
-        skeleton.name_or_path = file.base_model_name or None
-        adapters[component] = get_peft_model(skeleton, file.config)
+        setattr(skeleton, _BASE_NAME, file.base_model_name or None)
+        adapters[component] = cast(PeftModel, get_peft_model(skeleton, file.config))
     LiDBSpace(adapters, file.config).load_into_adapters(file.theta)
     return LiDBWeights(adapters, family, file.base_model_name, file.base_fingerprint)
 
@@ -229,8 +231,9 @@ def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
     if differing:
         raise ValueError(f"the adapters differ in {', '.join(differing)}; one theta file cannot hold them")
     targets = [config.target_modules for config in configs]
-    if all(isinstance(target, set) for target in targets):
-        union = set().union(*targets)
+    sets = [target for target in targets if isinstance(target, set)]
+    if len(sets) == len(targets):
+        union: set[str] = set().union(*sets)
         # What every adapter names that was made without naming any.
         is_default = any(union == family.targets for family in FAMILIES.values())
         return dataclasses.replace(first, target_modules=None if is_default else union)

@@ -53,7 +53,7 @@ def _peft_folder(component: str, layers: dict[str, LoraLayer], base: str | None)
     layers = {_module_path(component, path): layer for path, layer in layers.items()}
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in
                    ((layer.rank for layer in layers.values()), (layer.alpha for layer in layers.values())))  # fmt: skip
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _plain(alpha),

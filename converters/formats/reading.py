@@ -232,8 +232,8 @@ def _pieces(folder: Path, check: bool = True) -> list[Path]:
         ValueError: with ``check``, some are missing.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    found = [_PIECE.fullmatch(file.name) for file in files]
-    if not files or not all(found) or len({(piece["stem"], piece["count"]) for piece in found}) > 1:
+    found = [match for file in files if (match := _PIECE.fullmatch(file.name))]
+    if not files or len(found) < len(files) or len({(piece["stem"], piece["count"]) for piece in found}) > 1:
         return []
     numbers, total = {int(piece["number"]) for piece in found}, int(found[0]["count"])
     missing = [number for number in range(1, total + 1) if number not in numbers] if total < _MAX_PIECES else [total]

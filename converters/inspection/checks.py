@@ -79,8 +79,8 @@ def _kohya_warnings(modules: Sequence[ModuleFacts], base: str) -> Iterator[str]:
             f" {examples(bare)}"
         )
     for component in family.components if family else ():
-        written, *others = component.kohya_prefixes
-        for prefix in others:
+        written, *also_read = component.kohya_prefixes
+        for prefix in also_read:
             odd = [name for name in clip if name.startswith(prefix)]
             if odd:
                 where = f"named {prefix} in a LoRA of {shown_base(base)}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from converters.formats.family import find_base, shown_base, stated_base
 from converters.formats.foreign import name_foreign
@@ -170,7 +171,7 @@ def _hashes_of(files: Sequence[Path], folder: Path) -> dict[str, str]:
     return found
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -98,8 +98,8 @@ def block_statistics(layers: Sequence[LayerStatistics]) -> dict[str, BlockStatis
             blocks.setdefault(layer.block, []).append(layer)
     found = {}
     for block, own in sorted(blocks.items(), key=lambda item: _place_of(item[0])):
-        norm = math.hypot(*(layer.norm for layer in own))
-        num_weights = sum((layer.norm / layer.rms) ** 2 for layer in own)
+        norm = math.hypot(*(layer.norm for layer in own if layer.norm))
+        num_weights = sum((layer.norm / layer.rms) ** 2 for layer in own if layer.norm and layer.rms)
         if math.isfinite(norm) and num_weights:
             ranks = tuple(sorted({layer.rank for layer in own if layer.rank}))
             found[block] = BlockStatistics(len(own), ranks, norm, norm / math.sqrt(num_weights))

@@ -45,7 +45,7 @@ OPENCLIP_NAMES = (
 )
 # How OpenAI's encoder and OpenCLIP's differ otherwise.
 OPENAI = {"activation": "quick_gelu", "pad_token": "<|endoftext|>"}
-OPENCLIP_SETTINGS = {"activation": "gelu", "pad_token": "!"}
+OPENCLIP_SETTINGS: dict[str, Any] = {"activation": "gelu", "pad_token": "!"}
 
 
 def path_prefixes(name: str) -> tuple[str, ...]:

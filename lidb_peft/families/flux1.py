@@ -36,9 +36,9 @@ def _originals() -> tuple[Stacked, ...]:
             Stacked((f"{ours}.{feed_forward}.net.2",), f"{double}.{stream}_mlp.2"),
             Stacked((f"{ours}.{norm}.linear",), f"{double}.{stream}_mod.lin"),
         ]
-    inputs = tuple(f"single_{ours}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    fused = tuple(f"single_{ours}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
     table += [
-        Stacked(inputs, f"{single}.linear1", widths=(1, 1, 1, 4)),
+        Stacked(fused, f"{single}.linear1", widths=(1, 1, 1, 4)),
         Stacked((f"single_{ours}.proj_out",), f"{single}.linear2"),
         Stacked((f"single_{ours}.norm.linear",), f"{single}.modulation.lin"),
         Stacked(("x_embedder",), "img_in"),
