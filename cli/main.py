@@ -99,7 +99,7 @@ class LazyGroup(click.Group):
     def invoke(self, context: click.Context):
         try:
             return super().invoke(context)
-        except BrokenPipeError:  # click ends quietly when the reader of a pipe has gone
+        except (BrokenPipeError, click.exceptions.Exit, click.Abort):  # click's own ends, RuntimeErrors among them
             raise
         except (OSError, ValueError) as error:
             raise click.ClickException(as_sentence(error)) from error
