@@ -48,7 +48,7 @@ def find_bundle(base: str | Path) -> Bundle:
     """What goes with a base that is called like a bundle or lies in its package, else Stable Diffusion's defaults."""
     for name in BUNDLES:
         package = importlib.import_module(name)
-        if str(base) == name or Path(package.__file__).parent in Path(base).parents:
+        if str(base) == name or Path(str(package.__file__)).parent in Path(base).parents:
             return package.bundle()
     return Bundle()
 

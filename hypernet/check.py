@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,8 @@ def _subjects(base: BaseModel, count: int = 2) -> list[Subject]:
 
 def _fit_config(**options) -> FitConfig:
     recipe = PersonalizeConfig().lora_fit
-    return replace(recipe, **{"steps": _STEPS, "gradient_checkpointing": "off", "graph": "off"} | options)
+    settings: dict[str, Any] = {"steps": _STEPS, "gradient_checkpointing": "off", "graph": "off"}
+    return replace(recipe, **settings | options)
 
 
 def _losses(base: BaseModel, lidb_config: LiDBConfig, **options) -> Tensor:
@@ -190,11 +192,12 @@ def _xformers_near_sdpa(base: BaseModel, lidb_config: LiDBConfig) -> str:
     if base.device.type != "cuda":
         raise _Skipped(f"xformers does not work on {base.device}")
     expected = _losses(base, lidb_config)
-    base.denoiser.enable_xformers_memory_efficient_attention()
+    denoiser: Any = base.denoiser  # one of diffusers', whose methods torch's Module does not name
+    denoiser.enable_xformers_memory_efficient_attention()
     try:
         return _compare(_losses(base, lidb_config), expected, _AS_OTHER_KERNELS)
     finally:
-        base.denoiser.disable_xformers_memory_efficient_attention()
+        denoiser.disable_xformers_memory_efficient_attention()
 
 
 def _adamw8bit_near_adamw(base: BaseModel, lidb_config: LiDBConfig) -> str:

@@ -87,7 +87,8 @@ class Checkpoints:
     """
 
     def __init__(self, out: Path, writer: Writer, metadata: KohyaMetadata, record: dict[str, str]) -> None:
-        self.out, self.files = out, []
+        self.out = out
+        self.files: list[Path] = []
         self._writer, self._metadata, self._record = writer, metadata, record
 
     def keep_lora(self, step: int, factors: LoraFactors) -> None:

@@ -197,9 +197,10 @@ class PeopleBench:
         return Pictures(groups[0], groups[1:])
 
     def _generate(self, texts: Sequence[str], seeds: Sequence[int], *weights: Any) -> list[Image.Image]:
-        return generate(
-            self.base, texts, *weights, seed=seeds, num_steps=self.config.num_steps, guidance=self.recipe.guidance
-        )
+        options: dict[str, Any] = {
+            "seed": seeds, "num_steps": self.config.num_steps, "guidance": self.recipe.guidance,
+        }  # fmt: skip
+        return generate(self.base, texts, *weights, **options)
 
 
 @contextmanager
@@ -221,7 +222,8 @@ def personalized(
 def lora_dreambooth(bench: PeopleBench, people: Sequence[str], seed: int) -> Iterator[list[Fitted]]:
     """A LoRA with the plain denoising loss, one timestep a step."""
     settings = bench.baselines
-    fit, failed = FitConfig(settings.lora_steps, settings.lora_lr, seed=seed), {}
+    fit = FitConfig(settings.lora_steps, settings.lora_lr, seed=seed)
+    failed: dict[int, str] = {}
     factors, _ = fit_lora(bench.base, bench.space, bench.subjects(people), fit, settings.lora_rank, failed=failed)
     yield [Fitted(bench.space, each, failed.get(row, "")) for row, each in enumerate(factors)]
 
@@ -347,7 +349,7 @@ def evaluate_loras(
     person = PreparedPerson("person", photos)
     reference = Reference("person", [photos[0].image], [photo.image for photo in photos])
     bench = PeopleBench(base, judge, config, recipe, texts, out, {"person": person}, BaselineConfig(), triggers)
-    rows = {row: partial(from_file, lora=file) for row, file in files.items()}
+    rows: dict[str, Method] = {row: partial(from_file, lora=file) for row, file in files.items()}
     settings = {"references": person.key, "trigger": trigger or ""}
     skipped = [Skipped("a reference photo", reason) for reason in left_out]
     return _compare(bench, rows, [reference], settings, skipped, progress)
@@ -375,6 +377,10 @@ def _compare(
         results = Results(out / RESULTS, (*COLUMNS, "seconds"), settings)
         bench.judge.meet(references)
         report = progress or (lambda stage, done, total: None)
+
+        def scored(row: str, seed: int, line: str) -> None:
+            report(row, seed * len(names) + len(results.lines[row, seed]), config.seeds * len(names))
+
         for row, method in rows.items():
             bench.row = row
             batch = config.batch_size if isinstance(method, partial) and "request" in method.keywords else 1
@@ -382,9 +388,7 @@ def _compare(
                 report(row, seed * len(names), config.seeds * len(names))
                 results.complete(
                     bench, row, method, names, seed, batch,
-                    lambda _, row=row, seed=seed: report(
-                        row, seed * len(names) + len(results.lines[row, seed]), config.seeds * len(names)
-                    ),
+                    partial(scored, row, seed),
                 )  # fmt: skip
         photos = _photo_rows(bench.judge, references)
         for row, lines in photos.items():

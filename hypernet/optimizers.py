@@ -26,7 +26,8 @@ def make_adamw(
     if chosen_optimizer(name) == "adamw":
         if all(parameter.is_cuda for parameter in parameters):
             options |= {"fused": True, "capturable": capturable}
-            lr = torch.tensor(lr, device=parameters[0].device) if capturable else lr
+            rate = torch.tensor(lr, device=parameters[0].device) if capturable else lr
+            return torch.optim.AdamW(parameters, lr=rate, **options)
         return torch.optim.AdamW(parameters, lr=lr, **options)
     try:
         from bitsandbytes.optim import AdamW8bit

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -332,6 +332,7 @@ def make_person(
 
 def _save_fitted(result: Personalization, request: PersonRequest, seconds: dict[str, float]) -> None:
     """Write the LoRA, or of a fit that was stopped the LoRA so far, if it is one and not written yet."""
+    assert request.out is not None, "there is no file to write"
     if result.stopped_at is None:
         if request.save_theta is not None:
             result.save_theta(request.save_theta, overwrite=request.overwrite)
@@ -351,11 +352,12 @@ def _of_request(result: Personalization | ValueError, request: PersonRequest) ->
 
 
 def _checkpoints(opened: "OpenedRequest", person: PreparedPerson, writer: Writer) -> Checkpoints:
-    request, base = opened.request, opened.base
+    request, base = cast(PersonRequest, opened.request), opened.base
+    assert request.out is not None, "there is no file to write"
     record = run_record(
         request.config, base=base_fingerprint(opened.space.models) or base.name, dtype=str(base.dtype),
         photos=person.key, start=opened.start_source, theta=request.theta_source,
-        hypernetwork="" if request.network_config is None else request.network_config.name_or_path,
+        hypernetwork="" if request.network_config is None else request.network_config.name_or_path or "",
     )  # fmt: skip
     metadata = lora_metadata(base, request.config.trigger, num_photos=len(person.photos))
     return Checkpoints(request.out, writer, metadata, record)
@@ -426,7 +428,7 @@ class OpenedRequest:
         network = self.request.network_config
         file = None
         if start == AUTO_START:
-            file = find_start("" if network is None else network.name_or_path, self.base.name)
+            file = find_start("" if network is None else network.name_or_path or "", self.base.name)
         if file is None:
             return None, ""
         try:
@@ -466,10 +468,10 @@ class OpenedRequest:
         with timed(self.seconds, "prepare photos"):
             subjects = make_subjects(base, people, config.trigger, config.class_prompt, self.kept)
         stage, state = (None, None) if resumed is None else (resumed["stage"], resumed["fit"])
-        if stage == FINETUNE:
+        if resumed is not None and stage == FINETUNE:
             theta, losses = resumed["theta"], dict(resumed["losses"])
         elif config.theta_steps:
-            kept = (theta, {}, snapshots, checkpoints)
+            kept: tuple[Any, ...] = (theta, {}, snapshots, checkpoints)
             observe = self._observer(watch, FIT_THETA, lambda values: space.factors(values[0], bases), *kept)
             with timed(self.seconds, FIT_THETA):
                 theta, losses[FIT_THETA] = fit_theta(

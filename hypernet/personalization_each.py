@@ -106,11 +106,16 @@ def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress
     result, config, previews = PersonalizedEach(), request.config, request.previews
     opened = OpenedRequest(request, base, result.seconds)
     batch = request.batch_size or choose_batch(base, opened.space, *_measured(config))
+    assert request.people is not None, "a request for nobody"
     report = _people_done(result, request.people.count(), progress)
     stages = bool(config.theta_steps) + bool(config.steps) + (previews is not None) + 1  # the last is writing
 
     def share(num_people: int) -> StageProgress:
-        return lambda stage, done, total: report(num_people / (stages * total))
+        def of_stage(stage: str, done: int, total: int | None) -> None:
+            assert total, f"{stage} of no length"
+            report(num_people / (stages * total))
+
+        return of_stage
 
     pictures = Pictures(base, opened.space, config, previews)
     if previews is None and bool(config.theta_steps) != bool(config.steps):  # else its memory is wanted meanwhile
@@ -157,7 +162,7 @@ def _named(
     """Yield people with their files; note whose name can be none of a file of their own, and whose photos are known."""
     owners: dict[str, str] = {}
     photos: dict[str, str] = {}
-    for person in request.people:
+    for person in request.people or ():
         name = lora_name(person)
         file = request.out / f"{name}.safetensors"
         key = unicodedata.normalize("NFC", name).casefold()  # what some file systems take for the same name

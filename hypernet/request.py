@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from converters.sidecar import check_companions, is_our_picture
 from hypernet.base_models.loading import Base, base_inputs, base_name
@@ -121,6 +121,7 @@ class PersonRequest(Request):
 
     @property
     def _pictures(self) -> list[Path]:
+        assert self.out is not None, "pictures of a LoRA that is not written"
         drawn = due_steps(self.preview_every, self.config.steps or self.config.theta_steps)
         pictures = [step_path(self.out, step, ".png") for step in drawn]
         if self.save_every is None:
@@ -272,13 +273,14 @@ def _resolve(
         if hypernet is not None:
             _log.info("starting at the prediction of the hypernetwork %s", source)
     network = hypernet
+    described = _config_of(network)
     if config is None:
-        config = bundle.recipe if network is None else predicted_recipe(_config_of(network), bundle.recipe)
+        config = bundle.recipe if described is None else predicted_recipe(described, bundle.recipe)
     config = changed(config, options)
     if from_theta is not None and network is not None:
         raise ValueError("from_theta and hypernet are both given; theta can start at one of them only")
-    if network is not None:
-        config = check_recipe(_config_of(network), config)
+    if described is not None:
+        config = check_recipe(described, config)
     config = with_detector(config)
     if network is None and from_theta is None and not config.theta_steps and not config.steps:
         raise ValueError(
@@ -337,4 +339,4 @@ def _check_theta_is_made(
 
 
 def _config_of(network: HyperNetwork | HyperNetworkConfig | None) -> HyperNetworkConfig | None:
-    return network.config if isinstance(network, HyperNetwork) else network
+    return cast(HyperNetworkConfig, network.config) if isinstance(network, HyperNetwork) else network

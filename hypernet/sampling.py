@@ -94,7 +94,7 @@ def generate(
     pictures = []
     with (
         nullcontext() if lora is None else lora_applied(base, lora, weight),
-        nullcontext() if factors is None else space.apply(factors),
+        nullcontext() if factors is None or space is None else space.apply(factors),
     ):
         for part in parts:
             drawn = pipeline(

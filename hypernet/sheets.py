@@ -182,13 +182,14 @@ def draw_sheet(
     parts = [(name, weight) for name, lora in named.items() for weight in (weights if lora is not None else (None,))]
     report = _whole(progress, len(parts))
     for name, weight in parts:
-        lora, is_file = named[name], isinstance(named[name], str | Path)
+        lora = named[name]
+        file, factors = (lora, None) if isinstance(lora, str | Path) else (None, lora)
         images = generate(
-            base, [prompt for prompt, _ in every], space, None if is_file else lora, [seed for _, seed in every],
-            lora=lora if is_file else None, weight=1.0 if weight is None else weight, progress=report(),
+            base, [prompt for prompt, _ in every], space, factors, [seed for _, seed in every],
+            lora=file, weight=1.0 if weight is None else weight, progress=report(),
             **asdict(config),
         )  # fmt: skip
-        digest = describe(lora).hashes["a1111"] if is_file else ""
+        digest = "" if file is None else describe(file).hashes["a1111"]
         for own in weights if weight is None else (weight,):
             mentioned = "" if lora is None else name
             for image, (prompt, seed) in zip(images, every, strict=True):
@@ -249,7 +250,9 @@ def _named(loras: Mapping[str, SheetLora] | Sequence[str | Path]) -> dict[str, S
         return dict(loras) or {BASE: None}
     paths = [loras] if isinstance(loras, str | Path) else list(loras)
     stems = [Path(path).stem for path in paths]
-    named = {stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)}
+    named: dict[str, SheetLora] = {
+        stem if stems.count(stem) == 1 else str(path): path for stem, path in zip(stems, paths, strict=True)
+    }
     return named or {BASE: None}
 
 
@@ -338,7 +341,7 @@ def _stack(sheets: Sequence[Image.Image]) -> Image.Image:
     return stacked
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
     """Break text into lines of at most ``width_px``, within words that are longer; lines of its own stay."""
     lines = []
     for line in text.split("\n"):

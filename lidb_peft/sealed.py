@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def write_tree(path: str | os.PathLike, tree: Mapping[str, object]) -> None:
     write_sealed(path, tensors, {_TREE: text})
 
 
-def read_tree(path: str | os.PathLike) -> dict[str, object]:
+def read_tree(path: str | os.PathLike) -> dict[str, Any]:
     """Return what ``write_tree`` has written; tuples have become lists.
 
     Raises:

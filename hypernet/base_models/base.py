@@ -4,7 +4,7 @@ A family of base models is one subclass of `BaseModel`; nothing outside of this 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -269,7 +269,7 @@ class BaseModel(ABC):
         if not enabled:
             yield
             return
-        models = self.adapted.values()
+        models: Iterable[Any] = self.adapted.values()  # whose methods torch's Module does not name
         for model in models:
             if hasattr(model, "enable_gradient_checkpointing"):  # diffusers'
                 model.enable_gradient_checkpointing()

@@ -93,7 +93,7 @@ class Flux(BaseModel):
     guidance: ClassVar[float] = 3.5
 
     @classmethod
-    def from_pipeline(
+    def from_pipeline(  # type: ignore[override]  # its options are those that `options` lists
         cls,
         name: str,
         pipeline: "FluxPipeline",
@@ -132,7 +132,8 @@ class Flux(BaseModel):
         )
         for model in (base.transformer, base.text_encoder, base.text_encoder_2, base.vae):
             model.requires_grad_(False).eval()
-        base.text_encoder.to(device)
+        text_encoder: nn.Module = base.text_encoder
+        text_encoder.to(device)
         if device.type == "cpu" or quantize is not None:
             base.transformer.to(device)  # which is when it is quantised
         return base
@@ -233,6 +234,7 @@ class Flux(BaseModel):
 
     def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
         """T5's states as they were read, and CLIP's pooled state."""
+        assert prompts.prompt_embeds is not None, "prompts that T5 has not read"
         pooled = self.text_encoder(prompts.token_ids[:, 0], output_hidden_states=False).pooler_output
         return PromptEmbeds(prompts.prompt_embeds, pooled.to(self.compute_dtype))
 

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.5 at full size with random weights, which cost what its own do: to measure cards with."""
 
 import copy
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +23,7 @@ def random_sd15(like: BaseModel) -> StableDiffusion:
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=_TOKENS,
     )  # fmt: skip
-    tokenizer = copy.deepcopy(like.tokenizer)
+    tokenizer = copy.deepcopy(cast(Any, like).tokenizer)
     tokenizer.model_max_length = _TOKENS
     with torch.random.fork_rng(), torch.device(like.device):  # the global generator is left as it is
         models = diffusers.UNet2DConditionModel(**_SD15_UNET), CLIPTextModel(text_config)

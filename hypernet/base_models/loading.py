@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -173,7 +173,7 @@ def _use_xformers(denoiser: nn.Module) -> None:
     try:
         if find_spec("xformers") is None:
             raise ModuleNotFoundError("it is not installed")
-        denoiser.enable_xformers_memory_efficient_attention()
+        cast(Any, denoiser).enable_xformers_memory_efficient_attention()
     except Exception as error:  # built for another torch, no CUDA, or a card that it does not know
         raise ValueError(
             f"attention xformers cannot be had ({first_sentence(error)}); pip install xformers on a machine with "

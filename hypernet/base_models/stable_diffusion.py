@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+    Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 _ASKED_SIDE = 32  # latents to a side, where the UNet is asked what it predicts
@@ -73,7 +73,7 @@ class StableDiffusion(BaseModel):
         return load_file(path, family, dtype)
 
     @classmethod
-    def from_pipeline(
+    def from_pipeline(  # type: ignore[override]  # its options are those that `options` lists
         cls, name: str, pipeline: "Pipeline", device: torch.device, prediction: Prediction | None = None
     ) -> "StableDiffusion":
         """Take over the components of diffusers' pipeline.

@@ -85,13 +85,14 @@ def find_parts(path: Path, family: Family) -> dict[str, Part]:
     shapes = {name: info.shape for name, info in tensors.items() if len(name) <= _MAX_NAME_CHARS}
     denoiser = family.denoiser
     prefix = denoiser_prefix(family, shapes)
+    assert prefix is not None, f"{path} is of another family than {family.name}"
     words = {original.partition(".")[0] for _, original in denoiser.originals}
     own = shapes if prefix else {name: shape for name, shape in shapes.items() if name.partition(".")[0] in words}
     parts = {denoiser.name: _part(own, prefix, _from_originals(denoiser))}
-    prefix = next((prefix for prefix in family.vae_prefixes if f"{prefix}decoder.conv_in.weight" in shapes), None)
-    if prefix is not None:
-        num_levels = _part(shapes, prefix, str).count("decoder.up.")
-        parts[VAE] = _part(shapes, prefix, lambda name: _vae_name(name, num_levels))
+    vae_prefix = next((prefix for prefix in family.vae_prefixes if f"{prefix}decoder.conv_in.weight" in shapes), None)
+    if vae_prefix is not None:
+        num_levels = _part(shapes, vae_prefix, str).count("decoder.up.")
+        parts[VAE] = _part(shapes, vae_prefix, lambda name: _vae_name(name, num_levels))
     for component, part in zip(family.text_encoders, _text_encoders(shapes, family), strict=False):
         parts[component.name] = part
     return parts
@@ -131,8 +132,8 @@ def _load_models(path: Path, family: Family, parts: Mapping[str, Part], dtype: t
     found: dict[str, Any] = {}
     for component in family.text_encoders:
         if component.name in parts:
-            config = transformers.CLIPTextConfig(**text_encoder_config(component, parts[component.name]))
-            model = _empty(getattr(transformers, component.classes[0]), config)
+            text_config = transformers.CLIPTextConfig(**text_encoder_config(component, parts[component.name]))
+            model = _empty(getattr(transformers, component.classes[0]), text_config)
             found[component.name] = _filled(path, component.title, model, parts[component.name], dtype)
             found[component.tokenizer] = clip_tokenizer(component.pad_token)
     if VAE in parts:

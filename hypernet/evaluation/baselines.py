@@ -5,6 +5,7 @@ Both are context managers: what they have learned holds inside, and the base is 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def _restored(*models: nn.Module) -> Iterator[None]:
             assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def _text_encoder(base: BaseModel) -> nn.Module:
+def _text_encoder(base: BaseModel) -> Any:
     encoders = [model for model in base.adapted.values() if model is not base.denoiser]
     if len(encoders) != 1:
         raise ValueError(f"Textual Inversion is for bases with one text encoder that is adapted, and {base.name} has "
@@ -128,7 +129,7 @@ def _text_encoder(base: BaseModel) -> nn.Module:
 
 
 def _token_id(base: BaseModel, word: str) -> int:
-    ids = base.tokenizer(word, add_special_tokens=False)["input_ids"]
+    ids = cast(Any, base).tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(f"{word!r} is {len(ids)} tokens; choose a word that is one")
     return ids[0]

@@ -62,7 +62,7 @@ class DlibFaces:
     """dlib's ResNet-29 (King 2017): five landmarks, a chip of 150 pixels around the upright face, 128 numbers."""
 
     source = "dlib_face_recognition_resnet_model_v1"
-    same = 0.4
+    same: float | None = 0.4
     measure = "1 - the distance of dlib's embeddings"
 
     def __init__(self) -> None:
@@ -77,7 +77,9 @@ class DlibFaces:
                              f"install {' '.join(missing)}, or pass --face-network none")  # fmt: skip
         import dlib
 
-        folder = Path(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
+        spec = importlib.util.find_spec("face_recognition_models")
+        assert spec is not None, "looked for above"
+        folder = Path(next(iter(spec.submodule_search_locations or ()))) / "models"
         network = folder / f"{self.source}.dat"
         self.revision = f"sha256:{hashlib.sha256(network.read_bytes()).hexdigest()[:16]}"
         self._detect = dlib.get_frontal_face_detector()
@@ -114,7 +116,7 @@ class FacenetFaces:
     """
 
     source = "facenet-pytorch InceptionResnetV1, vggface2"
-    same = None
+    same: float | None = None
     measure = "the cosine of embeddings of an Inception ResNet trained on VGGFace2"
 
     def __init__(self, device: torch.device | str = "cpu", network: torch.nn.Module | None = None) -> None:
@@ -175,6 +177,8 @@ def load_faces(name: str = "auto", device: torch.device | str = "cpu") -> FaceNe
 
 def pose_similarity(first: SeenFace, second: SeenFace) -> float:
     """How alike two heads are turned and tilted: 1 - the distance of their points, centred and of unit size."""
+    assert first.points is not None, "a face without points"
+    assert second.points is not None, "a face without points"
     return float(1 - (_shape(first.points) - _shape(second.points)).norm())
 
 

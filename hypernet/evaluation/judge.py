@@ -90,7 +90,7 @@ class Judge:
         networks = {"face": self.face, "dino": self.dino, "clip": self.clip}
         return {
             name: {"source": network.source, "revision": network.revision} | (
-                {"measure": network.measure} if name == "face" else {}
+                {"measure": self.face.measure} if name == "face" and self.face is not None else {}
             )
             for name, network in networks.items() if network is not None
         }  # fmt: skip
@@ -104,7 +104,7 @@ class Judge:
         for person in people:
             self._shown[person.name] = self.look(person.shown, hide=True)
             references = self.look(person.references, hide=True)
-            if self.face is not None and not len(embeddings(references.faces)):
+            if references.faces is not None and not len(embeddings(references.faces)):
                 raise ValueError(f"{person.name}: the face network finds no face in the photos to compare with; use "
                                  "clearer ones, leave the person out, or pass --face-network none")  # fmt: skip
             self._references[person.name] = references
@@ -116,7 +116,7 @@ class Judge:
             faces,
             None if self.dino is None else self.dino.features(pictures),
             None if self.clip is None else self.clip.features(pictures),
-            self._behind(pictures, faces) if hide and faces is not None and self.dino is not None else None,
+            self._behind(self.dino, pictures, faces) if hide and faces is not None and self.dino is not None else None,
         )
 
     def score(
@@ -134,7 +134,7 @@ class Judge:
         seen = self.look([picture for pictures in prompted for picture in pictures])
         counts = [len(pictures) for pictures in prompted]
         scores = self.likeness(name, seen) | self.copied(name, self.look(plain, hide=True))
-        if seen.clip is not None:
+        if seen.clip is not None and self._told is not None:
             told = self._told.repeat_interleave(torch.tensor(counts), dim=0)
             scores["clip_t"] = float((seen.clip * told).sum(dim=1).mean())
         if seen.dino is not None and min(counts) > 1:
@@ -152,22 +152,22 @@ class Judge:
                 nearest = torch.stack(others).amax(dim=0)
                 scores["found"] = float((own > nearest).float().mean()) if len(own) else float("nan")
             scores["no_face"] = 1 - len(own) / len(seen.faces)
-        if seen.dino is not None:
+        if seen.dino is not None and references.dino is not None:
             scores["dino"] = float((seen.dino @ references.dino.T).mean())
-        if seen.clip is not None:
+        if seen.clip is not None and references.clip is not None:
             scores["clip_i"] = float((seen.clip @ references.clip.T).mean())
         return scores
 
     def copied(self, name: str, seen: Seen) -> dict[str, float]:
         """How much plain pictures have of the shown photo beside the face."""
-        if seen.faces is None:
-            return {}
         shown = self._shown[name]
+        if seen.faces is None or shown.faces is None:
+            return {}
         pairs = [(a, b) for a in seen.faces for b in shown.faces if a is not None and b is not None]
         scores = {}
         if not any(face.points is None for pair in pairs for face in pair):
             scores["pose"] = _mean([pose_similarity(*pair) for pair in pairs])
-        if seen.behind is not None:
+        if seen.behind is not None and shown.behind is not None:
             similarity = seen.behind @ shown.behind.T
             scores["background"] = _mean(similarity[similarity.isfinite()].tolist())
         return scores
@@ -184,13 +184,13 @@ class Judge:
 
     def _face_likeness(self, seen: Seen, references: Seen) -> Tensor:
         """Of each face that is found, the mean over the reference photos, ``(k,)``."""
-        found = embeddings(seen.faces)
-        if not len(found):
+        found = embeddings(seen.faces or ())
+        if self.face is None or not len(found):
             return torch.zeros(0) * float("nan")
-        return self.face.similarity(found, embeddings(references.faces)).mean(dim=1)
+        return self.face.similarity(found, embeddings(references.faces or ())).mean(dim=1)
 
-    def _behind(self, pictures: Sequence[Image.Image], faces: Sequence[SeenFace | None]) -> Tensor:
-        features = self.dino.features([
+    def _behind(self, dino: Dino, pictures: Sequence[Image.Image], faces: Sequence[SeenFace | None]) -> Tensor:
+        features = dino.features([
             picture if face is None else hide_face(picture, face) for picture, face in zip(pictures, faces, strict=True)
         ])  # fmt: skip
         features[[face is None for face in faces]] = float("nan")

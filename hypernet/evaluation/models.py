@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -77,7 +78,8 @@ class Clip:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features of texts, cut to what CLIP reads, of unit length, ``(n, width)``."""
-        most = self.model.config.text_config.max_position_embeddings
+        settings: Any = self.model.config.text_config
+        most = settings.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
         read = self.model.text_model(**{name: tokens[name].to(self.model.device) for name in _READ})
         return normalize(self.model.text_projection(read.pooler_output).float().cpu(), dim=1)
@@ -108,7 +110,8 @@ def load_clip(source: str = CLIP, device: torch.device | str = "cpu") -> Clip:
             kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
             if kind != "clip":
                 raise ValueError(f"{source} is a {kind!r} and no CLIP; choose one, such as {CLIP}")
-            model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(f"{source} holds no CLIP with its tokenizer, weights as safetensors "

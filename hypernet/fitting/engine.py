@@ -255,6 +255,7 @@ def _fit(
             f"checkpointing is on now, which takes less memory and more time",
             stacklevel=3,
         )
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _optimize(
@@ -371,7 +372,7 @@ class _Step:
         self._begin(subjects, config.seed)
         self.moments.copy_(torch.cat([subject.moments for subject in subjects]))
         self.parameters.copy_(trained.start)
-        if trained.frozen is not None:
+        if trained.frozen is not None and self.trained.frozen is not None:
             for place, factors in zip(_tensors(self.trained.frozen), _tensors(trained.frozen), strict=True):
                 place.copy_(factors)
         for state in self.optimizer.state.values():
@@ -411,7 +412,9 @@ class _Step:
         config, base = self.config, self.base
         rows, noise, choice = self.inputs[0], Noise(*self.inputs[1:4]), self.inputs[4:]
         noisy_latents, target = noise_photos(base, self.moments[rows], noise)
-        preserved = self.preservation and self.preservation.preserve(noisy_latents, noise.timesteps, Choice(*choice))
+        preserved = None
+        if self.preservation is not None:
+            preserved = self.preservation.preserve(noisy_latents, noise.timesteps, Choice(*choice))
         beside = [] if self.trained.frozen is None else [self.trained.frozen]
         with self.space.apply(*beside, self.trained.to_factors(self.parameters)):
             denoising, change = base_losses(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
         coming = executor.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = executor.submit(next, items, end)
-            yield item
+            yield cast(Item, item)
 
 
 def _shards(people: Iterable[Person], size: int) -> Iterator[list[tuple[Person, bool]]]:
@@ -258,7 +258,8 @@ def _make_shard(
     fitted, diverged = [], []
     report(len(prepared.rows) - len(people))
     for first in range(0, len(people), batch):
-        own, failed = people[first : first + batch], {}
+        own = people[first : first + batch]
+        failed: dict[int, str] = {}
         theta, loss = _fit_people(base, space, own, config, start, report, failed, kept)
         good = [row for row in range(len(own)) if row not in failed]
         thetas.append(theta[good])

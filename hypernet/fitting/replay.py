@@ -69,8 +69,9 @@ class Replay:
     def _run(self, function: Callable[[], Tensor]) -> Tensor:
         if self.graph is not None:
             self.graph.replay()
+            assert self._result is not None, "replayed before it was captured"
             return self._result
-        if not self._captures:
+        if self._stream is None:
             return function()
         # Kernels and gradients remember their stream: the calls before the capture run where it will.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -27,7 +27,8 @@ class RunningFit:
         steps: int,
     ) -> None:
         self._parameters, self._optimizer, self._generators = parameters, optimizer, generators
-        self.steps, self.losses = steps, []
+        self.steps = steps
+        self.losses: list[Tensor] = []
 
     @property
     def step(self) -> int:

@@ -24,14 +24,15 @@ def make_subjects(
         kept: of the people before; it is let go of if the photos do not fit into the memory beside it.
     """
     pixels = torch.cat([person.pixels for person in people])
+    moments = None
     try:
         moments = base.encode_photos(pixels)
     except RuntimeError as error:
         if kept is None or kept.step is None or not is_out_of_memory(error):
             raise
-        moments = None
     if moments is None:
-        kept.release()
+        if kept is not None:
+            kept.release()
         release_memory(base.device)
         moments = base.encode_photos(pixels)
     counts = [len(person.photos) for person in people]

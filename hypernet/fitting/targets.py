@@ -169,7 +169,9 @@ class TargetStore:
             tensors, metadata = read_sealed(path, is_required=self.manifest["format"] > _UNSEALED_FORMAT)
             text = {name: json.loads(value) for name, value in metadata.items()}
             shard = Shard(
-                *(tuple(text[name]) for name in ("rows", "keys", "names")),
+                tuple(text["rows"]),
+                tuple(text["keys"]),
+                tuple(text["names"]),
                 tuple(Skipped(*entry) for entry in text["skipped"]),
                 tuple(text.get("photos", ())),
             )
@@ -242,7 +244,7 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path} has format {shown}; this version of lidb-peft reads {FORMAT_VERSION}")
     record, batch = manifest.get("space"), manifest.get("batch")
     is_record = isinstance(record, dict) and all(isinstance(value, str) for value in record.values())
-    if not is_record or missing_fields(record) or not isinstance(manifest.get("fit"), dict):
+    if not is_record or missing_fields(record or {}) or not isinstance(manifest.get("fit"), dict):
         raise ValueError(f"{path} does not say what its targets belong to; it is damaged or of something else")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"{path} says batch is {printable(repr(batch))}; expected a number of people; it is damaged")

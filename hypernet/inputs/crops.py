@@ -75,7 +75,7 @@ def crops_sheet(photos: Sequence[OpenPhoto], size_px: int = 512) -> Image.Image:
 def _with_faces(photo: OpenPhoto, size_px: int) -> Image.Image:
     shown = photo.image.convert("RGB")
     scale = size_px / max(shown.size)
-    shown = shown.resize(tuple(max(1, round(side * scale)) for side in shown.size), Image.Resampling.LANCZOS)
+    shown = shown.resize([max(1, round(side * scale)) for side in shown.size], Image.Resampling.LANCZOS)
     pen, font = ImageDraw.Draw(shown), ImageFont.load_default(size=22)
     chosen = photo.faces[0] if photo.faces else None
     for number, face in enumerate(sorted(photo.faces or (), key=lambda one: (one.centre, one.side)), 1):

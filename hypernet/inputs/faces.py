@@ -45,8 +45,8 @@ def find_faces(image: Image.Image, detector: str = "auto") -> list[Face]:
         turned = (_in_turned(small, degrees, detector) for degrees in _TURNS if degrees)
         clear = [faces for faces in turned if _best(faces) >= _TURNED_SCORE[detector]]
         found = max([found, *clear], key=_best)
-    clear = _RELATIVE_SCORE[detector] * _best(found)
-    found = sorted(found, key=lambda face: (face.score < clear, -face.side, face.left, face.top))
+    least = _RELATIVE_SCORE[detector] * _best(found)
+    found = sorted(found, key=lambda face: (face.score < least, -face.side, face.left, face.top))
     return [replace(face, left=face.left / scale, top=face.top / scale, side=face.side / scale) for face in found]
 
 
@@ -88,14 +88,15 @@ def _best(faces: list[Face]) -> float:
 def _searched(image: Image.Image) -> tuple[Image.Image, float]:
     """Return the photo small enough to be searched, and its scale."""
     scale = min(1.0, max(_LONGER_SIDE_PX / max(image.size), _SHORTER_SIDE_PX / min(image.size)))
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
     image = image if image.mode == "RGB" else image.convert("RGB")
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), scale
 
 
 def _in_turned(image: Image.Image, degrees: int, detector: str) -> list[Face]:
     """Search the photo turned by ``degrees``; faces come back in coordinates of the photo as it was."""
-    turned = image if _TURNS[degrees] is None else image.transpose(_TURNS[degrees])
+    turn = _TURNS[degrees]
+    turned = image if turn is None else image.transpose(turn)
     faces = [
         replace(face, left=face.left + box[0], top=face.top + box[1])
         for box in _windows(*turned.size)

@@ -320,7 +320,7 @@ def prepare_person(
         is_file = isinstance(photo.data, str) and "://" not in photo.data
         file = None if is_file else io.BytesIO(_fetch(photo.data))
         try:
-            image = decode_image(file, photo.name) if file else read_image(photo.data)
+            image = decode_image(file, photo.name) if file else read_image(str(photo.data))
             photos.append(_look_once(image, photo, crop, detector, known, face).prepare(size_px))
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
@@ -339,7 +339,8 @@ def _look_once(
     except NoFaceError:
         known[digest] = ()
         raise
-    known[digest] = opened.faces
+    if opened.faces is not None:
+        known[digest] = opened.faces
     return opened
 
 

@@ -269,7 +269,7 @@ def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
                 image = image.to_pillow()
             else:
                 image = Image.open(file, formats=_readable_formats())
-                _check_memory(name, image.format, image.size, _bytes_per_pixel(image))
+                _check_memory(name, str(image.format), image.size, _bytes_per_pixel(image))
                 image.draft(None, (_DECODED_SIDE_PX, _DECODED_SIDE_PX))
                 image.load()
             return _to_srgb(_upright(_reduced(image)))
@@ -297,7 +297,7 @@ def _bytes_per_pixel(image: Image.Image) -> int:
     """What decoding an image that is open takes; a JPEG is decoded smaller, but for coefficients that it keeps."""
     if image.format in ("JPEG", "MPO"):
         return 1 + _PROGRESSIVE_JPEG * ("progressive" in image.info)
-    return RASTER_FORMATS[image.format] or _MODE_BYTES.get(image.mode, 4)
+    return RASTER_FORMATS[str(image.format)] or _MODE_BYTES.get(image.mode, 4)
 
 
 def _check_memory(name: str, kind: str, size: tuple[int, int], bytes_per_pixel: int) -> None:
@@ -315,7 +315,7 @@ def _reduced(image: Image.Image) -> Image.Image:
     if factor < 2:
         return image
     if image.mode in ("1", "P", "PA") or image.mode.startswith("I;16"):  # which Pillow cannot average
-        size = tuple(max(1, side // factor) for side in image.size)
+        size = [max(1, side // factor) for side in image.size]
         return _described(image, image.resize(size, Image.Resampling.NEAREST))
     return _described(image, image.reduce(factor))
 
@@ -330,7 +330,7 @@ def _described(image: Image.Image, smaller: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Turn the image as its EXIF says; unreadable EXIF says nothing, and the image itself may be sound."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DAMAGED:
         return image
     return image if turn is None else image.transpose(turn)
@@ -371,8 +371,10 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
-def _to_srgb_from(profile: ImageCms.ImageCmsProfile, image: Image.Image) -> Image.Image:
-    return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+def _to_srgb_from(profile: "ImageCms.ImageCmsProfile | ImageCms.core.CmsProfile", image: Image.Image) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None, "converted in place"
+    return converted
 
 
 def _portrait(image: Image.Image, face: Face, size_px: int) -> tuple[Image.Image, int]:
@@ -384,16 +386,16 @@ def _portrait(image: Image.Image, face: Face, size_px: int) -> tuple[Image.Image
         roll_deg = quarter
         x, y, side = _portrait_square(face, roll_deg, *image.size)
     around = side * _reach(roll_deg)
-    box = (x - around / 2, y - around / 2, x + around / 2, y + around / 2)
-    box = tuple(min(max(place, 0), most) for place, most in zip(box, image.size * 2, strict=True))
+    edges = (x - around / 2, y - around / 2, x + around / 2, y + around / 2)
+    left, top, right, bottom = (min(max(edge, 0), most) for edge, most in zip(edges, image.size * 2, strict=True))
     around_px = round(size_px * _reach(roll_deg))
-    part = image.convert("RGB").resize((around_px, around_px), Image.Resampling.LANCZOS, box=box)
+    part = image.convert("RGB").resize((around_px, around_px), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
     if roll_deg % 90:
         part = part.rotate(roll_deg, Image.Resampling.BICUBIC)
         start = (around_px - size_px) // 2
         part = part.crop((start, start, start + size_px, start + size_px))
     elif roll_deg:
-        part = part.transpose(_QUARTERS[roll_deg % 360])
+        part = part.transpose(_QUARTERS[round(roll_deg) % 360])
     return part, round(side)
 
 

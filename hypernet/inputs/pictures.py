@@ -13,8 +13,9 @@ PhotoLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 def list_photos(photos: PhotoLike | Iterable[PhotoLike]) -> list[PhotoLike]:
     """One photo or several as a list; an array or tensor with four axes holds several."""
-    is_one = isinstance(photos, PhotoLike) and not (isinstance(photos, np.ndarray | Tensor) and photos.ndim == 4)
-    return [photos] if is_one else list(photos)
+    if isinstance(photos, np.ndarray | Tensor):
+        return list(photos) if photos.ndim == 4 else [photos]
+    return [photos] if isinstance(photos, PhotoLike) else list(photos)
 
 
 def to_pillow(picture: Image.Image | np.ndarray | Tensor, name: str) -> Image.Image:

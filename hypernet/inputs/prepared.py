@@ -155,7 +155,7 @@ def _prepared(
 ) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader
 
-    records = _Records(people, rows, size_px, config)
+    records: Any = _Records(people, rows, size_px, config)  # torch's loader asks for no more than it has
     yield from DataLoader(records, batch_size=None, num_workers=num_workers if rows else 0)
 
 

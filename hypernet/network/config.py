@@ -66,7 +66,7 @@ class HyperNetworkConfig(PretrainedConfig):
         if "[V]" not in prompt:
             raise ValueError(f"prompt is {prompt!r}; it must hold [V], which stands for the person")
         self.encoder = encoder
-        self.layers = [list(layer) for layer in layers]
+        self.layers: list[list[Any]] = [list(layer) for layer in layers]
         self.record = dict(record)
         self.prompt = prompt
         self.token = token

@@ -69,7 +69,7 @@ def check_config(source: str, found: Mapping[str, Any], own: type) -> None:
         ValueError: a setting that is not known, or of another type or size than can be; the message names it.
     """
     where = f"the config.json of {source}"
-    settings = inspect.signature(own.__init__).parameters
+    settings = inspect.signature(own.__init__).parameters  # type: ignore[misc]  # of a class, not of an object
     _refuse_unknown(where, found, known={*settings, *_SAVED} - {"self", "kwargs"})
     for name in ("dtype", "torch_dtype"):
         if found.get(name) not in (None, *_DTYPES):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -60,6 +60,8 @@ class HyperNetwork(PreTrainedModel):
     config_class = HyperNetworkConfig
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
+    theta_0: Tensor
+    mask: Tensor
     _supports_sdpa = True
 
     def __init__(self, config: HyperNetworkConfig, encoder: PreTrainedModel | None = None, seed: int = 0) -> None:
@@ -92,7 +94,7 @@ class HyperNetwork(PreTrainedModel):
             self.decoder = nn.ModuleList(_decoder_layer(config) for _ in range(config.num_hidden_layers))
             self.norm = nn.LayerNorm(width)
             self.heads = LayerHeads(num_layers, width, row_size)
-        self.bases = None
+        self.bases: Any = None  # a ParameterDict, which is used as the mapping that it is
         if config.learned_bases:
             keys = distinct_basis_keys(shapes, lidb)
             frozen = {key.label: get_basis(key, torch.device("cpu")) for key in keys}
@@ -200,7 +202,9 @@ class HyperNetwork(PreTrainedModel):
                 f"load it again, in float32"
             )
 
-    def save_pretrained(self, save_directory: str | Path, dtype: torch.dtype | None = None, **options: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # transformers' many options are passed on
+        self, save_directory: str | Path, dtype: torch.dtype | None = None, **options: Any
+    ) -> None:
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
 
         Args:
@@ -214,7 +218,9 @@ class HyperNetwork(PreTrainedModel):
             super().save_pretrained(folder, **options)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> "HyperNetwork":
+    def from_pretrained(  # type: ignore[override]  # transformers' many options are passed on
+        cls, source: str | Path, **options: Any
+    ) -> "HyperNetwork":
         """Load a hypernetwork from a folder or the hub, in float32 and evaluation mode.
 
         Args:
@@ -227,10 +233,11 @@ class HyperNetwork(PreTrainedModel):
         config = options.pop("config", None) or read_config(source)
         try:
             with _told_if_missing(source), quiet_libraries():
-                model, info = super().from_pretrained(
-                    _folder(source), config=config, use_safetensors=True, output_loading_info=True, **_float32(),
-                    **options,
+                loaded: Any = super().from_pretrained(
+                    _folder(source), config=config, use_safetensors=True, output_loading_info=True,
+                    **cast(dict[str, Any], _float32()), **options,
                 )  # fmt: skip
+                model, info = loaded
         except RuntimeError as error:
             raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:

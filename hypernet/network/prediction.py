@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypernet.inputs.people import PreparedPerson
 from hypernet.network.config import HyperNetworkConfig
@@ -38,12 +39,13 @@ def predict_people(
         rows_by_count.setdefault(len(person.photos), []).append(row)
     thetas = torch.empty(len(people), *network.theta_0.shape)
     home, was_training = network.device, network.training
-    network.to(device).eval()
+    module: nn.Module = network
+    module.to(device).eval()
     try:
         for rows in rows_by_count.values():
             thetas[rows] = network.predict(torch.stack([people[row].pixels for row in rows]))
     finally:
-        network.to(home).train(was_training)
+        module.to(home).train(was_training)
     if progress is not None:
         progress(1, 1)
     if network.bases is None:
@@ -64,7 +66,8 @@ def predicted_start(config: HyperNetworkConfig, space: LiDBSpace, device: torch.
     digest = hashlib.sha256()
     for value in network.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
-    return network.to(device).predict, f"{Path(source).name} {digest.hexdigest()[:16]}"
+    cast(nn.Module, network).to(device)
+    return network.predict, f"{Path(str(source)).name} {digest.hexdigest()[:16]}"
 
 
 def predicted_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None = None) -> PersonalizeConfig:
@@ -93,4 +96,4 @@ def check_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None) 
 
 def load_network(config: HyperNetworkConfig) -> HyperNetwork:
     """Load the weights of the hypernetwork that ``config`` was read from."""
-    return HyperNetwork.from_pretrained(config.name_or_path, config=config)
+    return HyperNetwork.from_pretrained(str(config.name_or_path), config=config)

@@ -4,8 +4,9 @@ All of it follows from the seed, the number of the step and the person: not from
 so a run is resumed by its step number alone, and processes that share a batch train as one would.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor], without: Sequence[str] = ()) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(value) for name, value in tensors.items() if name not in without})
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items() if name not in without}
+        return replace(self, **changed)
 
     def generators(self) -> list[torch.Generator]:
         """Each person's own, always at the start of its stream."""
@@ -150,11 +152,12 @@ class Examples(Dataset):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack examples to a batch."""
+        targets = [example.target for example in examples if example.target is not None]
         return Batch(
             seen=torch.stack([example.seen for example in examples]),
             denoised=torch.stack([example.denoised for example in examples]),
             photos=tuple(example.photo for example in examples),
-            targets=None if self.targets is None else torch.stack([example.target for example in examples]),
+            targets=torch.stack(targets) if targets else None,
             drops_caption=torch.tensor([example.drops_caption for example in examples]),
             counts=torch.tensor([float(bool(example.name)) for example in examples]),
             seeds=tuple(example.seed for example in examples),
@@ -196,7 +199,7 @@ def training_places(config: TrainConfig, count: int, step: int, rank: int, world
 
     The people are gone through in an order that is drawn anew for each epoch; an epoch may end amid a step.
     """
-    epoch, order = -1, None
+    epoch, order = -1, np.arange(0)
     for now in range(step, config.steps):
         for part in range(config.gradient_accumulation_steps):
             places = []
@@ -272,5 +275,5 @@ def _nobody(people: People, targets: TargetStore | None) -> str:
     )
 
 
-def _select(people: People, rows: Sequence[int]) -> People:
+def _select(people: People, rows: Iterable[int]) -> People:
     return replace(people, dataset=people.dataset.select(list(rows)))

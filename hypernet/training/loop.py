@@ -125,7 +125,7 @@ def train(
         OSError: a checkpoint cannot be written; the one before stays.
     """
     out, config = Path(out), with_detector(config)
-    check_folder(out, resume, [people.source, held_out and held_out.source, targets, base.name])
+    check_folder(out, resume, [people.source, None if held_out is None else held_out.source, targets, base.name])
     space = space or network.space_on(base.adapted)
     store = targets_to_learn(targets, space, base, network, config)
     examples, validating = _examples(people, held_out, base, space, config, store)
@@ -154,7 +154,7 @@ def _examples(
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
                          "or hold out a fraction")  # fmt: skip
     training, validating = choose_people(people, config, store, held_out)
-    shape = space.theta_0.shape
+    shape = (space.num_layers, space.row_size)
     examples = Examples(training, base.size_px, config, store, shape, config.timesteps_per_step)
     if not validating:
         return examples, None
@@ -208,9 +208,9 @@ class _Run:
         if accelerator.scaler is not None:
             parts["scaler"] = accelerator.scaler
         self.state = TrainingState(self.network, data, parts)
-        self.validation = validating and validation_loader(
-            validating, accelerator.process_index, self.world, self.is_cuda
-        )
+        self.validation = None
+        if validating is not None:
+            self.validation = validation_loader(validating, accelerator.process_index, self.world, self.is_cuda)
         self.running = torch.zeros(len(SUMMED), device=accelerator.device)
         self.used = 0  # people since the last checkpoint
 
@@ -230,7 +230,7 @@ class _Run:
             self.result.skipped = _read_skipped(self.out / SKIPPED_FILE)
         elif self.validating is not None:  # looked at here, so that no step is lost for them
             self._check_held_out(self.validating)
-        logged = [None]
+        logged: list[float | None] = [None]
         if self.accelerator.is_main_process:
             (self.out / SAMPLES).mkdir(parents=True, exist_ok=True)
             _trim_log(self.out / LOG_FILE, self.state.step)
@@ -285,7 +285,7 @@ class _Run:
         means = self._means(self.running, self.training)
         self.running.zero_()
         if means:
-            self.used += means["people"]
+            self.used += int(means["people"])
             self.result.loss = means["loss"]
             if self.result.first_loss is None:
                 self.result.first_loss = means["loss"]
@@ -310,6 +310,7 @@ class _Run:
 
         The line of the log comes last: where it is, all is.
         """
+        assert self.validation is not None, "nobody is held out"
         step, sums = self.state.step, torch.zeros_like(self.running)
         with _costs_a_warning(f"step {step} is saved, but not validated"):
             sums = validation_sums(self.objective, self.validation)
@@ -344,13 +345,13 @@ class _Run:
 
     def _means(self, sums: Tensor, examples: Examples) -> dict[str, float]:
         """The mean of each term over the people of all processes, and the loss that they make; nothing of nobody."""
-        sums = dict(zip(SUMMED, self.accelerator.reduce(sums.clone(), "sum").tolist(), strict=True))
-        people = sums.pop("people")
+        summed = dict(zip(SUMMED, self.accelerator.reduce(sums.clone(), "sum").tolist(), strict=True))
+        people = summed.pop("people")
         if not people:
             return {}
         if examples.targets is None:
-            del sums["target_distance"]
-        terms = {name: value / people for name, value in sums.items() if getattr(self.config, name)}
+            del summed["target_distance"]
+        terms = {name: value / people for name, value in summed.items() if getattr(self.config, name)}
         loss = sum(getattr(self.config, name) * value for name, value in terms.items())
         if not math.isfinite(loss):
             raise ValueError(f"the training diverged before step {self.state.step} ({terms}); lower the learning rate "

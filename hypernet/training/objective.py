@@ -88,6 +88,7 @@ class Objective(nn.Module):
     def _target_distance(self, theta: Tensor, targets: Tensor) -> Tensor:
         """About 1 for a prediction of theta_0, 0 for the target, whatever a layer's size."""
         distance = layer_distance(self.space, theta, targets, self.config.compare, self.network.bases)
+        assert self.scale is not None, "a distance to targets without the layers' scale"
         return (distance / self.scale.to(theta.device)).mean(dim=-1)
 
     @torch.no_grad()
