@@ -1,7 +1,7 @@
-"""The formats that adapters come in, told by their content, and converting one into another.
+"""The formats of adapters, detected from their content, and conversion between them.
 
-What two formats can both hold stays as it is, bit for bit. What the target cannot hold is folded into what it can,
-which the notes say, or refused.
+Everything that both formats can hold is preserved bit for bit. The rest is folded into what the target can hold, which
+the notes report, or the conversion is refused.
 """
 
 import json
@@ -102,24 +102,24 @@ def prepare_conversion(
     alpha: float | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Read an adapter and make of it what ``target`` shall hold; nothing is written before ``write`` is called.
+    """Read an adapter and prepare its conversion to ``target``; nothing is written until ``write`` is called.
 
-    What A1111 has beside a file, its sidecar and preview, comes along to a kohya file, the activation text to any.
+    A1111's sidecar and preview are copied along with a kohya file, the activation text with any format.
 
     Args:
         to: one of ``FORMATS``.
-        dtype: of the tensors; None keeps theirs.
-        family: name of one of ``lidb_peft.families``, where the adapter does not tell.
+        dtype: dtype of the tensors; None keeps it.
+        family: name of one of ``lidb_peft.families``, if it cannot be detected from the adapter.
         trigger: activation text, e.g. ``a sks face``.
-        v_prediction: whether the base model predicts v, where the adapter does not tell; None claims nothing.
-        models: component -> model of the base, for LiDB weights that are of no known family.
-        rank: of the LoRA that LoHa, LoKr and whole differences become.
+        v_prediction: whether the base model predicts v, if the adapter does not say; None makes no claim.
+        models: component -> model of the base, for LiDB weights of no known family.
+        rank: rank of the LoRA that LoHa, LoKr and full differences are approximated by.
         drop_nan, alpha: as `read_lora`.
-        overwrite: what is at ``target`` may be replaced.
+        overwrite: replace an existing ``target``.
 
     Raises:
-        OSError: ``source`` is not there, or ``target`` cannot be written, or is there already.
-        ValueError: the one cannot be read, the other is no output, or ``to`` cannot hold it.
+        OSError: ``source`` does not exist, or ``target`` cannot be written or exists already.
+        ValueError: ``source`` cannot be read, ``target`` is not a valid output, or ``to`` cannot hold the adapter.
     """
     source, target = Path(source), Path(target)
     _check_choices(to, dtype, family)
@@ -334,7 +334,7 @@ def _writer(
     if to == "kohya":
         if not lora.family:
             fitting = [name for name in FAMILIES if all(has_layer(layer, name) for layer in lora.layers)] or FAMILIES
-            raise ValueError(f"its layers do not tell its model family; say which: --family {', '.join(fitting)}")
+            raise ValueError(f"its layers do not show its model family; pass --family {', '.join(fitting)}")
         tensors = {**kohya_tensors(lora, lora.family), **lora.embeddings}
         trigger = lora.metadata.get("modelspec.trigger_phrase", "")
         if companions.entries or trigger:

@@ -69,7 +69,7 @@ def kohya_place(layer: str, family: str) -> Place:
     place = _original_place(path, found, component) if component.kohya_uses_originals else Place(path, (path,))
     name = place.name.replace(".", "_")
     if not path or _split_words(name, component.words) != place.name:
-        raise ValueError(f"layer {layer} is no module of a {family} model")
+        raise ValueError(f"layer {layer} is not a module of a {family} model")
     layers = tuple(f"{component.name}.{path}" for path in place.layers)
     return Place(component.kohya_prefixes[0] + name, layers, place.widths)
 
@@ -93,7 +93,7 @@ def read_kohya_name(name: str) -> Place:
         place = None if path is None else _read_path(path, component)
         if place is not None:
             return Place(name, tuple(f"{component.name}.{path}" for path in place.layers), place.widths)
-    raise ValueError(f"{name} is no layer of a {TITLES} model")
+    raise ValueError(f"{name} is not a layer of a {TITLES} model")
 
 
 def from_kohya_name(name: str) -> str:
@@ -132,7 +132,7 @@ def to_old_diffusers_name(layer: str) -> str:
     for ours, theirs in OLD_ATTENTION:
         if layer.endswith(ours):
             return layer.removesuffix(ours) + theirs
-    raise ValueError(f"layer {layer} is no attention projection, which is all that diffusers' old LoRA files hold")
+    raise ValueError(f"layer {layer} is not an attention projection, which is all that diffusers' old LoRA files hold")
 
 
 @lru_cache(maxsize=10_000)
@@ -155,7 +155,7 @@ def read_path_name(name: str, component: str = "") -> Place:
             place = _read_path(path, candidate)
             if place is not None:
                 return Place(name, tuple(f"{candidate.name}.{path}" for path in place.layers), place.widths)
-    raise ValueError(f"{name} is no layer of a {TITLES} model")
+    raise ValueError(f"{name} is not a layer of a {TITLES} model")
 
 
 def split_path_name(name: str) -> tuple[str, str]:
@@ -241,7 +241,7 @@ def _unwrapped(path: str) -> str:
 
 
 def _read_path(path: str, component: Component) -> Place | None:
-    """Return our paths of a component's module, whoever named it; None if it is no module of it."""
+    """Return our paths of a component's module, whoever named it; None if it is not a module of it."""
     if component.level:
         path = path.removeprefix(component.level)
         path = path if path.startswith("text_projection") else component.level + path
@@ -304,7 +304,7 @@ def _original_place(path: str, family: Family, component: Component) -> Place:
             if numbers is not None:
                 ours = tuple(other.format(*numbers) for other in found.ours)
                 return Place(found.original.format(*numbers), ours, found.widths or (1,) * len(ours))
-    raise ValueError(f"{path} is no module of {family.a1111_version}'s {component.title}")
+    raise ValueError(f"{path} is not a module of {family.a1111_version}'s {component.title}")
 
 
 def _unstacked(path: str, component: Component) -> Place | None:

@@ -218,7 +218,7 @@ class Lora:
         for name, layer in self.layers.items():
             if layer.magnitude is not None or layer.is_convolution:
                 what = "a convolution" if layer.is_convolution else "DoRA"
-                raise ValueError(f"layer {name} is {what}, which is no product of two matrices; leave the layer out")
+                raise ValueError(f"layer {name} is {what}, which is not a product of two matrices; leave the layer out")
         return {
             name: (layer.lora_A.float().flatten(1), layer.lora_B.float().flatten(1) * layer.scale)
             for name, layer in self.layers.items()

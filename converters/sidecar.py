@@ -29,11 +29,11 @@ _SIDECAR_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Companions:
-    """What comes along from beside the LoRA files that another is made of.
+    """Sidecar entries and preview inherited from the LoRA files that another is made from.
 
     Args:
-        entries: what all of their sidecars say alike.
-        pictured: the file whose preview it is; None where there are several, of which none shows the result.
+        entries: the entries that all of their sidecars share.
+        pictured: the file whose preview to use; None if there are several, since none of them shows the result.
     """
 
     entries: Mapping[str, object]
@@ -64,7 +64,7 @@ def check_companions(
     check_not_an_input(path, inputs)
     earlier = read_sidecar(lora_path)
     if earlier is None and not overwrite:
-        raise FileExistsError(f"{path} is no sidecar of A1111 and is kept; choose another output, or move it")
+        raise FileExistsError(f"{path} is not a sidecar of A1111 and is kept; choose another output, or move it")
     text = str((earlier or {}).get("activation text") or "")
     if text and (not trigger or trigger not in text) and not overwrite and not lora_path.exists():
         raise FileExistsError(
@@ -113,7 +113,7 @@ def write_sidecar(lora_path: Path, metadata: KohyaMetadata, carried: Mapping[str
     earlier = read_sidecar(lora_path)
     if earlier is None:
         warnings.warn(
-            f"{path} is no A1111 sidecar and was left alone; the activation text was not written", stacklevel=2
+            f"{path} is not an A1111 sidecar and was left alone; the activation text was not written", stacklevel=2
         )
         return None
     ours = {

@@ -79,7 +79,7 @@ def share_lora(
         how: how it was made, in sentences, beside what its metadata say.
 
     Raises:
-        ValueError, OSError: the file is no LoRA, or cannot be read.
+        ValueError, OSError: the file is not a LoRA, or cannot be read.
     """
     from huggingface_hub import ModelCardData
 
@@ -173,7 +173,7 @@ def write_card(shared: Share, path: Path) -> Path:
         with atomic_path(path) as temporary:
             temporary.write_text(str(shared.card), encoding="utf-8")
     elif _OURS not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{path} is no model card of lidb-peft's and is kept; rename it")
+        raise FileExistsError(f"{path} is not a model card of lidb-peft's and is kept; rename it")
     return path
 
 

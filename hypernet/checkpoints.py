@@ -134,10 +134,10 @@ def read_state(path: Path, record: dict[str, str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, so there is no fit to resume; leave --resume out")
     state = read_tree(path)
     if state.get("format") != FORMAT_VERSION or not isinstance(state.get("record"), dict):
-        raise ValueError(f"{path} is not a state that this version of lidb-peft reads; begin anew, with --overwrite")
+        raise ValueError(f"{path} is not a state that this version of lidb-peft reads; start over, with --overwrite")
     theirs = state["record"]
     differing = sorted(name for name in {*record, *theirs} if record.get(name) != theirs.get(name))
     if differing:
         raise ValueError(f"{path} is of a fit with another {' and '.join(differing)}; resume with what it was begun "
-                         f"with, or begin anew with --overwrite")  # fmt: skip
+                         f"with, or start over with --overwrite")  # fmt: skip
     return state

@@ -1,6 +1,6 @@
-"""The paper's tables on anybody's people: methods fit each on one photo, and are judged by other photos (section 5.2).
+"""The paper's tables on anybody's people: methods fit each on one photo and are scored on other photos (section 5.2).
 
-Also how good one LoRA file is, whoever made it. Pictures and scores are kept, and a run that was stopped goes on.
+It also evaluates single LoRA files, whoever made them. Pictures and scores are kept, and an interrupted run resumes.
 """
 
 import json
@@ -264,17 +264,17 @@ def evaluate(
     progress: StageProgress | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Compare methods on people: each is fitted on the first of their photos, and judged by the others.
+    """Compare methods on people: each is fitted on the first of their photos and scored on the others.
 
-    Writes ``results.jsonl`` (a line for each method, person and seed; what is there is not done again),
+    Writes ``results.jsonl`` (a line for each method, person and seed; existing ones are not computed again),
     ``results.json``, ``table.md``, ``sheet.png`` and the pictures.
 
     Args:
-        people: what `open_people` opens: a folder with a sub-folder of photos for each person is best, for whoever has
-            one photo only is judged by the photo that the methods were shown.
-        methods: of `METHODS`.
-        hypernet: as for `personalize`; ``ours`` and ``only-hypernetwork`` need one.
-        models: by what is judged.
+        people: anything that `open_people` opens, at best a folder with a sub-folder of photos for each person, because
+            a person with only one photo is scored on the photo that the methods were given.
+        methods: names in `METHODS`.
+        hypernet: as for `personalize`; ``ours`` and ``only-hypernetwork`` require one.
+        models: the networks that compute the scores.
         prompts: a file as `read_prompts` reads it; by default 30 prompts for faces.
         baseline_options: fields of `BaselineConfig` to change.
         options: fields of our recipe to change, such as ``crop=False``.

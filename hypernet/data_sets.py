@@ -1,7 +1,6 @@
-"""From a folder of people to targets, a hypernetwork, a start: `hdb preoptimize`, `train`, `learn-start`, a call each.
+"""From a folder of people to targets, a hypernetwork or a start: `hdb preoptimize`, `train`, `learn-start` in one call.
 
-What is asked for becomes a request, resolved and checked before a base model is loaded; what acts on it takes it as it
-is.
+The arguments become a request, which is resolved and checked before a base model is loaded and then used unchanged.
 """
 
 import logging
@@ -48,15 +47,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TargetsRequest:
-    """Targets to make.
+    """A request to make targets.
 
     Attributes:
-        people: of `open_people`.
+        people: from `open_people`.
         out: folder of the store.
         base: a base model, loaded or not.
         config: how to fit.
         lidb_config: theta's bases and dimensions.
-        network: fits start at its predictions; None starts them at theta_0.
+        network: hypernetwork whose predictions fits start from; None starts them at theta_0.
     """
 
     people: People
@@ -69,18 +68,18 @@ class TargetsRequest:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A hypernetwork to train.
+    """A request to train a hypernetwork.
 
     Attributes:
-        people, held_out: of `open_people`; without the second a fraction of the first is held out.
+        people, held_out: from `open_people`; without ``held_out``, a fraction of ``people`` is held out.
         out: folder of the training.
         base: a base model, loaded or not.
         config: how to train.
-        lidb_config: of a fresh hypernetwork's predictions.
-        targets: folder of the target store; None does without.
-        network: the hypernetwork to start from; None makes a fresh one around ``encoder`` with ``network_options``.
+        lidb_config: config of a new hypernetwork's predictions.
+        targets: folder of the target store; None uses no targets.
+        network: the hypernetwork to start from; None makes a new one around ``encoder`` with ``network_options``.
         resume: resume the training in ``out``.
-        trackers: that accelerate knows.
+        trackers: trackers supported by accelerate.
     """
 
     people: People
@@ -111,17 +110,17 @@ def preoptimize(
 ) -> preoptimization.Preoptimized:
     """Fit LiDB weights to each person of a data set, many at once: targets to train a hypernetwork on.
 
-    A run that was stopped is resumed; processes that ``accelerate launch`` has started share the work.
+    An interrupted run is resumed; processes started by ``accelerate launch`` share the work.
 
     Args:
-        people: what `open_people` opens, such as a folder, or has opened.
+        people: anything that `open_people` opens, such as a folder, or its result.
         out: folder of the target store.
         base: a loaded base model, or what `load_base` loads.
         config: the fit's recipe; by default the base's own.
         lidb_config: the bases; by default the base's own.
-        hypernet: id or folder of a hypernetwork whose predictions the fits start at.
-        batch_size: people fitted at once; None is as many as a GPU's memory allows, and a few on a CPU.
-        progress: called with (stage, people done, this process' people or None if that is not known).
+        hypernet: id or folder of a hypernetwork whose predictions the fits start from.
+        batch_size: people to fit at once; None is as many as fit into GPU memory, or a few on a CPU.
+        progress: called with (stage, people done, people of this process or None if unknown).
         streaming: stream a data set instead of copying it into the cache first.
         options: fields of the recipe to change, such as ``theta_steps=50``.
 
@@ -142,7 +141,7 @@ def preoptimize(
 
 
 def make_targets(request: TargetsRequest, progress: StageProgress | None = None) -> preoptimization.Preoptimized:
-    """Make the targets that are asked for, or this process' share of them; see `preoptimize`."""
+    """Carry out a request for targets, or this process's share of it; see `preoptimize`."""
     state, base = _on_own_device(request.base)
     people, config = request.people, request.config
     space = LiDBSpace(base.adapted, request.lidb_config)
@@ -186,23 +185,23 @@ def train(
     progress: StageProgress | None = None,
     **options: Any,
 ) -> loop.Trained:
-    """Train a hypernetwork on the people of a data set and leave its checkpoints in ``out``.
+    """Train a hypernetwork on the people of a data set and write its checkpoints to ``out``.
 
-    Processes that ``accelerate launch`` has started train together.
+    Processes started by ``accelerate launch`` train together.
 
     Args:
-        people: what `open_people` opens, such as a folder, or has opened.
+        people: anything that `open_people` opens, such as a folder, or its result.
         base: a loaded base model, or what `load_base` loads.
-        config: how; with ``targets`` the default has their term of the loss too.
-        lidb_config: of a new hypernetwork's predictions; by default the base's own.
-        targets: folder of what `preoptimize` has made, to compare predictions with.
+        config: settings; with ``targets``, the default includes their loss term.
+        lidb_config: config of a new hypernetwork's predictions; by default the base's own.
+        targets: folder of targets made by `preoptimize`, to compare predictions with.
         hypernet: id or folder of a hypernetwork to start from; by default a new one is made.
-        encoder: id or folder of a new one's vision transformer.
-        network_options: of a new one's `HyperNetworkConfig`, such as ``{"hidden_size": 256}``.
+        encoder: id or folder of the vision transformer of a new hypernetwork.
+        network_options: options of a new hypernetwork's `HyperNetworkConfig`, such as ``{"hidden_size": 256}``.
         held_out: people to validate on, instead of a fraction of ``people``.
         resume: resume from the last state in ``out``.
-        trackers: that accelerate knows, such as ``tensorboard``.
-        progress: called with ("train", steps done, steps in all).
+        trackers: trackers supported by accelerate, such as ``tensorboard``.
+        progress: called with ("train", steps done, total steps).
         options: fields of the config to change, such as ``steps=1000``.
 
     Raises:
@@ -225,7 +224,7 @@ def train(
 
 
 def train_network(request: TrainRequest, progress: StageProgress | None = None) -> loop.Trained:
-    """Train as is asked for, with the other processes if there are any; see `train`."""
+    """Carry out a training request, together with other processes if there are any; see `train`."""
     _, base = _on_own_device(request.base)
     network, space = open_network(
         request.out if request.resume else None, request.network, request.encoder, base, request.lidb_config,
@@ -247,17 +246,17 @@ def learn_start(
     progress: StageProgress | None = None,
     **options: Any,
 ) -> StartState:
-    """Learn where finetunings start, and write it as a LoRA, see `hypernet.training.start`; a stopped run is resumed.
+    """Learn a start for finetunings and write it as a LoRA, see `hypernet.training.start`; resumes an interrupted run.
 
     Args:
-        people: what `open_people` opens, such as a folder, or has opened.
+        people: anything that `open_people` opens, such as a folder, or its result.
         base: a loaded base model, or what `load_base` loads.
-        config: how to learn.
-        recipe: of the finetunings, as they will be; by default the base's own, beside a hypernetwork
+        config: settings of the learning.
+        recipe: recipe of the later finetunings; by default the base's own, or with a hypernetwork its
             `predicted_recipe`.
-        hypernet: id or folder of the hypernetwork beside whose predictions is finetuned; ``auto`` is a bundled base's
-            own, ``none`` does without.
-        progress: called with ("learn start", rounds done, rounds in all).
+        hypernet: id or folder of the hypernetwork whose predictions are finetuned; ``auto`` is a bundled base's own,
+            ``none`` uses none.
+        progress: called with ("learn start", rounds done, total rounds).
         options: fields of the recipe to change, such as ``rank=8``.
 
     Raises:

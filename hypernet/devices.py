@@ -93,7 +93,7 @@ def wait_for_others(state: "PartialState") -> None:
         state.wait_for_everyone()
     except RuntimeError as error:
         raise ConnectionError(f"another process has died or hangs ({first_sentence(error)}), and what it was to do is "
-                              f"missing; see what it said, and start all again, which goes on") from error  # fmt: skip
+                              f"missing; see what it said, and start all again to resume") from error  # fmt: skip
 
 
 def use_device(device: torch.device) -> None:

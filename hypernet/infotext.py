@@ -60,7 +60,7 @@ def read_picture(path: str | Path) -> Infotext | None:
         with Image.open(path, formats=["PNG"]) as picture:
             text = picture.info.get(PNG_KEY)
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no PNG that can be read") from error
+        raise ValueError(f"{path} is not a readable PNG") from error
     return read_infotext(text) if isinstance(text, str) and len(text) < _LONGEST else None
 
 

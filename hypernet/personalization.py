@@ -56,14 +56,14 @@ class Personalization:
         theta: ``(L, row)``.
         photos: the prepared photos, at least one.
         bases: the learned bases of ``theta``, by label; None if they are the frozen ones.
-        finetuned: theta and the finetuned LoRA as one set of factors; None if there was no finetuning and no start.
+        finetuned: theta and the finetuned LoRA combined into one set of factors; None without finetuning and start.
         start_source: the file of the LoRA that the finetuning started from; "" if it was a fresh one.
-        seconds: time of each stage; people who are fitted together share it.
+        seconds: time of each stage; people fitted together share it.
         losses: mean denoising loss of each step, ``(steps, 1)``, by stage.
-        files: what was written.
-        left_out: photos that could not be used, a sentence for each.
+        files: the files written.
+        left_out: unusable photos, a sentence for each.
         snapshots: the factors after intermediate steps of the last stage, by step, in order.
-        stopped_at: the stage and step after which somebody stopped the fit; None if nobody did.
+        stopped_at: the stage and step after which the fit was stopped; None if it was not.
     """
 
     base: BaseModel
@@ -88,7 +88,7 @@ class Personalization:
 
     @property
     def factors(self) -> LoraFactors:
-        """What the LoRA file holds: theta, and the finetuned LoRA if there is one."""
+        """The factors for the LoRA file: theta, and the finetuned LoRA if there is one."""
         return self.theta_factors if self.finetuned is None else self.finetuned
 
     def __repr__(self) -> str:
@@ -208,24 +208,24 @@ def personalize(
     Args:
         photos: one or several, as `open_photos` reads them: files, pictures, arrays or tensors.
         base: a loaded base model, or what `load_base` loads: an id, a folder, a file, or ``testbed``.
-        config: how; by default the base's own, with a hypernetwork its `predicted_recipe`.
+        config: recipe; by default the base's own, or with a hypernetwork its `predicted_recipe`.
         lidb_config: the bases; by default the base's own, for Stable Diffusion the paper's a = 100 and b = 50. Theta
             files and hypernetworks bring their own.
         from_theta: a theta file to start from instead of the shared starting vector.
-        hypernet: starts at its prediction from the photos: an id, a folder, or a loaded one, which stays where it is.
-            ``none`` or None does without; ``auto`` is a bundled base's own, unless ``config`` or ``from_theta`` is
-            given.
-        start: a LoRA file that the finetuning starts from, as `hypernet.training.start` learns it; ``auto`` takes the
-            one beside the hypernetwork, if there is one, None a fresh LoRA.
-        save_every: keep the LoRA after every so many steps in the result's ``snapshots``.
-        preview_every: draw the trigger prompt after every so many steps, for ``on_step``.
+        hypernet: hypernetwork whose prediction to start from: an id, a folder, or a loaded one, which stays on its
+            device. ``none`` or None uses none; ``auto`` uses a bundled base's own, unless ``config`` or
+            ``from_theta`` is given.
+        start: LoRA file to start the finetuning from, see `hypernet.training.start`; ``auto`` uses the one next to the
+            hypernetwork, if there is one, None starts from scratch.
+        save_every: number of steps between the LoRAs kept in the result's ``snapshots``.
+        preview_every: number of steps between drawings of the trigger prompt, for ``on_step``.
         on_step: called with a `StepReport` after every step: stage, step, loss, and a sample picture if one was due.
-        stop: asked after every step; True ends the fit, and the result is what there is.
+        stop: called after every step; returning True ends the fit and keeps the result so far.
         options: fields of the config to change, such as ``steps=40``.
 
     Raises:
-        ValueError, OSError: a photo is unusable, the hypernetwork is, or it does not go with ``base`` and ``config``;
-            the message names it.
+        ValueError, OSError: a photo or the hypernetwork is unusable, or the hypernetwork does not match ``base`` and
+            ``config``; the message names the cause.
     """
     request = request_person(
         photos, None, config, None, from_theta, hypernet, lidb_config, start=start, base=base, options=options,
@@ -258,22 +258,22 @@ def personalize_to_files(
     """Personalise and write the LoRA ``out``, its sidecar and its preview picture (the trigger prompt, drawn).
 
     Args:
-        previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's own;
+        previews: further prompts, drawn with the LoRA on the sheet ``<out>-preview.png``, above the base's pictures;
             None draws nothing, not even the preview picture.
-        save_theta: write theta there too.
-        save_every: write the LoRA after every so many steps too, ``<out>-000020.safetensors``, and what is needed to
-            resume; at the end a sheet of them all, ``<out>-sheet.png``, and the loss as a picture, ``<out>-loss.png``.
-        preview_every: draw the trigger prompt after every so many steps, ``<out>-000020.png``.
-        stop: asked after every step; True ends the fit. The LoRA so far is written under its step's name, with what is
-            needed to resume.
-        weights: of the LoRAs on the sheet.
-        resume: go on with the fit that was stopped; it ends as an unbroken one would have.
+        save_theta: file to save theta to.
+        save_every: number of steps between saved LoRAs, ``<out>-000020.safetensors``, each with the state needed to
+            resume; at the end a sheet of them, ``<out>-sheet.png``, and the loss curve, ``<out>-loss.png``.
+        preview_every: number of steps between drawings of the trigger prompt, ``<out>-000020.png``.
+        stop: called after every step; returning True ends the fit. The LoRA so far is saved under its step's name,
+            with the state needed to resume.
+        weights: strengths of the LoRAs on the sheet.
+        resume: resume a stopped fit; the result is the same as that of an uninterrupted one.
         on_step: as for `personalize`.
         config, lidb_config, from_theta, hypernet, start, options: as for `personalize`.
-        overwrite: what is there may be replaced, unless it is an input.
+        overwrite: replace existing outputs, but never an input.
 
     Raises:
-        ValueError, OSError: an output cannot be written; found out before any work is done.
+        ValueError, OSError: an output cannot be written; this is checked before any work is done.
     """
     request = request_person(
         photos, out, config, save_theta, from_theta, hypernet, lidb_config, previews, start, base, overwrite, options,
@@ -289,14 +289,13 @@ def make_person(
     on_step: Callable[[StepReport], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Personalization:
-    """Do what is asked for one person, and write what is to be written.
+    """Carry out a request for one person and write the outputs.
 
     Args:
         on_step, stop: as for `personalize`.
 
     Raises:
-        ValueError, OSError: what the request needs does not go with ``base``, the fit diverged, or a file cannot be
-            written.
+        ValueError, OSError: the request does not match ``base``, the fit diverged, or a file cannot be written.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare photos"):
@@ -376,7 +375,7 @@ class Starts(NamedTuple):
 
 
 class OpenedRequest:
-    """A request on a base model: what does not depend on the people, made once.
+    """A request on a base model: everything that does not depend on the people, made once.
 
     Attributes:
         space: of the thetas.
@@ -417,7 +416,7 @@ class OpenedRequest:
         self.start, self.start_source = self._open_start()
 
     def _open_start(self) -> tuple[Tensor | None, str]:
-        """What finetunings start from; of ``auto`` what is there and fits, with a warning if something else is there.
+        """The start of finetunings; ``auto`` uses an existing start that fits, and warns of one that does not.
 
         Raises:
             ValueError: the start that was asked for is of other layers.
@@ -454,7 +453,7 @@ class OpenedRequest:
         checkpoints: Checkpoints | None = None,
         resumed: Mapping[str, Any] | None = None,
     ) -> list[Personalization | ValueError]:
-        """Fit people at once, each with weights of their own; whose fit diverges gets the error that says why.
+        """Fit several people at once, each with their own weights; a diverging fit yields an error with the reason.
 
         Args:
             watch: what is wanted while the fit of one person runs.
@@ -558,7 +557,7 @@ def _stopped_at(losses: dict[str, Tensor], stage: str, num_steps: int) -> tuple[
 
 
 def recipe_space(base: BaseModel, config: PersonalizeConfig, lidb_config: LiDBConfig) -> LiDBSpace:
-    """The layers that a recipe adapts, where neither a hypernetwork nor a theta file says so."""
+    """The layers that a recipe adapts, unless a hypernetwork or theta file determines them."""
     models = base.adapted
     return LiDBSpace(models if config.adapt == "all" else dict([next(iter(models.items()))]), lidb_config)
 
@@ -575,7 +574,7 @@ def _of_stage(progress: StageProgress | None, stage: str) -> Progress | None:
 
 
 def lora_metadata(base: BaseModel, trigger: str, num_photos: int = 0) -> KohyaMetadata:
-    """What a LoRA file of this base tells its readers."""
+    """The metadata of a LoRA file for this base."""
     return KohyaMetadata(
         family=base.family,
         v_prediction=base.prediction_type == "v_prediction",

@@ -76,23 +76,23 @@ def personalize_each(
     start: str | Path | None = AUTO_START,
     **options: Any,
 ) -> PersonalizedEach:
-    """Personalise a base model on each person of a data set; write ``<out>/<name>.safetensors`` and what goes with it.
+    """Personalise a base model on each person of a data set; write ``<out>/<name>.safetensors`` and companions.
 
-    Who has a LoRA there is not written again, so that a run that was stopped goes on, to the very files of an unbroken
-    one: for that a batch is fitted as a whole if anybody of it lacks a LoRA. Left out are photos that cannot be used,
-    photos that an earlier person has, names that make no file name or that of an earlier person, and fits that diverge.
+    Existing LoRAs are skipped, so an interrupted run resumes and produces exactly the files of an uninterrupted one; to
+    this end, a batch is fitted as a whole if any of its people lacks a LoRA. Unusable photos, photos of an earlier
+    person, names that are not valid file names or that an earlier person has, and diverging fits are skipped.
 
     Args:
         people: what `open_people` opens, such as a folder, or has opened; a name is that of the person's photo or
             folder.
-        batch_size: people fitted at once; None is as many as fit into the GPU's memory, or a few on a CPU.
+        batch_size: people to fit at once; None is as many as fit into GPU memory, or a few on a CPU.
         base, config, lidb_config, previews, hypernet, start, options: as for `personalize_to_files`.
-        overwrite: make everybody's anew.
-        progress: called with (stage, people done, people in all or None if that is not known).
+        overwrite: make existing LoRAs again.
+        progress: called with (stage, people done, total people or None if unknown).
 
     Raises:
         BlockingIOError: another run is at work in ``out``.
-        ValueError, OSError: as `request_people`, or a fit or an output fails; what is written stays.
+        ValueError, OSError: as `request_people`, or a fit or an output fails; LoRAs written before are kept.
     """
     opened = people if isinstance(people, People) else open_people(people)
     request = request_people(
@@ -102,7 +102,7 @@ def personalize_each(
 
 
 def make_people(request: PeopleRequest, base: BaseModel, progress: StageProgress | None = None) -> PersonalizedEach:
-    """Do what is asked for everybody of a data set; see `personalize_each`."""
+    """Carry out a request for everybody in a data set; see `personalize_each`."""
     result, config, previews = PersonalizedEach(), request.config, request.previews
     opened = OpenedRequest(request, base, result.seconds)
     batch = request.batch_size or choose_batch(base, opened.space, *_measured(config))

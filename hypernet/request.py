@@ -1,7 +1,7 @@
-"""What is asked for, resolved once: options, config, hypernetwork, theta file and photos become one request.
+"""Requests: options, config, hypernetwork, theta file and photos, resolved and checked once.
 
-A request is made before a base model is loaded, which may be a download of gigabytes, and finds what is wrong with its
-parts, the light checks first. `hypernet.personalization` and `hypernet.personalization_each` act on it as it is.
+A request is made before a base model is loaded, which may mean downloading gigabytes, and checks its parts, the cheap
+checks first. `hypernet.personalization` and `hypernet.personalization_each` use it unchanged.
 """
 
 import logging
@@ -139,8 +139,7 @@ class PersonRequest(Request):
             raise FileNotFoundError(f"{state} does not exist, so there is no fit to resume; leave --resume out")
         if not free and state.exists():
             raise FileExistsError(
-                f"{state} is what a fit that was stopped has left; pass --resume to go on with it, or --overwrite to "
-                f"begin anew"
+                f"{state} is left by a stopped fit; pass --resume to continue it, or --overwrite to start over"
             )
         for step in self.steps_kept:
             path = step_path(self.out, step)

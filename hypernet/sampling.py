@@ -54,17 +54,17 @@ def generate(
         factors: every layer's ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``; None draws with the base as it is.
         space: of the factors' layers; by default the attention projections of the models that they name.
         seed: starting noise, drawn on the CPU, so that every device draws the same; one for all, or one per prompt.
-        guidance: of classifier-free guidance; None is the base's own.
+        guidance: scale of classifier-free guidance; None is the base's own.
         lora: a LoRA file of any author to draw with.
-        weight: how much ``lora`` or ``factors`` count.
-        negative: what is not to be drawn.
+        weight: strength of ``lora`` or ``factors``.
+        negative: negative prompt.
         size: width and height in pixels; None is the base's own.
         sampler: one of `hypernet.samplers.SAMPLERS`, by Automatic1111's names; None is the base's own.
-        clip_skip: which of CLIP's layers is read, counted from the last from 1.
+        clip_skip: CLIP layer to use, counted from the last, which is 1.
 
     Raises:
-        ValueError: there are no prompts, or as many seeds as prompts; ``factors`` or ``lora`` do not fit the base, or
-            what is asked for it cannot do; or a picture holds NaN or infinity.
+        ValueError: there are no prompts, or not as many seeds as prompts; ``factors`` or ``lora`` do not fit the base;
+            the base does not support an option; or a picture holds NaN or infinity.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:

@@ -28,15 +28,15 @@ SheetLora = str | Path | LoraFactors | None
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How to draw.
+    """Settings for drawing.
 
     Attributes:
         num_steps: sampling steps.
         guidance: guidance scale, A1111's CFG scale; None is the base's own.
-        negative: what is not to be drawn.
+        negative: negative prompt.
         size: width and height in pixels; None is the base's own.
-        sampler: by Automatic1111's names, see `hypernet.samplers.SAMPLERS`; None is the base's own.
-        clip_skip: which of CLIP's layers is read, counted from the last from 1, as Automatic1111 counts.
+        sampler: sampler by its Automatic1111 name, see `hypernet.samplers.SAMPLERS`; None is the base's own.
+        clip_skip: CLIP layer to use, counted from the last, which is 1, as in Automatic1111.
     """
 
     num_steps: int = 30
@@ -56,7 +56,7 @@ class DrawConfig:
 
 @dataclass(frozen=True)
 class SheetPicture:
-    """One picture of a sheet, and what it was drawn with."""
+    """One picture of a sheet with its generation parameters."""
 
     image: Image.Image
     lora: str
@@ -157,11 +157,11 @@ def draw_sheet(
 
     Args:
         base: a loaded base model, or what `load_base` loads.
-        loras: files, or name -> a file, factors (such as a result's ``snapshots``), or None for the base alone; none
-            at all draws the base alone.
+        loras: files, or name -> a file, factors (such as a result's ``snapshots``), or None for the base alone; an
+            empty sequence also draws the base alone.
         space: of the factors' layers; by default as `generate` finds it.
-        config: how; by default with the base's own settings.
-        progress: called with (steps done, steps in all) of the whole sheet.
+        config: settings; by default the base's own.
+        progress: called with (steps done, total steps) of the whole sheet.
 
     Raises:
         ValueError, OSError: there is nothing to draw, or as `generate`.
@@ -245,7 +245,7 @@ def check_pictures(
 
 
 def _named(loras: Mapping[str, SheetLora] | Sequence[str | Path]) -> dict[str, SheetLora]:
-    """LoRAs by name; files of one name are told apart by their folders."""
+    """LoRAs by name; files of the same name are distinguished by their folders."""
     if isinstance(loras, Mapping):
         return dict(loras) or {BASE: None}
     paths = [loras] if isinstance(loras, str | Path) else list(loras)

@@ -1,4 +1,4 @@
-"""What defines a LiDB adapter: ``LiDBConfig``, saved beside the weights as ``adapter_config.json``."""
+"""The definition of a LiDB adapter: ``LiDBConfig``, saved next to the weights as ``adapter_config.json``."""
 
 import enum
 import math
@@ -23,13 +23,13 @@ class LiDBConfig(PeftConfig):
     Args:
         r: rank of the update.
         down_dim: size of the basis on the input side, the paper's a; clipped to a narrower layer's width.
-        up_dim: size of the basis on the output side, the paper's b; clipped likewise.
-        scale: multiplies the update.
-        rank_pattern: rank of some layers, in place of ``r``: layer name (a suffix, or a regular expression) -> rank.
-        scale_pattern: likewise for ``scale``; what ``alpha_pattern`` is to LoRA.
-        lidb_dropout: share of a layer's input that its update does not see while training.
-        seed: chooses the bases and the starting vector.
-        basis: kind of basis that the seed gives: "orthogonal", the paper's. `LiDBModel.use_bases` brings others.
+        up_dim: size of the basis on the output side, the paper's b; clipped in the same way.
+        scale: factor that multiplies the update.
+        rank_pattern: ranks that override ``r`` for some layers: layer name (a suffix or regular expression) -> rank.
+        scale_pattern: the same for ``scale``, like ``alpha_pattern`` for LoRA.
+        lidb_dropout: dropout probability of the update's input while training.
+        seed: random seed of the bases and the starting vector.
+        basis: kind of basis made from the seed: "orthogonal", the paper's. `LiDBModel.use_bases` sets others.
         target_modules: names (suffixes), or one regular expression for the whole name. None: all attention projections
             of a UNet or FLUX transformer of diffusers, and of a CLIP text encoder.
         exclude_modules: names, or a regular expression, of modules to leave alone.
@@ -38,7 +38,7 @@ class LiDBConfig(PeftConfig):
         save_projection: store the bases in the checkpoint, one per width and side (1.8 MB for SD1.5), instead of a
             fingerprint and a few values to check the rebuilt ones by.
         bias: "none", "all" or "lidb_only".
-        modules_to_save: further modules to train and save whole.
+        modules_to_save: further modules to train and save in full.
         layers_to_transform: indices of the layers to adapt, as in PEFT's other tuners.
         layers_pattern: name of the list those indices count in.
     """

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside the target, flushed, renamed.
+"""Files and folders that are written completely or not at all: next to the target, flushed, renamed.
 
-What a killed process has left half written is told by its lock, which the system takes back, and is removed by the next
-process that writes into the same folder; a folder that was about to be replaced gets its name back.
+Files left half-written by a killed process are recognized by their lock, which the system has released, and are removed
+by the next process that writes to the same folder; a folder that was about to be replaced gets its name back.
 """
 
 import json
@@ -132,10 +132,10 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def locked_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """Make ``folder`` and hold it for a block, so that no second run that goes on in it writes there meanwhile.
+    """Create ``folder`` and lock it during a block, so that no second run writes to it meanwhile.
 
     Args:
-        what: works there, for messages: "a training".
+        what: what is running there, for messages, such as "a training".
 
     Raises:
         BlockingIOError: another process holds it.

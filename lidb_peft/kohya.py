@@ -390,7 +390,7 @@ def _read_theta(file: str | os.PathLike, space: LiDBSpace) -> Tensor:
     worst = int(residuals.argmax())
     if residuals[worst] > _ROUNDING:
         raise ValueError(
-            f"{file} is no LoRA of these bases: theta loses {residuals[worst]:.0%} of its update of "
+            f"{file} is not a LoRA of these bases: theta loses {residuals[worst]:.0%} of its update of "
             f"{space.layer_names[worst]}; name a theta file, or a LoRA saved with this seed, down_dim and up_dim"
         )
     return theta

@@ -1,7 +1,7 @@
 """Whether an output may be written: decided in one place for every command, before any work.
 
-An output is never an input, never inside an input, and never over what is there without being told so; its name is one
-that every file system and Automatic1111 can hold.
+An output is never an input or inside one, and replaces an existing file only on request; its name is valid on every
+file system and in Automatic1111.
 """
 
 import os
@@ -35,20 +35,20 @@ def check_output(
     overwrite: bool = False,
     parents: bool = False,
 ) -> None:
-    """Raise now what would go wrong with ``target`` after all the work, or what writing it would destroy.
+    """Check now that ``target`` can be written after all the work, and that writing it destroys nothing.
 
     Args:
-        inputs: files and folders that are read; None and ids of the hub are passed over.
-        suffix: of the file to write; ``FOLDER`` for a new folder.
-        overwrite: an existing file may be replaced, unless it is an input or protected against writing.
-        parents: the folders above ``target`` will be made.
+        inputs: files and folders that are read; None and hub ids are ignored.
+        suffix: suffix of the file to write; ``FOLDER`` for a new folder.
+        overwrite: an existing file may be replaced, unless it is an input or read-only.
+        parents: the parent folders of ``target`` will be created.
 
     Raises:
         FileExistsError: ``target`` exists.
         FileNotFoundError: its folder does not.
-        IsADirectoryError, NotADirectoryError: it, or what it would lie in, is of the wrong kind.
+        IsADirectoryError, NotADirectoryError: it, or its parent, is a folder instead of a file or vice versa.
         PermissionError: its folder cannot be written, or it is read-only.
-        ValueError: its name cannot be held or has another suffix; it is an input, lies inside one, or holds one.
+        ValueError: its name is not valid or has another suffix; it is an input, lies inside one, or holds one.
     """
     target = Path(target)
     _check_suffix(target, suffix)
@@ -63,7 +63,7 @@ def check_output(
     if not overwrite:
         raise FileExistsError(f"{target} exists and is kept; choose another output, or pass --overwrite")
     if target.exists() and not target.is_file():
-        raise FileExistsError(f"{target} is no regular file and is kept; choose another output")
+        raise FileExistsError(f"{target} is not a regular file and is kept; choose another output")
     if target.exists() and not target.stat().st_mode & _WRITABLE_BITS:
         raise PermissionError(f"{target} is read-only and is kept; choose another output, or make it writable")
 
@@ -75,15 +75,15 @@ def check_output_folder(
     is_resumed: bool = False,
     may_hold_inputs: bool = False,
 ) -> None:
-    """As `check_output`, for a folder that a run writes into, which may be there.
+    """Like `check_output`, for a folder that a run writes into, which may exist.
 
     Args:
-        files: names in it, patterns with ``*`` too, that the run would write.
-        is_resumed: what is there is an earlier run's, which goes on.
-        may_hold_inputs: single files are written, which are checked by themselves.
+        files: names or ``*`` patterns of the files that the run would write to it.
+        is_resumed: existing files belong to an earlier run that is being resumed.
+        may_hold_inputs: only single files are written, which are checked separately.
 
     Raises:
-        FileExistsError: one of ``files`` is there, and it is not an earlier run's.
+        FileExistsError: one of ``files`` exists and does not belong to an earlier run.
         ValueError, OSError: as `check_output`.
     """
     target = Path(target)
@@ -94,11 +94,13 @@ def check_output_folder(
     check_not_an_input(target, inputs, may_hold_inputs)
     found = [] if is_resumed or not target.is_dir() else [path for name in files for path in sorted(target.glob(name))]
     if found:
-        raise FileExistsError(f"{found[0]} exists and is of no earlier run; choose another output folder, or move it")
+        raise FileExistsError(
+            f"{found[0]} exists and was not made by an earlier run; choose another output folder, or move it"
+        )
 
 
 def check_distinct(targets: Sequence[tuple[str, str | os.PathLike]]) -> None:
-    """Raise ValueError if two of a run's outputs, ``(what it is, path)``, are one file."""
+    """Raise ValueError if two of a run's outputs, ``(description, path)``, are the same file."""
     seen: dict[str, str] = {}
     for what, target in targets:
         other = seen.setdefault(_folded(_places(Path(target))[0]), what)
@@ -109,7 +111,7 @@ def check_distinct(targets: Sequence[tuple[str, str | os.PathLike]]) -> None:
 def check_not_an_input(target: Path, inputs: Paths, may_hold: bool = False) -> None:
     """Raise ValueError if ``target`` is one of ``inputs``, lies inside one, or, unless it may, holds one.
 
-    Links of both kinds are followed. Names that differ by case only are taken for one, as Windows and macOS do.
+    Hard and symbolic links are followed. Names that differ only in case count as the same, as on Windows and macOS.
     """
     places = _places(target)
     above = {_identity(folder) for place in places for folder in place.parents} - {None}

@@ -47,7 +47,7 @@ def check_patterns(patterns: Iterable[object] | str | None, source: str) -> None
     tries, longest = 0, ""
     for pattern in given:
         if not isinstance(pattern, str) or len(pattern) > _MAX_CHARS:
-            raise ValueError(f"{source} names layers by {printable(repr(pattern))}, which is no name; it is damaged")
+            raise ValueError(f"{source} names layers by {printable(repr(pattern))}, which is not a name; it is damaged")
         if not _LITERAL.fullmatch(pattern):
             tries += _tries(pattern, source)
         longest = max(longest, pattern, key=len)

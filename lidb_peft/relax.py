@@ -128,7 +128,7 @@ def peft_factors(model: nn.Module, component: str, adapter_name: str = "default"
     """Return the LoRA factors of a LiDB or LoRA adapter that PEFT has put on ``model``, scales folded in.
 
     Raises:
-        ValueError: there is no such adapter, or one that is no plain low-rank update (DoRA, embeddings, convolutions).
+        ValueError: there is no such adapter, or it is not a plain low-rank update (DoRA, embeddings, convolutions).
     """
     factors: LoraFactors = {}
     for name, module in model.named_modules():
@@ -137,7 +137,7 @@ def peft_factors(model: nn.Module, component: str, adapter_name: str = "default"
             factors[layer_name(component, name)] = (lora_A.detach(), lora_B.detach())
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             if not isinstance(module.get_base_layer(), nn.Linear) or module.use_dora.get(adapter_name):
-                raise ValueError(f"adapter {adapter_name!r} on {name} is no plain low-rank update of a linear layer")
+                raise ValueError(f"adapter {adapter_name!r} on {name} is not a plain low-rank update of a linear layer")
             lora_A, lora_B = _weight(module.lora_A[adapter_name]), _weight(module.lora_B[adapter_name])
             scaled = lora_B.detach().float() * module.scaling[adapter_name]
             factors[layer_name(component, name)] = (lora_A.detach().float(), scaled)

@@ -140,7 +140,9 @@ def _merge_full_updates(parts: Parts, rule: RankRule | None) -> dict[str, SumOfU
     sums = {}
     for name in dict.fromkeys(name for lora, _ in parts for name in lora.full_updates):
         if rule is not None:
-            raise ValueError(f"the update of {name} is no LoRA, and keeps its rank; hdb convert --rank makes one of it")
+            raise ValueError(
+                f"the update of {name} is not a LoRA, and keeps its rank; hdb convert --rank makes one of it"
+            )
         terms = [(updates[name], weight) for lora, weight in parts for updates in (lora.layers, lora.full_updates)
                  if name in updates]  # fmt: skip
         try:

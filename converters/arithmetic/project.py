@@ -74,7 +74,7 @@ def project_to_file(
 def family_models(family: str, source: str) -> dict[str, nn.Module]:
     """Return component -> a model of the layers that LiDB adapts in a family, without weights."""
     if family not in FAMILIES:
-        raise ValueError(f"{source} does not tell its model family; name the base model that it was made for")
+        raise ValueError(f"{source} does not say its model family; name the base model it was made for")
     return skeleton_models(FAMILIES[family].shapes, "meta")
 
 
@@ -113,7 +113,7 @@ def lora_updates(lora: Lora) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """
     for name, layer in lora.layers.items():
         if layer.magnitude is not None:
-            raise ValueError(f"layer {name} is DoRA, which is no product of two matrices; project a plain LoRA")
+            raise ValueError(f"layer {name} is DoRA, which is not a product of two matrices; project a plain LoRA")
         yield name, matrices(layer)
 
 

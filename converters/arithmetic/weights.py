@@ -60,7 +60,9 @@ class LoraWeight:
             elif name == _LIST:
                 block_list = tuple(_number(number) for number in value.split(","))
             elif not sign or not name:
-                raise ValueError(f"{printable(repr(piece))} is no weight; write te=0.5, unet=1, IN04=0 or lbw=1,0,...")
+                raise ValueError(
+                    f"{printable(repr(piece))} is not a weight; write te=0.5, unet=1, IN04=0 or lbw=1,0,..."
+                )
             else:
                 named[name] = _number(value)
         parts = {name.lower(): number for name, number in named.items() if name.lower() in _PARTS}
@@ -123,7 +125,7 @@ def weigh(lora: Lora, weight: LoraWeight, family: str = "") -> list[tuple[Lora, 
         return [(lora, weight.whole)]
     family = lora.family or family
     if not family:
-        raise ValueError(f"blocks have weights, but its layers do not tell its model family; say which: --family"
+        raise ValueError(f"blocks have weights, but its layers do not show its model family; pass --family"
                          f" {', '.join(FAMILIES)}")  # fmt: skip
     names = [*lora.layers, *lora.full_updates]
     weights = {name: weight.of_layer(name, family) for name in names}
@@ -152,7 +154,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"{printable(repr(text))} is no weight; write a number such as 0.8") from error
+        raise ValueError(f"{printable(repr(text))} is not a weight; write a number such as 0.8") from error
 
 
 def _block(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Naming what a file is that is no LoRA of a known family: of which other model it is, or what else."""
+"""Identifying a file that is not a LoRA of a known family: the model it is for, or what else it is."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -34,7 +34,7 @@ def metadata_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} has unreadable {METADATA_KEY} ({error}); save the LoRA again") from error
     if not isinstance(entries, dict):
-        raise ValueError(f"{source} has {METADATA_KEY} that is no JSON object; save the LoRA again")
+        raise ValueError(f"{source} has {METADATA_KEY} that is not a JSON object; save the LoRA again")
     configs: dict[str, dict] = {}
     for key, value in entries.items():
         component, _, name = key.rpartition(".")
@@ -87,5 +87,7 @@ def stated_number(config: Mapping[str, object], name: str, path: str, source: st
         return None
     # The comparison takes integers beyond float's range, and refuses NaN.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{source} has a {name} for {path} that is no number: {printable(repr(value))}; it is damaged")
+        raise ValueError(
+            f"{source} has a {name} for {path} that is not a number: {printable(repr(value))}; it is damaged"
+        )
     return float(value)

@@ -1,1 +1,1 @@
-"""Saying what an adapter file holds, and what its readers would stumble over."""
+"""Describing what an adapter file holds, and the problems its readers would have with it."""

@@ -1,4 +1,4 @@
-"""What is wrong with a LoRA file, in words: what makes a reader skip layers, scale them wrongly or hide the file."""
+"""Problems of a LoRA file, as text: what makes readers skip layers, scale them wrongly or hide the file."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""``hdb inspect``: what a LoRA or theta file is, whoever made it, and what is wrong with it."""
+"""``hdb inspect``: what a LoRA or theta file contains, whoever made it, and what is wrong with it."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ class FileDescription:
 
     Args:
         path: the file that was read (inside a folder, if one was given).
-        made_by: the program that wrote it, where it says so.
+        made_by: the program that wrote it, if the file says.
         kind: e.g. ``kohya LoRA``, ``diffusers LoRA``, ``PEFT LoRA``, ``kohya LoHa``, ``LiDB theta``.
         base: ``SD1``, ``SD2``, ``SDXL``, another model's own name, or None.
         base_model_name: the checkpoint it was made on, if it says so.
@@ -54,7 +54,7 @@ class FileDescription:
         blocks: block of the denoiser, ``unet IN04``, or text encoder -> what its layers do together.
         dtypes: dtypes of its tensors, e.g. ``float16``.
         num_parameters, size_bytes: numbers stored, bytes on disk.
-        title, trigger_words: what it calls itself, what to write in a prompt.
+        title, trigger_words: its title, and the words to write in a prompt.
         hashes: ``sha256`` of the file, ``sshs_model_hash`` of its tensors, ``sshs_legacy_hash`` of a piece of them,
             ``a1111`` the short hash that A1111 shows.
         warnings: one sentence for each thing that a reader would stumble over.

@@ -47,10 +47,10 @@ _WRITERS: Mapping[str, Callable[[Lora], object]] = {
 def _refusing_commands(lora: Lora) -> list[str]:
     found = []
     if lora.full_updates:
-        found.append("hdb resize, merge and project refuse it, because it is no LoRA; hdb convert --rank makes one of"
+        found.append("hdb resize, merge and project refuse it: it is not a LoRA; hdb convert --rank makes one of"
                      " it, hdb merge --into adds it to a model")  # fmt: skip
     if not lora.family:
-        found.append("its layers do not tell its model family: hdb convert to kohya's format asks for --family"
+        found.append("its layers do not show its model family: hdb convert to kohya's format asks for --family"
                      f" {' or '.join(_families(lora))}")  # fmt: skip
     else:
         try:

@@ -1,4 +1,4 @@
-"""What is asked of a base model, by fitting, training, prompt preservation and sampling alike.
+"""The interface of a base model, used by fitting, training, prompt preservation and sampling.
 
 A family of base models is one subclass of `BaseModel`; nothing outside of this folder knows which one it holds.
 """
@@ -61,7 +61,7 @@ class Prompts(_Batch):
 
 @dataclass(frozen=True)
 class PromptEmbeds(_Batch):
-    """What the denoiser is told of n prompts.
+    """Prompt conditioning: the denoiser's inputs for n prompts.
 
     Attributes:
         prompt_embeds: the text encoders' states, ``(n, tokens, width)``.
@@ -85,13 +85,13 @@ class BaseModel(ABC):
     scheduler: "SchedulerMixin"
 
     title: ClassVar[str]
-    """What messages call such a model."""
+    """The name of such a model in messages."""
     families: ClassVar[tuple[str, ...]]
     """Names of the families in `lidb_peft.families` that are loaded as this class."""
     options: ClassVar[frozenset[str]] = frozenset()
     """Options of `load_base` that only some families have, of those that this class takes."""
     guidance: ClassVar[float]
-    """The guidance scale that pictures are drawn with unless somebody asks for another."""
+    """The default guidance scale for drawing pictures."""
 
     @classmethod
     @abstractmethod
@@ -119,7 +119,7 @@ class BaseModel(ABC):
 
     @property
     def prediction_reason(self) -> str:
-        """How it is known what it predicts, for messages; "" where its family leaves no doubt."""
+        """How the prediction type was determined, for messages; "" if the family has only one."""
         return ""
 
     @property
@@ -153,7 +153,7 @@ class BaseModel(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
-        """What the denoiser is told of n prompts under the weights that are applied; differentiable."""
+        """The conditioning for n prompts under the applied weights; differentiable."""
 
     @abstractmethod
     def timesteps(self, positions: Tensor, max_timestep: int) -> Tensor:
@@ -165,11 +165,11 @@ class BaseModel(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should predict of `add_noise`'s result, ``(n, c, h, w)``."""
+        """The denoiser's target for the result of `add_noise`, ``(n, c, h, w)``."""
 
     @abstractmethod
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
-        """What the denoiser predicts of ``(n, c, h, w)`` at ``timesteps`` ``(n,)``, same shape, float32."""
+        """The denoiser's prediction for ``(n, c, h, w)`` at ``timesteps`` ``(n,)``, same shape, float32."""
 
     @abstractmethod
     def pipeline(self) -> "DiffusionPipeline":
@@ -179,22 +179,22 @@ class BaseModel(ABC):
     def pipeline_inputs(
         self, texts: Sequence[str], guidance: float, negative: str = "", clip_skip: int = 1
     ) -> dict[str, Any]:
-        """What `pipeline` is called with to draw prompts under the weights that are applied.
+        """The arguments for `pipeline` to draw prompts under the applied weights.
 
         Args:
-            negative: what is not to be drawn; "" is no prompt.
-            clip_skip: which of CLIP's layers is read, counted from the last from 1, as Automatic1111 counts.
+            negative: negative prompt; "" is none.
+            clip_skip: CLIP layer to use, counted from the last, which is 1, as in Automatic1111.
 
         Raises:
             ValueError: the base has no negative prompts, or does not let CLIP's layer be chosen.
         """
 
     def settle(self) -> None:  # noqa: B027 - most bases are there from the start
-        """Bring onto the device what a step needs, if that is not there yet."""
+        """Move everything that a step needs to the device, if it is not there yet."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Options that it was loaded with and that what is fitted depends on, for a target store to compare."""
+        """The loading options that fits depend on, for comparison with a target store."""
         return {}
 
     @property

@@ -71,7 +71,7 @@ class Flux(BaseModel):
         home: the device that it works on; the transformer comes there with the first `denoise`.
         compute_dtype: what the transformer computes in, however its weights are stored.
         train_text_encoder: CLIP is adapted too.
-        guidance_scale: what the transformer is told while it is fitted.
+        guidance_scale: the transformer's guidance input while fitting.
         quantize: how its blocks' weights are stored, None for `compute_dtype`.
     """
 
@@ -110,7 +110,7 @@ class Flux(BaseModel):
         _check_components(name, pipeline)
         transformer, compute_dtype = pipeline.transformer, pipeline.transformer.dtype
         if guidance_scale is not None and not transformer.config.guidance_embeds:
-            raise ValueError(f"{name} is told no guidance scale (FLUX.1 schnell?); leave --guidance-scale out")
+            raise ValueError(f"{name} takes no guidance scale (FLUX.1 schnell?); leave --guidance-scale out")
         if quantize is not None:
             from hypernet.base_models.quantization import quantize_blocks
 

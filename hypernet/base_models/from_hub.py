@@ -48,10 +48,10 @@ def download_base(source: str, check: Callable[[Family], None]) -> tuple[Path, b
 
 
 def unavailable(source: str, reason: str = "") -> str:
-    """The sentence for a base that is neither here nor to be had."""
+    """The message for a base that is not local and cannot be downloaded."""
     return (
-        f"the base model {source!r} is not a folder or file here and could not be had from the Hugging Face hub; "
-        f"connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
+        f"the base model {source!r} is not a local folder or file and could not be downloaded from the Hugging Face "
+        f"hub; connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
         f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package"
         + (f" ({reason})" if reason else "")
     )

@@ -57,21 +57,21 @@ def load_base(
 
     Args:
         source: a Hugging Face id, a diffusers folder, a .safetensors checkpoint, or ``testbed``, the bundled miniature.
-        attention: of the denoiser, ``sdpa`` (torch's own) or ``xformers``; ``auto`` is ``sdpa``.
-        compile: compile the denoiser at its first use, by `torch.compile`, which takes minutes.
-        components: a diffusers folder with the components that ``source`` lacks, where that is a file.
-        train_text_encoder: adapt CLIP too, where a family does not anyway: FLUX.1.
-        quantize: hold the transformer's blocks in ``nf4`` or ``int8``: FLUX.1.
-        guidance_scale: what a distilled model is told while it is fitted, 1 if not given: FLUX.1 dev.
+        attention: attention backend of the denoiser, ``sdpa`` (torch's) or ``xformers``; ``auto`` is ``sdpa``.
+        compile: compile the denoiser on first use with `torch.compile`, which takes minutes.
+        components: diffusers folder with the components that ``source`` lacks, if that is a file.
+        train_text_encoder: adapt CLIP too, for families that do not by default: FLUX.1.
+        quantize: quantize the transformer's blocks to ``nf4`` or ``int8``: FLUX.1.
+        guidance_scale: guidance input of a guidance-distilled model while fitting, default 1: FLUX.1 dev.
         revision: branch, tag or commit of a base on the hub.
-        max_vram: how many bytes torch may take of the CUDA device.
-        prediction: what a Stable Diffusion predicts, ``epsilon`` or ``v``; ``auto`` takes what the base says of itself,
-            and measures where it says nothing; `BaseModel.prediction_reason` says which.
+        max_vram: limit on torch's memory on the CUDA device, in bytes.
+        prediction: prediction type of a Stable Diffusion, ``epsilon`` or ``v``; ``auto`` reads it from the base, or
+            measures it if the base does not say; `BaseModel.prediction_reason` tells which.
 
     Raises:
-        ValueError: the source is of no known family, a pickled checkpoint or damaged; an option is none of that
-            family's; or xformers or bitsandbytes is asked for and not to be had.
-        FileNotFoundError: the source is neither here nor can it be had from the hub.
+        ValueError: the source is of no known family, a pickled checkpoint or damaged; the family does not support an
+            option; or xformers or bitsandbytes is requested but not installed.
+        FileNotFoundError: the source is neither local nor available from the hub.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; choose {', '.join(ATTENTIONS)}")
@@ -111,7 +111,7 @@ def _describe_prediction(base: BaseModel) -> str:
 
 
 def as_base(base: Base, device: str | None = None) -> BaseModel:
-    """A base that is loaded already, or `load_base` of what is named, onto ``device`` if that is given."""
+    """Return a loaded base as it is, or load it with `load_base`, onto ``device`` if given."""
     if isinstance(base, BaseModel):
         return base
     config = base if isinstance(base, BaseConfig) else BaseConfig(str(base))
@@ -165,7 +165,7 @@ def _check_compiler(device: torch.device) -> None:
     except Exception as error:  # of Dynamo, Inductor, Triton or the compiler itself
         needed = "Triton (on Windows: pip install triton-windows)" if device.type == "cuda" else "a C++ compiler"
         raise ValueError(
-            f"--compile cannot be had on {device} ({first_sentence(error)}); install {needed}, or leave --compile out"
+            f"--compile is not available on {device} ({first_sentence(error)}); install {needed}, or drop --compile"
         ) from error
 
 
@@ -176,7 +176,7 @@ def _use_xformers(denoiser: nn.Module) -> None:
         cast(Any, denoiser).enable_xformers_memory_efficient_attention()
     except Exception as error:  # built for another torch, no CUDA, or a card that it does not know
         raise ValueError(
-            f"attention xformers cannot be had ({first_sentence(error)}); pip install xformers on a machine with "
+            f"attention xformers is not available ({first_sentence(error)}); pip install xformers on a machine with "
             f"CUDA, or choose sdpa"
         ) from error
 
@@ -201,7 +201,7 @@ def load_pipeline(
         if path.is_file():
             return _load_single_file(path, dtype, options, components)
         if components is not None:
-            raise ValueError(f"{source} is no file, which --components goes with; leave it out")
+            raise ValueError(f"{source} is not a file, which --components requires; leave it out")
         family, pipeline = (_load_folder if path.is_dir() else _load_from_hub)(source, dtype, options)
         return family, pipeline, None
 

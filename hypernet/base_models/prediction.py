@@ -1,8 +1,8 @@
-"""Whether a Stable Diffusion predicts the noise (epsilon) or the velocity (v): what says so, or what it does.
+"""Whether a Stable Diffusion predicts the noise (epsilon) or the velocity (v), read from the model or measured.
 
-A folder's scheduler says it. A single file may, by a tensor that tells ComfyUI and Automatic1111 or by its metadata;
-where it does not, the UNet is asked: of noise alone, one that predicts noise must return it, and one that predicts v
-returns what it makes of the picture.
+A folder's scheduler config says it. A single file may say it in its metadata or by a tensor that ComfyUI and
+Automatic1111 read. Otherwise it is measured: given pure noise, a UNet that predicts noise must return it, and one that
+predicts v returns its guess of the picture.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ NAMES = {"epsilon": EPSILON, "v": V}
 HAS_ZERO_SNR = "ztsnr"
 """An empty tensor by which a model says that it was trained on noise alone at the last timestep."""
 NOISE_RETURNED = 0.5
-"""A higher correlation of what is predicted of noise with that noise is a prediction of noise."""
+"""If the prediction for pure noise correlates with that noise more than this, the model predicts noise."""
 _PREDICTS_V = "v_pred"
 
 

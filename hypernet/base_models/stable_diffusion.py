@@ -173,7 +173,7 @@ class StableDiffusion(BaseModel):
 
     @cached_property
     def time_ids(self) -> Tensor:
-        """What SDXL's UNet is told of a picture: that it is whole and of the trained size, ``(6,)`` on the device."""
+        """The size conditioning of SDXL's UNet: a whole picture of the trained size, ``(6,)`` on the device."""
         original = target = (self.size_px, self.size_px)
         crop_top_left = (0, 0)
         return torch.tensor([*original, *crop_top_left, *target], dtype=self.dtype, device=self.device)
@@ -189,7 +189,7 @@ class StableDiffusion(BaseModel):
         return Prompts(torch.tensor(ids, device=self.device).unflatten(0, (len(texts), len(tokenizers))))
 
     def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
-        """What the text encoders make of prompts, as the pipeline asks them."""
+        """The text encoders' outputs for prompts, computed as in diffusers' pipeline."""
         ids = prompts.token_ids
         if self.text_encoder_2 is None:
             return PromptEmbeds(self.text_encoder(ids[:, 0])[0])

@@ -135,7 +135,7 @@ class FacenetFaces:
                 network = facenet_pytorch.InceptionResnetV1(pretrained="vggface2")
             except (OSError, RuntimeError) as error:
                 raise ValueError(
-                    f"facenet-pytorch's weights trained on VGGFace2 could not be had ({first_sentence(error)}); "
+                    f"facenet-pytorch's weights trained on VGGFace2 could not be downloaded ({first_sentence(error)}); "
                     "connect to the internet once, or pass --face-network dlib"
                 ) from error
         self._network = network.eval().requires_grad_(False).to(device)

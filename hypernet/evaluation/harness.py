@@ -75,7 +75,7 @@ class Results:
                 else:
                     self.lines.setdefault((scores.pop("row"), scores.pop("seed")), []).append(scores)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} holds a line that is no score; it is damaged: choose another output, or "
+                raise ValueError(f"{path} holds a line that is not a score; it is damaged: choose another output, or "
                                  f"remove the line {line[:60]!r}") from error  # fmt: skip
         if path.exists() and settings is not None:
             self._check(found or {})

@@ -142,7 +142,7 @@ def _folder(source: str, what: str, patterns: tuple[str, ...]) -> Path:
         return hub_folder(str(source), patterns)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{what}, {source!r}, is no folder here and could not be had from the Hugging Face hub "
+            f"{what}, {source!r}, is not a folder here and could not be downloaded from the Hugging Face hub "
             f"({first_line(error)}); check the name and the connection, or pass --{what.lower()} none"
         ) from error
 

@@ -35,18 +35,18 @@ Item = TypeVar("Item")
 
 @dataclass
 class Preoptimized:
-    """What one process did, and what is in the store after all of them have done their share.
+    """What one process did, and the state of the store after all processes have finished.
 
     Attributes:
-        fitted: people.
-        skipped: photos and people that were left out.
-        found: shards that were there already.
+        fitted: number of people fitted.
+        skipped: number of photos and people skipped.
+        found: number of shards that existed already.
         loss: mean final denoising loss.
         seconds: how long it took.
-        process, num_processes: which of how many processes it was.
-        num_targets, num_skipped: people in the store, and photos and people that all runs left out.
-        missing: shards that are not in the store, of ``shard_size`` people each.
-        skipped_file: what was left out and why, one a line.
+        process, num_processes: index of this process, and number of processes.
+        num_targets, num_skipped: people in the store, and photos and people skipped by all runs.
+        missing: number of shards missing from the store, of ``shard_size`` people each.
+        skipped_file: file that lists skipped photos and people with the reason, one per line.
     """
 
     fitted: int = 0

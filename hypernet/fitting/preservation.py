@@ -1,7 +1,7 @@
-"""Prompt preservation: what a prompt changes in the base model, it goes on changing in the personalised one.
+"""Prompt preservation: a prompt has the same effect on the personalised model as on the base model.
 
-At one noisy latent x_t the base predicts otherwise for "a pencil drawing of a face" than for "a face"; the personalised
-model is to predict otherwise for "a pencil drawing of a sks face" than for "a sks face" by that same difference:
+At a noisy latent x_t, the base's predictions for "a pencil drawing of a face" and "a face" differ; the personalised
+model's predictions for "a pencil drawing of a sks face" and "a sks face" should differ by the same amount:
 
     || v(x_t, styled [V]) - sg[v(x_t, [V]) + v_base(x_t, styled) - v_base(x_t, plain)] ||^2
 

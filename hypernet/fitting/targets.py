@@ -33,7 +33,7 @@ _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 # Which manifests did not say when there was no other.
 _EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade"}
-_REMEDY = "delete it and run hdb preoptimize again, which makes it anew"
+_REMEDY = "delete it and run hdb preoptimize again to make it again"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TargetStore:
         if differing:
             found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {fit[name]!r})" for name in differing)
             raise ValueError(
-                f"{self.folder} holds targets of another fit, with {found}; go on with its own settings, or choose "
+                f"{self.folder} holds targets of another fit, with {found}; continue with its own settings, or choose "
                 f"another folder"
             )
 

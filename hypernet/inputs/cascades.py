@@ -1,4 +1,4 @@
-"""Faces by two of the cascades that OpenCV 4 ships, asked to agree: what serves where YuNet's file is not to be had.
+"""Faces by two of the cascades that OpenCV 4 ships, which must agree: the fallback if YuNet's file is not available.
 
 One cascade alone takes ties, curtains and knees for faces and misses a tilted head. Measured on 35 photographs of
 people in ten variants each (plain, grey, dark, bright, noisy, small, mirrored, tilted by 10, -20 and 30 degrees), the
@@ -22,7 +22,7 @@ _UPRIGHT_SCORE, _TILTED_SCORE = 8.0, 9.0  # so: confirmed and at least 2 and 3, 
 
 
 def unavailable() -> str:
-    """Why there are no cascades here, in words; empty if there are."""
+    """Why the cascades are not available, as text; empty if they are."""
     if not importlib.util.find_spec("cv2"):
         return "OpenCV is not installed"
     import cv2

@@ -40,14 +40,14 @@ def find_crops(
     detector: str = "auto",
     face: str = "largest",
 ) -> list[Crop]:
-    """Show what `hypernet.personalize` would take of photos; nothing is raised for a photo that cannot be used.
+    """Show how `hypernet.personalize` would crop photos; unusable photos do not raise.
 
     Args:
         photos: files, folders of one person's photos, or pictures; one or several.
-        size_px: the side of the squares; a base model's ``size_px`` gives the very pictures that it is fitted to.
-        crop: cut to a face; False takes the middle square.
-        detector: of faces, see `hypernet.inputs.faces.choose_detector`.
-        face: which one, of several, see `hypernet.recipe.PersonalizeConfig`.
+        size_px: side of the squares; with a base model's ``size_px`` they are exactly the pictures it is fitted to.
+        crop: crop to a face; False crops the centre square.
+        detector: face detector, see `hypernet.inputs.faces.choose_detector`.
+        face: which face to use of several, see `hypernet.recipe.PersonalizeConfig`.
     """
     crops = []
     for name, photo in _named(photos):
@@ -61,7 +61,7 @@ def find_crops(
 
 
 def crops_sheet(photos: Sequence[OpenPhoto], size_px: int = 512) -> Image.Image:
-    """A picture of what is taken of each photo, beside the photo with its faces numbered from the left."""
+    """A picture of each photo with its faces numbered from the left, next to its crop."""
     from hypernet.sheets import contact_sheet
 
     rows = []

@@ -117,10 +117,10 @@ class People:
     """Iterates over a data set's people in its own order, which is the same every time; decodes nothing.
 
     Attributes:
-        source: where they come from, for people to read.
+        source: where they come from, for messages.
         dataset: rows of ``name``, ``photos`` and ``paths`` if it is a folder, else rows with an undecoded image.
         image_column: the column of that image; None for a folder.
-        is_from_hub: what its rows name is fetched if it is on the hub too; nothing else that a row names is opened.
+        is_from_hub: files named by rows are downloaded if they are on the hub too; no others named by rows are opened.
         is_prepared: rows are those of `hypernet.inputs.prepared`.
     """
 
@@ -135,7 +135,7 @@ class People:
         return not hasattr(self.dataset, "__len__")
 
     def count(self) -> int | None:
-        """How many people there are; None if nobody knows before the last has been streamed."""
+        """The number of people; None while it is unknown, because they are streamed."""
         if not self.is_streamed:
             return len(self.dataset)
         splits = self.dataset.info.splits or {}
@@ -277,8 +277,8 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{source} is not a folder or file here, and could not be had from the Hugging Face hub as a data set "
-            f"({first_line(error)}); check its name, and that you are online and may read it"
+            f"{source} is not a local folder or file, and could not be downloaded from the Hugging Face hub as a data "
+            f"set ({first_line(error)}); check its name, and that you are online and may read it"
         ) from error
     except (failures.DatasetsError, tarfile.TarError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(f"{source} is damaged or no data set ({first_line(error.__cause__ or error)})") from error
@@ -310,7 +310,7 @@ def prepare_person(
     if person.prepared_px:
         if person.prepared_px != size_px:
             raise ValueError(f"the data set was prepared at {person.prepared_px} pixels, and the base draws {size_px}; "
-                             f"prepare it anew with --resolution {size_px}")  # fmt: skip
+                             f"prepare it again with --resolution {size_px}")  # fmt: skip
         crop = False
     photos, skipped = [], []
     for photo in person.photos:
@@ -405,7 +405,7 @@ def check_detector(crop: bool, detector: str) -> str:
 
 
 def with_detector(config: Cropping) -> Cropping:
-    """Return a config whose ``face_detector`` is what `check_detector` finds, which is told if it chose."""
+    """Return a config with the ``face_detector`` of `check_detector`, and log the choice if it made one."""
     chosen = check_detector(config.crop, config.face_detector)
     if chosen == config.face_detector:
         return config

@@ -1,7 +1,7 @@
-"""A photo as a person has it -> the square face image that personalisation starts from.
+"""From a user's photo to the square face image that personalisation starts from.
 
-Whatever the file holds (turned by EXIF, transparent, grey, CMYK, 16 bits, Display P3), what leaves here is an upright
-sRGB square; whatever is wrong with it is said in one sentence that names the file.
+Whatever the file holds (rotated by EXIF, transparent, grey, CMYK, 16 bits, Display P3), the result is an upright sRGB
+square; any problem is reported in one sentence that names the file.
 """
 
 import importlib.util
@@ -280,7 +280,7 @@ def _decode(file: BinaryIO, name: str, is_heif: bool) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that can be read; use a JPEG, PNG or WebP") from error
     except _DAMAGED as error:
-        raise ValueError(f"{name} is damaged ({first_line(error)}); copy the photo again or save it anew") from error
+        raise ValueError(f"{name} is damaged ({first_line(error)}); copy the photo again or save it again") from error
 
 
 class _TooLargeError(ValueError):

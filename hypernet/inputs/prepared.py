@@ -1,8 +1,8 @@
-"""A data set prepared once: photos decoded, faces found, squares cut, so that training reads and does nothing else.
+"""A data set prepared once: photos decoded, faces detected and cropped, so that training only has to read.
 
-Finding a face takes longer than all the rest, 0.28 processor seconds, at each visit of a photo. Prepared, a data set is
-parquet: shards of people with the very squares, without loss, the names, and what was left out with its reason. Its
-rows, and the photos' digests, are those of the source, so that targets and trainings of either go on with the other.
+Detecting a face takes longer than everything else, 0.28 CPU seconds each time a photo is used. A prepared data set is
+parquet: shards of people with their crops (lossless), names, and skipped photos with the reason. Rows and photo digests
+are those of the source, so targets and trainings made from either can be continued with the other.
 """
 
 import io
@@ -57,7 +57,7 @@ def prepare(
     progress: StageProgress | None = None,
     **options: Any,
 ) -> PreparedSet:
-    """Prepare everybody of a data set, once, in shards of parquet; a run that was stopped goes on.
+    """Prepare everybody of a data set, once, in shards of parquet; an interrupted run resumes.
 
     Args:
         people: what `open_people` opens, or has opened, not streamed.
@@ -70,7 +70,7 @@ def prepare(
 
     Raises:
         BlockingIOError: another run of this part is at work.
-        ValueError, OSError: the data set or the part is none, or ``out`` holds something else or cannot be written.
+        ValueError, OSError: the data set or the part is invalid, or ``out`` holds something else or cannot be written.
     """
     index, count = part
     if not 0 <= index < count:

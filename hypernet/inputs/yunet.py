@@ -42,7 +42,7 @@ _lock = threading.Lock()  # a network keeps what it is computing in itself
 
 
 def unavailable() -> str:
-    """Why YuNet cannot be had here, in words; empty if it can. The file is fetched."""
+    """Why YuNet is not available, as text; empty if it is. Downloads the file."""
     if not importlib.util.find_spec("cv2"):
         return "OpenCV is not installed"
     import cv2
@@ -156,14 +156,14 @@ def _fetch(own_copy: str | None) -> tuple[bytes | None, str]:
     if own_copy:
         path = Path(own_copy)
         if not path.is_file():
-            return None, f"{OWN_COPY} names {own_copy}, which is no file"
+            return None, f"{OWN_COPY} names {own_copy}, which is not a file"
     else:
         try:
             path = _from_hub()
         except OSError as error:
             return None, (
-                f"its file (233 KB) could not be had from the Hugging Face hub ({first_sentence(error)}); connect to "
-                f"the internet once, or let {OWN_COPY} name a copy of {FILE}"
+                f"its file (233 KB) could not be downloaded from the Hugging Face hub ({first_sentence(error)}); "
+                f"connect to the internet once, or set {OWN_COPY} to a copy of {FILE}"
             )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:

@@ -1,4 +1,4 @@
-"""What a hypernetwork is and what its predictions belong to: its ``config.json``."""
+"""A hypernetwork's config: its architecture and the space of its predictions, saved as ``config.json``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +13,19 @@ from lidb_peft.layout import layers_hash
 
 
 class HyperNetworkConfig(PretrainedConfig):
-    """Everything that defines a hypernetwork and the thetas it predicts, but for weights.
+    """Everything that defines a hypernetwork and the thetas it predicts, except the weights.
 
     Args:
-        encoder: the encoder's own config, or its dict, of which what `encoder_config` knows is taken.
+        encoder: the encoder's config, or its dict, from which `encoder_config` takes the settings it knows.
         layers: ``(name, in_features, out_features)`` of each adapted layer, in the order of their `LiDBSpace`.
-        record: what the thetas belong to, as `lidb_peft.space_record` gives it.
-        prompt, token: what the training pictures were denoised with; ``[V]`` in the prompt stands for the token.
-        train_encoder: False leaves the encoder as it is.
-        learned_bases: learn the bases too, from the frozen ones on; shared by all identities.
-        k: refinements of a prediction, as the paper calls their number; ``rounds`` in earlier configs.
-        hidden_size, num_hidden_layers, num_attention_heads: of the decoder.
-        image_size: side of the encoder's pictures in pixels; default the encoder's own.
-        image_mean, image_std: what the encoder's pictures, in [0, 1], are normalised by.
+        record: the space of the thetas, as given by `lidb_peft.space_record`.
+        prompt, token: prompt and token of the training photos; ``[V]`` in the prompt stands for the token.
+        train_encoder: whether the encoder is trained.
+        learned_bases: learn the bases too, starting from the frozen ones; all identities share them.
+        k: number of refinements of each prediction, the paper's k; ``rounds`` in earlier configs.
+        hidden_size, num_hidden_layers, num_attention_heads: sizes of the decoder.
+        image_size: side of the encoder's input pictures in pixels; default the encoder's own.
+        image_mean, image_std: normalization of the encoder's input pictures, which are in [0, 1].
     """
 
     model_type = "lidb_hypernetwork"
@@ -101,5 +101,5 @@ class HyperNetworkConfig(PretrainedConfig):
 
     @property
     def trigger(self) -> str:
-        """The prompt that the predictions answer to, e.g. ``a sks face``."""
+        """The prompt that triggers the predictions, e.g. ``a sks face``."""
         return self.prompt.replace("[V]", self.token)

@@ -313,7 +313,7 @@ def _told_if_missing(source: str | Path) -> Iterator[None]:
         yield
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"the hypernetwork {str(source)!r} is not a whole folder here and could not be had from the Hugging "
+            f"the hypernetwork {str(source)!r} is not a whole folder here and could not be downloaded from the Hugging "
             f"Face hub; check the path ({first_line(error)})"
         ) from error
 

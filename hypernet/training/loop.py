@@ -51,17 +51,16 @@ from lidb_peft.files import atomic_path, locked_folder
 
 @dataclass
 class Trained:
-    """What came of a training.
+    """The result of a training.
 
     Attributes:
         folder: the hypernetwork to use: the best on held-out people, or the last one.
-        steps: done in all.
-        first_loss, loss: on the people it was trained on, as it was logged first and last; None if no step was left to
-            do.
-        best: the lowest on held-out people; None without validation.
-        skipped: the photos and people that were left out, name -> reason.
-        last, skipped_file: where the last hypernetwork is, and what was left out.
-        is_main_process: of the processes that trained together.
+        steps: total number of steps done.
+        first_loss, loss: first and last logged training loss; None if no steps were left to do.
+        best: the lowest loss on held-out people; None without validation.
+        skipped: skipped photos and people, name -> reason.
+        last, skipped_file: paths of the last hypernetwork and of the list of what was skipped.
+        is_main_process: whether this is the main one of the processes that trained together.
     """
 
     folder: Path
@@ -99,13 +98,13 @@ def train(
     progress: StageProgress | None = None,
     space: LiDBSpace | None = None,
 ) -> Trained:
-    """Train ``network`` in place and leave checkpoints in ``out``.
+    """Train ``network`` in place and write checkpoints to ``out``.
 
-    Processes that `accelerate launch` or `torchrun` has started train together, each with its own people; on a
-    GPU, ``base`` must be on the process's own. The hypernetwork computes in the base's dtype by autocast; its
+    Processes started by `accelerate launch` or `torchrun` train together, each with its own people; with GPUs, ``base``
+    must be on the process's own GPU. The hypernetwork computes in the base's dtype by autocast; its
     weights are float32.
 
-    On a processor two processes train, to the last bit, as one does in two passes. A batch of twice the size differs
+    On a CPU, two processes give bit-identical results to one process with two passes. A batch of twice the size differs
     by rounding: measured on the miniature after 40 steps at 0.001, predictions by 1.5e-7, and by 2e-5 the key biases of
     attention, which its softmax does not see and Adam moves by their rounding.
 
@@ -113,8 +112,8 @@ def train(
         targets: folder of a target store, for the distance to them.
         held_out: people to validate on, instead of ``config.validation`` of ``people``.
         resume: resume from the last state in ``out``; ``network`` is then the one in ``out``'s ``last/``.
-        trackers: that accelerate knows, such as ``tensorboard``; the log is written anyway.
-        progress: called with ("train", steps done, steps in all).
+        trackers: trackers supported by accelerate, such as ``tensorboard``; the log is always written.
+        progress: called with ("train", steps done, total steps).
         space: the network's, if it has been made on ``base`` already.
 
     Raises:
@@ -122,7 +121,7 @@ def train(
         ValueError: base, targets, network, people and config do not fit together, or the training diverged.
         ConnectionError: another process has died.
         BlockingIOError: another training is at work in ``out``.
-        OSError: a checkpoint cannot be written; the one before stays.
+        OSError: a checkpoint cannot be written; the previous one is kept.
     """
     out, config = Path(out), with_detector(config)
     check_folder(out, resume, [people.source, None if held_out is None else held_out.source, targets, base.name])
@@ -355,7 +354,7 @@ class _Run:
         loss = sum(getattr(self.config, name) * value for name, value in terms.items())
         if not math.isfinite(loss):
             raise ValueError(f"the training diverged before step {self.state.step} ({terms}); lower the learning rate "
-                             f"{self.config.lr} and train anew")  # fmt: skip
+                             f"{self.config.lr} and train again")  # fmt: skip
         return {"loss": loss, **terms, "people": int(people)}
 
     def _nobody(self, examples: Examples) -> str:

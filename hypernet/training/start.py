@@ -111,9 +111,9 @@ def _read_state(file: Path, space: LiDBSpace, rank: int) -> StartState:
     try:
         found, start = json.loads(metadata["learn_start"]), tensors["start"]
     except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no start that is being learned; choose another file, or delete it") from error
+        raise ValueError(f"{file} is not a start that is being learned; choose another file, or delete it") from error
     if found["layers_hash"] != space.layers_hash or start.shape != (space.lora_size(rank),):
-        raise ValueError(f"{file} is of another rank or of other layers; go on with its own, or delete it")
+        raise ValueError(f"{file} is of another rank or of other layers; continue with its own, or delete it")
     return StartState(start, found["rounds"], [tuple(pair) for pair in found["losses"]])
 
 

@@ -77,7 +77,7 @@ class TrainingState:
         changed = differing_names(state["data"], self.data)
         if changed:
             raise ValueError(f"{path} was trained on other {printable(' and '.join(changed))} than there are now, by "
-                             f"their names, photos or order; resume with the same ones, or train anew")  # fmt: skip
+                             f"their names, photos or order; resume with the same ones, or train again")  # fmt: skip
         parameters = dict(_trainable(self.network))
         theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
         ours = {name: tuple(value.shape) for name, value in parameters.items()}
@@ -109,10 +109,10 @@ def has_state(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    anew = "go on from the hypernetwork beside it with a new training, by --hypernet"
+    remedy = "start a new training from the hypernetwork beside it with --hypernet"
     earlier = path.with_name(_EARLIER_FILE)
     if not path.is_file() and earlier.is_file():
-        raise ValueError(f"{earlier} is a training state of format 1, a pickle, which is not read any more; {anew}")
+        raise ValueError(f"{earlier} is a training state of format 1, a pickle, which is not read any more; {remedy}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, so there is no training to resume; check the folder, or train "
                                 f"without resuming")  # fmt: skip
@@ -120,15 +120,15 @@ def _read(path: Path) -> dict[str, Any]:
         state = read_tree(path)
     except ValueError as error:
         reason = str(error).removeprefix(f"{path} ").removeprefix("is damaged: ")
-        raise ValueError(f"{path} is damaged: {reason}; {anew}") from error
+        raise ValueError(f"{path} is damaged: {reason}; {remedy}") from error
     if state.get("format") != FORMAT_VERSION:
         found = printable(repr(state.get("format")))
-        raise ValueError(f"{path} has format {found}, and this version of lidb-peft reads {FORMAT_VERSION}; {anew}")
+        raise ValueError(f"{path} has format {found}, and this version of lidb-peft reads {FORMAT_VERSION}; {remedy}")
     kinds = {"config": dict, "world": int, "data": dict, "step": int, "best": float, "network": dict, "parts": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     wrong += [] if all(isinstance(value, Tensor) for value in (state.get("network") or {}).values()) else ["network"]
     if wrong or state["step"] < 0:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(wrong) or 'a step'}; {anew}")
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(wrong) or 'a step'}; {remedy}")
     return state
 
 
@@ -143,7 +143,7 @@ def _load_part(path: Path, part: Any, theirs: Any) -> None:
         part.load_state_dict(theirs)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is damaged: its {type(part).__name__} cannot be loaded ({printable(str(error))}); train anew"
+            f"{path} is damaged: its {type(part).__name__} cannot be loaded ({printable(str(error))}); train again"
         ) from error
 
 
@@ -152,7 +152,7 @@ def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: 
     theirs = _EARLIER | {_RENAMED.get(name, name): value for name, value in theirs.items()}
     missing = [name for name in ("batch_size", "gradient_accumulation_steps") if not isinstance(theirs.get(name), int)]
     if missing:
-        raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train anew")
+        raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train again")
     free = _FREE if config.crop else _FREE | {"face_detector"}
     differing = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
     if differing:

@@ -91,7 +91,7 @@ def test_a_device_that_is_not_there_is_named(hdb):
 def test_what_only_a_card_has_is_named_without_one(hdb, personalize, portrait):
     assert "only a CUDA device has one" in hdb.fail(*personalize(portrait), "--max-vram", "4GB")
     message = hdb.fail(*personalize(portrait), "--attention", "xformers")
-    assert "attention xformers cannot be had" in message
+    assert "attention xformers is not available" in message
     assert "pip install xformers on a machine with CUDA, or choose sdpa" in message
 
 

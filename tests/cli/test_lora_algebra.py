@@ -114,7 +114,7 @@ def test_a_family_that_the_layers_do_not_tell_is_named_by_an_option(hdb, made):
         "half.safetensors": ("merge", "attn1.safetensors=0.5", "--out", "half.safetensors"),
     }
     for out, command in commands.items():
-        assert "say which: --family sd1, sd2" in hdb.fail(*command)
+        assert "pass --family sd1, sd2" in hdb.fail(*command)
         assert "model family is 'sd9'; choose one of" in hdb.fail(*command, "--family", "sd9")
         hdb.run(*command, "--family", "sd2")
         assert describe(out).base == "SD2"

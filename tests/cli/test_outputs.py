@@ -208,7 +208,7 @@ def test_a_folder_of_something_else_is_not_written_into(stock, command):
     Path("out").mkdir()
     Path("out", name).write_text("somebody's")
     message = stock.fail(*arguments_of(f"{command} out", "out"))
-    assert f"out/{name} exists and is of no earlier run" in message
+    assert f"out/{name} exists and was not made by an earlier run" in message
 
 
 def test_what_goes_with_a_lora_replaces_nothing_either(stock):
@@ -216,7 +216,7 @@ def test_what_goes_with_a_lora_replaces_nothing_either(stock):
         return stock.fail(*PHOTO, "--no-crop", "--out", "a.safetensors", *more)
 
     Path("a.json").write_text('{"camera": "mine"}')
-    assert "a.json is no sidecar of A1111 and is kept" in fail()
+    assert "a.json is not a sidecar of A1111 and is kept" in fail()
     Path("a.json").write_text(json.dumps({"activation text": "anna", "notes": "mine"}))
     assert "a.json is the sidecar of another LoRA" in fail()
     Path("a.json").unlink()

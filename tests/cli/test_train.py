@@ -54,7 +54,7 @@ def test_train_goes_on_from_another_training(hdb, faces):
     assert all(line["preservation"] > 0 for line in lines)
     output = hdb.run(*further, "--lr", 1e-12, "--out", "further", "--resume")
     assert "no steps were left" in output
-    assert "--k is the hypernetwork's own with --hypernet" in hdb.fail(*further, "--out", "x", "--rounds", 2, code=2)
+    assert "--k cannot be set with --hypernet" in hdb.fail(*further, "--out", "x", "--rounds", 2, code=2)
     assert "nowhere" in hdb.fail("train", faces, *ANY_NETWORK, "--init-from", "nowhere", "--out", "x")
 
 

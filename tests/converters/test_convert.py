@@ -411,7 +411,7 @@ def test_dora_by_inputs_stays_in_kohyas_files_and_is_refused_by_name_elsewhere(t
 def test_old_diffusers_files_refuse_what_they_never_held(tmp_path):
     conv = torch.randn(2, 8, 3, 3), torch.randn(8, 2, 1, 1), 2.0, {}
     dora = torch.randn(2, 8), torch.randn(8, 2), 2.0, {"dora_scale": torch.rand(8, 1)}
-    for name, module, words in ((CONV, conv, "is no attention projection"), (LINEAR, dora, "is DoRA")):
+    for name, module, words in ((CONV, conv, "is not an attention projection"), (LINEAR, dora, "is DoRA")):
         source = write_modules(tmp_path / "in.safetensors", **{kohya_name(name): module})
         with pytest.raises(ValueError, match=f"layer {name} {words}"):
             prepare_conversion(source, tmp_path / "out.safetensors", "diffusers-old")
@@ -508,7 +508,7 @@ def test_half_precision_overflows_in_words(tmp_path):
         ({"to": "kohya", "dtype": torch.int8}, "choose one of torch.float16"),
         ({"to": "kohya", "family": "sd3"}, "choose one of sd1, sd2, sdxl"),
         ({"to": "kohya", "target": "out.ckpt"}, "does not end in .safetensors"),
-        ({"to": "kohya"}, "do not tell its model family; say which: --family sd1, sd2"),
+        ({"to": "kohya"}, "do not show its model family; pass --family sd1, sd2"),
     ],
 )
 def test_a_wrong_choice_is_named(tmp_path, sources, arguments, message):

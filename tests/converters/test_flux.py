@@ -367,7 +367,7 @@ def test_rows_that_no_fused_module_has_and_blocks_beyond_the_last_are_refused(tm
         read_lora(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="beyond the 19 transformer_blocks"):
         to_kohya_name("transformer.transformer_blocks.19.attn.to_q", "flux1")
-    with pytest.raises(ValueError, match="no layer of a"):
+    with pytest.raises(ValueError, match="is not a layer of a"):
         read_kohya_name("lora_unet_single_blocks_38_linear1")
 
 

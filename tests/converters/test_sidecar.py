@@ -46,7 +46,7 @@ def test_a_photo_or_json_of_the_same_name_is_never_overwritten(tmp_path):
     Image.new("RGB", (5, 5), "green").save(tmp_path / "anna.png")
     (tmp_path / "anna.json").write_text('{"camera": "mine"}')
     before = [(tmp_path / name).read_bytes() for name in ("anna.png", "anna.json")]
-    with pytest.warns(UserWarning, match=r"anna\.json is no A1111 sidecar"):
+    with pytest.warns(UserWarning, match=r"anna\.json is not an A1111 sidecar"):
         written = write_lora(tmp_path / "anna.safetensors", FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8)))
     assert [path.name for path in written] == ["anna.safetensors", "anna.preview.png"]
     assert [(tmp_path / name).read_bytes() for name in ("anna.png", "anna.json")] == before

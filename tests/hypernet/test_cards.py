@@ -90,7 +90,7 @@ def test_a_card_that_is_there_is_taken_as_it_is(lora):
     push(shared, path, "someone/me", api=hub)
     assert b"Of my own." in hub.calls[1][2]["README.md"]
     path.write_text("my diary")
-    with pytest.raises(FileExistsError, match=r"me\.md is no model card"):
+    with pytest.raises(FileExistsError, match=r"me\.md is not a model card"):
         write_card(shared, path)
 
 

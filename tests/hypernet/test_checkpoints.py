@@ -70,7 +70,7 @@ def test_a_fit_that_is_stopped_in_its_first_stage_resumes_too(base, photo, tmp_p
         (tmp_path / folder).mkdir()
     whole = run(photo, base, tmp_path / "whole", config, save_every=None)
     run(photo, base, tmp_path / "broken", config, stop_at=2, save_every=None)
-    assert tree(tmp_path / "broken") == ["me.hdb-state"]  # theta alone is no LoRA of this person yet
+    assert tree(tmp_path / "broken") == ["me.hdb-state"]  # theta alone is not a LoRA of this person yet
     run(photo, base, tmp_path / "broken", config, stop_at=2, resume=True, save_every=None)  # in the finetuning
     resumed = run(photo, base, tmp_path / "broken", config, resume=True, save_every=None)
     assert torch.equal(resumed.theta, whole.theta)
@@ -82,7 +82,7 @@ def test_a_fit_that_is_stopped_in_its_first_stage_resumes_too(base, photo, tmp_p
 def test_a_state_is_of_one_fit(base, photo, tmp_path):
     run(photo, base, tmp_path, stop_at=1, save_every=None)
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=r"me\.hdb-state is what a fit that was stopped has left; pass --resume"):
+    with pytest.raises(FileExistsError, match=r"me\.hdb-state is left by a stopped fit; pass --resume"):
         run(photo, base, tmp_path)
     with pytest.raises(ValueError, match="of a fit with another lr; resume with what it was begun with"):
         run(photo, base, tmp_path, replace(QUICK, lr=0.1), resume=True)

@@ -257,5 +257,5 @@ def test_damage_is_found_before_a_base_is_loaded(learned, photo, tmp_path, no_wo
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ValueError, match="net holds a model of type 'vit'"):
         request_person([photo], out, ALONE, hypernet=folder)
-    with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from the Hugging Face hub"):
         request_person([photo], out, ALONE, hypernet=tmp_path / "none")

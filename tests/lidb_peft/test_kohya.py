@@ -360,7 +360,9 @@ def test_a_lora_that_theta_cannot_hold_is_refused(saved, new_base, tmp_path):
     foreign = tmp_path / "foreign.safetensors"
     save_kohya(foreign, factors, KohyaMetadata(), torch.float32)  # carries no record
     prepare(new_base(), parse(network_weights=str(foreign)))
-    with pytest.raises(ValueError, match=r"is no LoRA of these bases: theta loses ([4-9][0-9]|100)% of its update of "):
+    with pytest.raises(
+        ValueError, match=r"is not a LoRA of these bases: theta loses ([4-9][0-9]|100)% of its update of "
+    ):
         prepare(new_base(), parse(network_weights=str(foreign), network_args=[*NETWORK_ARGS, "seed=1"]))
     with pytest.raises(ValueError, match="does not say which bases its weights lie in; name a theta file"):
         prepare(new_base(), parse(base_weights=[str(foreign)]))

@@ -92,7 +92,7 @@ def test_a_folder_that_a_run_writes_into_holds_an_earlier_run_or_nothing_of_its_
     check_output_folder("model", files=("last", "log.jsonl", "samples/step-*.png"))
     Path("model/samples").mkdir()
     Path("model/samples/step-1.png").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"model/samples/step-1\.png exists and is of no earlier run"):
+    with pytest.raises(FileExistsError, match=r"model/samples/step-1\.png exists and was not made by an earlier run"):
         check_output_folder("model", files=("last", "samples/step-*.png"))
     check_output_folder("model", files=("last", "samples/step-*.png"), is_resumed=True)
     Path("notes").write_text("mine")

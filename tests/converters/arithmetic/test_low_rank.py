@@ -120,5 +120,5 @@ def test_a_model_without_the_layer_or_of_other_widths_is_refused(file, model, tm
     save_file(tensors | {name: tensor[:, :4].clone() for name, tensor in tensors.items() if "to_q" in name}, model)
     with pytest.raises(ValueError, match=r"to_q has shape \(6, 8\), but its weight has \(6, 4\)"):
         merge_into(model, lora, tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match="is no LoRA, and keeps its rank"):
+    with pytest.raises(ValueError, match="is not a LoRA, and keeps its rank"):
         merge([(lora, 1.0)], rank=2)

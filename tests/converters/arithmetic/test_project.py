@@ -103,7 +103,7 @@ def test_a_lora_that_does_not_tell_its_family_is_refused(tmp_path):
     factors = {Q: (torch.ones(1, 16), torch.ones(12, 1))}
     diffusers = {f"{Q}.lora_{side}.weight": tensor for side, tensor in zip("AB", factors[Q], strict=True)}
     save_file(diffusers, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"lora.safetensors does not tell its model family"):
+    with pytest.raises(ValueError, match=r"lora.safetensors does not say its model family"):
         project_to_file(tmp_path / "lora.safetensors", tmp_path / "theta.safetensors")
 
 

@@ -90,9 +90,9 @@ def test_parts_replace_the_weight_of_the_whole_and_blocks_multiply():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x", "'x' is no weight; write a number"),
-        ("1:2", "'2' is no weight; write te="),
-        ("1:lbw=1,a", "'a' is no weight"),
+        ("x", "'x' is not a weight; write a number"),
+        ("1:2", "'2' is not a weight; write te="),
+        ("1:lbw=1,a", "'a' is not a weight"),
         ("1:lbw=1,0", "lbw has 2 numbers; for Stable Diffusion 1 it has 17 or 26"),
         ("1:IN12=0", "'IN12' is neither a part nor a block of Stable Diffusion 1; choose from te, unet, BASE, IN00 to"),
         ("nan", "the weight nan; choose a finite number"),
@@ -137,7 +137,7 @@ def test_merging_by_blocks_adds_each_layer_by_its_weight_and_leaves_those_of_0_o
 
 
 def test_blocks_need_a_family_and_something_must_be_left():
-    with pytest.raises(ValueError, match="say which: --family sd1, sd2"):
+    with pytest.raises(ValueError, match="pass --family sd1, sd2"):
         weigh(lora(family=""), LoraWeight.parse("1:IN01=0"))
     assert len(weigh(lora(family=""), LoraWeight.parse("1:IN01=0"), "sd2")) == 1
     with pytest.raises(ValueError, match="all of its layers have weight 0"):

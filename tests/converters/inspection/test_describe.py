@@ -343,11 +343,11 @@ def test_what_a1111_hides_is_what_its_metadata_and_its_user_say(tmp_path, width,
         (lora(UNET) | {f"{UNET}.lora_down.weight": torch.ones(2, 768).char()}, "convert, resize, merge and project"),
         (lora("lora_unet_joint_blocks_0_x_block_attn_qkv"), "project refuse it: is a LoRA of Stable Diffusion 3"),
         (lora("transformer.transformer_blocks.0.attn.add_k_proj", 1536), "a LoRA of stable-diffusion-3, which"),
-        (lora(UNET.replace("attn2", "attn1"), 320), "do not tell its model family.* --family sd1 or sd2$"),
+        (lora(UNET.replace("attn2", "attn1"), 320), "do not show its model family.* --family sd1 or sd2$"),
         ({f"{UNET}.lokr_w{i}": torch.ones(2, 2**i) for i in (1, 2)}, "hdb convert --rank makes one of it"),
         (lora(UNET) | {f"{UNET}.dora_scale": torch.ones(8, 1)}, "it is DoRA, .* hdb merge --into applies it"),
         ({name: tensor.double() for name, tensor in lora(UNET).items()}, "float64: hdb convert, resize and merge ask"),
-        (lora(UNET, 2048), "hdb convert refuses it: down_blocks.0.attentions.0.* is no module of SDXL's UNet"),
+        (lora(UNET, 2048), "hdb convert refuses it: down_blocks.0.attentions.0.* is not a module of SDXL's UNet"),
         (lora(UNET, 1280), "is a LoRA of stable-diffusion-xl-v1-refiner"),
     ],
 )  # fmt: skip
@@ -448,7 +448,7 @@ def test_formats_that_cannot_hold_a_lora_are_notes_with_the_reason(tmp_path):
     assert found.warnings == ()
     (note,) = found.notes
     assert note.startswith("hdb convert --to diffusers-old refuses it: layer unet.down_blocks.0")
-    assert "no attention projection" in note
+    assert "not an attention projection" in note
     dora = lora(UNET) | lora(UNET[:-1] + "v") | {f"{UNET}.dora_scale": torch.ones(8, 1)}
     old, peft = described(tmp_path, dora).notes
     assert "diffusers-old refuses it: layer" in old

@@ -346,7 +346,7 @@ def test_what_only_flux_has_is_refused_elsewhere(sdxl_folder, flux_folder):
     refused(sdxl_folder, f"--quantize {text}", quantize="nf4")
     refused(sdxl_folder, f"--guidance-scale {text}", guidance_scale=3.5)
     refused(sdxl_folder, f"--train-text-encoder {text}", train_text_encoder=True)
-    refused(flux_folder, "--components goes with", components=sdxl_folder)
+    refused(flux_folder, "--components requires", components=sdxl_folder)
     refused(flux_folder, "quantize is 'int2'; choose nf4 or int8", quantize="int2")
 
 
@@ -356,7 +356,7 @@ def test_a_model_without_guidance_is_told_none(flux_folder, tmp_path):
     config = dict(pipeline.transformer.config) | {"guidance_embeds": False}
     pipeline.transformer = type(pipeline.transformer).from_config(config)
     pipeline.save_pretrained(folder)
-    refused(folder, "is told no guidance scale", guidance_scale=1.0)
+    refused(folder, "takes no guidance scale", guidance_scale=1.0)
     base = load_base(str(folder), device="cpu", precision="fp32")
     assert base.prepare_prompts(PROMPTS).prompt_embeds.shape[1] == 256
     assert generate(base, PROMPTS[:1], num_steps=1)[0].size == (32, 32)

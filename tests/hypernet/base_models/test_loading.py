@@ -328,7 +328,7 @@ def test_a_revision_is_the_one_that_is_asked_for(cache, folder):
     for source, expected in (("some/model", "v_prediction"), ("some/model@old", "epsilon"),
                              (f"some/model@{40 * 'c'}", "epsilon")):  # fmt: skip
         assert load_base(source, device="cpu", precision="fp32").prediction_type == expected
-    refused("some/model@new", "could not be had from the Hugging Face hub", FileNotFoundError)
+    refused("some/model@new", "could not be downloaded from the Hugging Face hub", FileNotFoundError)
 
 
 def test_a_base_that_is_in_the_cache_in_part_asks_for_the_hub(cache, folder):
@@ -392,7 +392,7 @@ def test_a_repository_that_is_not_in_diffusers_layout_says_what_it_has(hub, tmp_
 @pytest.mark.parametrize("source", ["/no/such/folder", "a b", "~/models/sd15"])
 def test_a_path_that_is_not_there_asks_no_hub(source, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    refused(source, "is not a folder or file here", FileNotFoundError)
+    refused(source, "is not a local folder or file", FileNotFoundError)
 
 
 @pytest.mark.parametrize("source", ["v1-5.safetensors", "models/v1-5.ckpt"])
@@ -525,7 +525,7 @@ def test_a_machine_that_cannot_compile_says_so_before_anything_is_loaded(monkeyp
         raise error
 
     monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(ValueError, match=r"--compile cannot be had on cpu.*leave --compile out") as caught:
+    with pytest.raises(ValueError, match=r"--compile is not available on cpu.*drop --compile") as caught:
         load_base("nobody/nothing", device="cpu", compile=True)
     assert "\n" not in str(caught.value)
 

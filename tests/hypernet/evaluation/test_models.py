@@ -86,7 +86,9 @@ def test_revisions_are_the_hubs_commit_or_a_digest_of_the_weights(dino_folder, t
 
 @pytest.mark.parametrize(("load", "what"), [(load_dino, "DINO"), (load_clip, "CLIP")])
 def test_a_network_that_is_not_there_is_named(load, what):
-    with pytest.raises(FileNotFoundError, match=f"{what}, 'nobody/nothing', is no folder here.*--{what.lower()} none"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{what}, 'nobody/nothing', is not a folder here.*--{what.lower()} none"
+    ):
         load("nobody/nothing")
 
 

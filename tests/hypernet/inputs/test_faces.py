@@ -137,7 +137,7 @@ def test_another_file_in_its_place_is_refused(no_copy, monkeypatch, tmp_path, as
         find_faces(astronaut, "yunet")
     yunet_module._fetch.cache_clear()
     monkeypatch.setenv("HDB_YUNET", str(tmp_path / "gone.onnx"))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         find_faces(astronaut, "yunet")
 
 
@@ -146,7 +146,7 @@ def test_without_a_copy_auto_takes_the_cascades_and_says_so(no_copy, astronaut):
         pytest.skip(cascades.unavailable())
     with pytest.warns(UserWarning, match=r"cascades, which miss more.*233 KB.*HF_HUB_OFFLINE"):
         assert choose_detector("auto") == "cascade"
-    with pytest.raises(ValueError, match=r"YuNet.*connect to the internet once, or let HDB_YUNET.*--no-crop"):
+    with pytest.raises(ValueError, match=r"YuNet.*connect to the internet once, or set HDB_YUNET.*--no-crop"):
         choose_detector("yunet")
 
 

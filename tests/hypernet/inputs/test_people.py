@@ -117,8 +117,8 @@ def test_a_source_that_is_none_is_named(face_folder, drawn_faces, tmp_path, stre
         assert str(source) in str(caught.value)
         return str(caught.value)
 
-    assert "could not be had from the Hugging Face hub" in message("nobody/faces", FileNotFoundError)
-    assert "could not be had from the Hugging Face hub" in message(tmp_path / "faecs", FileNotFoundError)
+    assert "could not be downloaded from the Hugging Face hub" in message("nobody/faces", FileNotFoundError)
+    assert "could not be downloaded from the Hugging Face hub" in message(tmp_path / "faecs", FileNotFoundError)
     (tmp_path / "empty").mkdir()
     assert "holds no images" in message(tmp_path / "empty")
     write_tar(face_folder / "more.tar", [])

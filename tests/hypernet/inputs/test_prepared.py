@@ -86,7 +86,7 @@ def test_other_images_settings_and_sizes_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="part is 2 of 2"):
         prepare(folder, tmp_path / "again", 32, part=(2, 2))
     with pytest.raises(
-        ValueError, match="prepared at 32 pixels, and the base draws 64; prepare it anew with --resolution 64"
+        ValueError, match="prepared at 32 pixels, and the base draws 64; prepare it again with --resolution 64"
     ):
         prepare_person(next(iter(open_people(out))), 64, True)
     (out / "prepared.json").write_text("{")

@@ -258,7 +258,7 @@ def test_damage_that_shows_without_the_weights_is_found_without_them(padded_spac
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
         read(folder)
-    with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from the Hugging Face hub"):
         read(tmp_path / "none")
 
 
@@ -490,7 +490,7 @@ def test_other_encoders_are_refused_in_words(padded_space, tmp_path):
     rewrite(tmp_path / "vit", lambda tensors: tensors.pop("layernorm.weight"))
     with pytest.raises(ValueError, match=r"lacks 1 weights of its encoder, e\.g\. layernorm\.weight"):
         HyperNetwork.from_encoder(tmp_path / "vit", padded_space)
-    with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from the Hugging Face hub"):
         HyperNetwork.from_encoder(tmp_path / "none", padded_space)
     save_encoder(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]), tmp_path / "resnet")
     with pytest.raises(ValueError, match="the encoder is a 'resnet'; choose a vision transformer"):
