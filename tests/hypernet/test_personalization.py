@@ -263,7 +263,7 @@ def test_bad_inputs_are_found_before_a_base_is_loaded(photo, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"notes.txt is not an image"):
-        request_person([photo, text], out, QUICK)
+        request_person([text], out, QUICK)
     with pytest.raises(FileNotFoundError, match=r"nobody.jpg does not exist"):
         request_person([tmp_path / "nobody.jpg"], out, QUICK)
     with pytest.raises(ValueError, match=r"notes.txt is .*not a safetensors file"):

@@ -231,7 +231,9 @@ def read_metadata(path):
 def test_a_fresh_network_changes_nothing(base):
     before = base.predict()[0]
     network, groups = prepare(base, parse())
-    assert torch.equal(base.predict()[0], before)
+    assert all(not update.any() for update in base.updates().values())
+    # Sums of 64 numbers in another order on some processors, through a dozen layers.
+    assert torch.allclose(base.predict()[0], before, rtol=0, atol=5e-6)
     assert len(network.rows) == len(base.modules()) == sum(len(group["params"]) for group in groups)
 
 
