@@ -88,8 +88,9 @@ def _of_one_kind(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _without_core(lora_A: Tensor, lora_B: Tensor, core: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
     """Multiply Tucker's core ``(rank, rank, height, width)`` into ``lora_A``, in float32; the update stays the same."""
-    fits = core.dim() in (2, 4) and core.shape[:2] == (lora_B.shape[1], len(lora_A)) and lora_A.flatten(1).dim() == 2
-    if not fits or lora_A.shape[2:].numel() != 1 or not core.is_floating_point():
+    are_factors = all(factor.dim() in (2, 4) and factor.shape[2:].numel() == 1 for factor in (lora_A, lora_B))
+    is_core = core.dim() in (2, 4) and core.numel() > 0 and core.is_floating_point()
+    if not (are_factors and is_core and core.shape[:2] == (lora_B.shape[1], len(lora_A))):
         raise ValueError(
             f"a lora_mid of shape {tuple(core.shape)}, which does not fit lora_A {tuple(lora_A.shape)} and lora_B"
             f" {tuple(lora_B.shape)}"

@@ -8,6 +8,7 @@ from torch.nn.functional import conv2d
 
 from converters import describe, read_lora
 from converters.batch import plan_batch
+from converters.formats.module import read_module
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CLIP_Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -80,7 +81,7 @@ def test_pefts_scale_is_that_of_its_config(tmp_path, config, scale):
     ("config", "message"),
     [
         ({"r": 8}, "says rank 8 for .*to_q, whose tensors have rank 4"),
-        ({"lora_alpha": 10**400}, "a lora_alpha for .*to_q that is no number"),
+        ({"lora_alpha": 10**400}, "a lora_alpha for .*to_q that is not a number"),
         ({"alpha_pattern": {"to_q(": 3}}, "alpha_pattern names layers by the regular expr"),
         ({"bias": "all"}, "with bias 'all', which cannot be carried"),
         ({"init_lora_weights": "pissa"}, "with init_lora_weights 'pissa'"),
@@ -319,3 +320,17 @@ def test_what_is_left_out_tells_the_family_all_the_same(tmp_path):
     tensors[f"{name}_attn2_to_k.lora_up.weight"] = torch.ones(320, 0)
     save_file(tensors, tmp_path / "rank0.safetensors")
     assert read_lora(tmp_path / "rank0.safetensors").family == "sd1"
+
+
+@pytest.mark.parametrize("shape_a", [(), (3,), (3, 8), (0, 8), (3, 8, 3, 3), (3, 8, 1)])
+@pytest.mark.parametrize("shape_b", [(), (3,), (8, 3), (8, 0), (8, 3, 3, 3), (8, 3, 1)])
+@pytest.mark.parametrize("shape_core", [(), (3, 3), (0, 3), (3, 0), (3, 3, 3, 3), (3, 3, 3)])
+def test_a_tucker_core_fits_or_is_refused(shape_a, shape_b, shape_core):
+    parts = {"lora_A": torch.ones(shape_a), "lora_B": torch.ones(shape_b), "mid": torch.ones(shape_core)}
+    if (shape_a, shape_b) == ((3, 8), (8, 3)) and shape_core in ((3, 3), (3, 3, 3, 3)):
+        assert read_module(parts, True, None).is_tucker
+    elif (shape_a, shape_b) == ((0, 8), (8, 0)):
+        assert read_module(parts, True, None).layer is None
+    else:
+        with pytest.raises(ValueError, match=r"a lora_mid of shape .*, which does not fit"):
+            read_module(parts, True, None)
