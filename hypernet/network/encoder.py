@@ -46,7 +46,7 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"the encoder {str(source)!r} is not a folder with config.json and model.safetensors here and could not be "
-            f"had from the Hugging Face hub; check the name and the connection ({first_line(error)})"
+            f"downloaded from the Hugging Face hub; check the name and the connection ({first_line(error)})"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not is_unused(name))
     if missing:

