@@ -91,7 +91,7 @@ def test_project_finds_the_theta_of_a_lora_and_of_two_models(hdb, made):
         (("resize", "a.safetensors", "b.safetensors", "--sv-ratio", 0.5), "'--sv-ratio'", 2),
         (("resize", "a.safetensors", "a.safetensors", "--rank", 1), "both what is read and what is written", 1),
         (("resize", "none.safetensors", "b.safetensors", "--rank", 1), "none.safetensors does not exist", 1),
-        (("merge", "a.safetensors", "--into", "c.safetensors", "--rank", 2, "--out", "b.safetensors"), "leave them", 2),
+        (("merge", "a.safetensors", "--into", "c.safetensors", "--rank", 2, "--out", "b.safetensors"), "drop them", 2),
         (("merge", "a.safetensors=nan", "--out", "b.safetensors"), "weight nan", 1),
         (("merge", "a.safetensors", "--into", "a.safetensors", "--out", "b.safetensors"), "holds no UNet", 1),
         (("extract", "a.safetensors", "a.safetensors", "--out", "b.safetensors"), "holds no UNet", 1),
