@@ -387,6 +387,8 @@ class TrainConfig:
         optimizer: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
         weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm.
+        ema_decay: decay of the exponential moving average of the weights, such as 0.9999; the average is then what is
+            validated, drawn with and saved. 0 is off.
         denoising: weight of the denoising loss (the paper's alpha); 0 is off.
         target_distance: weight of the distance between predictions and targets (the paper's beta), which requires
             targets; 0 is off.
@@ -422,6 +424,7 @@ class TrainConfig:
     optimizer: str = setting("adamw", OPTIMIZERS)
     weight_decay: float = setting(0.01, least=0)
     max_grad_norm: float = setting(1.0, above=0)
+    ema_decay: float = setting(0.0, least=0, below=1)
     denoising: float = setting(1.0, least=0)
     target_distance: float = setting(0.0, least=0)
     preservation: float = setting(0.0, least=0)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,13 +36,16 @@ from hypernet.training.setup import (
     LAST,
     LOG_FILE,
     SAMPLES,
+    averaged,
     check_folder,
     check_start,
     make_accelerator,
+    make_ema,
     make_optimizer,
     recomputes,
     some_targets,
     targets_to_learn,
+    trained_parameters,
 )
 from hypernet.training.state import TrainingState
 from hypernet.training.validation import TIMESTEPS, draw_sheet, validation_loader, validation_sums
@@ -203,9 +207,12 @@ class _Run:
             self.config.lr_scheduler, optimizer, min(self.config.warmup_steps, self.config.steps), self.config.steps
         )
         self.optimizer = accelerator.prepare(optimizer)
-        parts = {"optimizer": optimizer, "schedule": self.schedule}
+        self.ema = make_ema(self.network, self.config)
+        parts: dict[str, Any] = {"optimizer": optimizer, "schedule": self.schedule}
         if accelerator.scaler is not None:
             parts["scaler"] = accelerator.scaler
+        if self.ema is not None:
+            parts["ema"] = self.ema
         self.state = TrainingState(self.network, data, parts)
         self.validation = None
         if validating is not None:
@@ -226,6 +233,8 @@ class _Run:
         self.objective.train()
         if resume:
             self.state.load(self.out, self.config, self.world)
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)
             self.result.skipped = _read_skipped(self.out / SKIPPED_FILE)
         elif self.validating is not None:  # looked at here, so that no step is lost for them
             self._check_held_out(self.validating)
@@ -257,6 +266,8 @@ class _Run:
             if not self.accelerator.sync_gradients:
                 continue
             self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(trained_parameters(self.network))
             state.step += 1
             is_checkpoint = state.step == config.steps or state.step % config.checkpoint_every == 0
             if is_checkpoint or state.step % config.log_every == 0:
@@ -265,6 +276,8 @@ class _Run:
                 self._checkpoint()
             if progress is not None and self.accelerator.is_main_process:
                 progress("train", state.step, config.steps)
+        if self.ema is not None:  # what the caller has is what is saved
+            self.ema.copy_to(trained_parameters(self.network))
         self.result.steps = state.step
         self.result.best = None if self.validating is None else state.best
         self.result.folder = self.out / (LAST if self.result.best is None else BEST)
@@ -311,16 +324,17 @@ class _Run:
         """
         assert self.validation is not None, "nobody is held out"
         step, sums = self.state.step, torch.zeros_like(self.running)
-        with _costs_a_warning(f"step {step} is saved, but not validated"):
-            sums = validation_sums(self.objective, self.validation)
-        means = {}
-        with _costs_a_warning(f"step {step} is saved, but not validated"):
-            means = self._means(sums, examples)
-        if means and self.accelerator.is_main_process:
-            if means["loss"] < self.state.best:
-                self.network.save_pretrained(self.out / BEST)
-            with _costs_a_warning(f"step {step} is saved, but its samples are not drawn"):
-                draw_sheet(self.objective, examples, self.out / SAMPLES / f"step-{step:07d}.png")
+        with averaged(self.network, self.ema):
+            with _costs_a_warning(f"step {step} is saved, but not validated"):
+                sums = validation_sums(self.objective, self.validation)
+            means = {}
+            with _costs_a_warning(f"step {step} is saved, but not validated"):
+                means = self._means(sums, examples)
+            if means and self.accelerator.is_main_process:
+                if means["loss"] < self.state.best:
+                    self.network.save_pretrained(self.out / BEST)
+                with _costs_a_warning(f"step {step} is saved, but its samples are not drawn"):
+                    draw_sheet(self.objective, examples, self.out / SAMPLES / f"step-{step:07d}.png")
         self.objective.train()
         if means:
             self.state.best = min(means["loss"], self.state.best)
@@ -338,7 +352,8 @@ class _Run:
         raise ValueError(self._nobody(examples))
 
     def _save(self) -> None:
-        self.network.save_pretrained(self.out / LAST)
+        with averaged(self.network, self.ema):
+            self.network.save_pretrained(self.out / LAST)
         write_skipped(self.out / SKIPPED_FILE, itertools.starmap(Skipped, self.result.skipped.items()))
         self.state.save(self.out, self.config, self.world)
 

@@ -1,14 +1,16 @@
 """What a training is put together from: targets, optimizer, processes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
+from torch.nn import Parameter
 
 from hypernet.base_models.base import BaseModel
 from hypernet.devices import WAIT, release_memory, use_device
@@ -26,6 +28,9 @@ from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.files import was_interrupted
 from lidb_peft.outputs import check_output_folder
 
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
 LAST, BEST, SAMPLES, LOG_FILE = "last", "best", "samples", "log.jsonl"
 _WRITTEN = (LAST, BEST, f"{SAMPLES}/step-*.png", LOG_FILE, SKIPPED_FILE)
 _SCALE_FROM = 256  # targets, of which the layers' scale is the mean
@@ -39,8 +44,38 @@ def make_optimizer(network: HyperNetwork, config: TrainConfig) -> torch.optim.Op
     Raises:
         ValueError: bitsandbytes is asked for and is not installed.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return make_adamw(config.optimizer, parameters, config.lr, weight_decay=config.weight_decay)
+    return make_adamw(config.optimizer, trained_parameters(network), config.lr, weight_decay=config.weight_decay)
+
+
+def trained_parameters(network: HyperNetwork) -> list[Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def make_ema(network: HyperNetwork, config: TrainConfig) -> "EMAModel | None":
+    """The moving average of what is trained of a hypernetwork, where it is trained; None if ``ema_decay`` is 0.
+
+    Every process has its own: the weights are the same in all of them, and so is their average.
+    """
+    if not config.ema_decay:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(trained_parameters(network), decay=config.ema_decay)
+
+
+@contextmanager
+def averaged(network: HyperNetwork, ema: "EMAModel | None") -> Iterator[None]:
+    """Give a hypernetwork the average of its weights for a block; without an average nothing changes."""
+    if ema is None:
+        yield
+        return
+    parameters = trained_parameters(network)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def recomputes(objective: Objective, examples: Examples) -> bool:
@@ -67,7 +102,8 @@ def _fits(objective: Objective, batch: Batch) -> bool:
     device, dtype = objective.base.device, objective.base.dtype
     objective.to(device).train()
     try:
-        held = [torch.empty_like(each) for each in objective.network.parameters() if each.requires_grad for _ in "mv"]
+        copies = 2 + (objective.config.ema_decay > 0)  # Adam's two moments and the average
+        held = [torch.empty_like(each) for each in trained_parameters(objective.network) for _ in range(copies)]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = objective(batch.to(device))
         loss.backward()

@@ -24,7 +24,8 @@ _FREE = {
     "log_every", "checkpoint_every", "num_workers", "gradient_checkpointing", "batch_size",
     "gradient_accumulation_steps",
 }  # fmt: skip
-_EARLIER = {"face_detector": "cascade"}  # of which states did not say when there was no other
+# Of which states did not say when there was no other.
+_EARLIER: dict[str, Any] = {"face_detector": "cascade", "ema_decay": 0.0}
 # How fields were called -> how they are.
 _RENAMED = {
     "batch": "batch_size", "accumulation": "gradient_accumulation_steps", "schedule": "lr_scheduler",
@@ -39,7 +40,7 @@ class TrainingState:
     Attributes:
         network: whose trainable parameters are saved.
         data: fingerprints of what is trained on, by name.
-        parts: what else has ``state_dict`` and ``load_state_dict``, by name: optimizer, schedule, loss scaler.
+        parts: what else has ``state_dict`` and ``load_state_dict``, by name: optimizer, schedule, loss scaler, EMA.
         step: steps done.
         best: the lowest validation loss so far.
     """
@@ -133,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load_part(path: Path, part: Any, theirs: Any) -> None:
-    """Load an optimizer, a schedule or a loss scaler; but for an optimizer's state it must look like what is there."""
+    """Load one of the parts; but for an optimizer's state it must look like what is there."""
     ours = part.state_dict()
     fixed = [{key: value for key, value in own.items() if key != "state"} if isinstance(own, dict) else own
              for own in (ours, theirs)]  # fmt: skip

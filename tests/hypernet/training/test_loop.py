@@ -221,12 +221,41 @@ def test_a_run_that_is_killed_after_its_checkpoint_validates_it_when_it_is_resum
         assert (folder / "samples" / sheet.name).read_bytes() == sheet.read_bytes()
 
 
+def test_the_moving_average_is_saved_and_validated_and_the_steps_stay_as_they_are(run, space):
+    config = replace(CONFIG, steps=5, denoising=1.0, validation=0.4, ema_decay=0.3)
+    plain, _, _ = run("plain", replace(config, ema_decay=0.0))
+    seen = []
+    network = make_network(space)
+    folder, network, _ = run("out", config, network, progress=lambda *_: seen.append(trainable(network)))
+    average = seen[0]
+    for step, after in enumerate(seen[1:], 1):
+        kept = min(0.3, (1 + step) / (10 + step))  # diffusers' formula, with the decay that rises to its own
+        average = {name: kept * average[name] + (1 - kept) * value for name, value in after.items()}
+    last = weights(folder)
+    assert all(torch.allclose(last[name].double(), value, atol=1e-7) for name, value in average.items())
+    assert largest_difference({name: last[name] for name in average}, trainable(network)) == 0
+    for one, other in zip(log(folder), log(plain), strict=True):
+        assert one.get("loss") == other.get("loss")
+    raw, theirs = (read_tree(place / "training.safetensors")["network"] for place in (folder, plain))
+    assert largest_difference(raw, theirs) == 0
+    assert largest_difference(raw, {name: last[name] for name in raw}) > 1e-6
+    still = replace(config, steps=1, lr=1e-12, ema_decay=0.0)
+    again, _, _ = run("again", still, HyperNetwork.from_pretrained(folder / "last"))
+    assert log(again)[-1]["validation_loss"] == pytest.approx(log(folder)[-1]["validation_loss"], rel=1e-6)
+    assert log(plain)[-1]["validation_loss"] != pytest.approx(log(folder)[-1]["validation_loss"], rel=1e-6)
+
+
+def trainable(network):
+    return {name: value.detach().double() for name, value in network.named_parameters() if value.requires_grad}
+
+
 # ---- stopped, resumed, accumulated, shared ----
 
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 4])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, stopped_at):
-    config = replace(CONFIG, gradient_accumulation_steps=2, denoising=1.0 if stopped_at == 3 else 0.0)
+    config = replace(CONFIG, gradient_accumulation_steps=2, denoising=1.0 if stopped_at == 3 else 0.0,
+                     ema_decay=0.9 if stopped_at == 3 else 0.0)  # fmt: skip
     unbroken, _, _ = run("unbroken", config)
     with pytest.raises(KeyboardInterrupt):
         run("stopped", config, progress=stop_at(stopped_at))
@@ -312,9 +341,10 @@ except ConnectionError as error:
 def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_other_dies(
     run, space, start_pair, tmp_path
 ):
-    """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too."""
+    """Learned bases are used outside of the hypernetwork's own forward pass: their gradients are shared too. What is
+    compared is the moving average, which each process has of its own."""
     make_network(space, learned_bases=True).save_pretrained(tmp_path / "start")
-    config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch_size=1)
+    config = replace(CONFIG, steps=5, lr=1e-3, denoising=0.5, batch_size=1, ema_decay=0.9)
     given = {name: value for name, value in vars(config).items() if name != "preserved"}
     pair = start_pair("-c", SCRIPT, tmp_path, tmp_path / "shared", given)
     start = HyperNetwork.from_pretrained(tmp_path / "start")
