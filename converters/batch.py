@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from converters.convert import is_folder_format, prepare_conversion
 from converters.formats.reading import is_adapter_folder
@@ -59,7 +60,7 @@ def plan_batch(sources: Sequence[Path], out: Path, to: str) -> list[tuple[Path, 
 
 
 def convert_batch(
-    jobs: Sequence[tuple[Path, Path]], to: str, overwrite: bool = False, dry_run: bool = False, **options
+    jobs: Sequence[tuple[Path, Path]], to: str, overwrite: bool = False, dry_run: bool = False, **options: Any
 ) -> Iterator[Outcome]:
     """Convert each ``(source, target)``; one that fails does not stop the others.
 

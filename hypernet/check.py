@@ -136,13 +136,13 @@ def _subjects(base: BaseModel, count: int = 2) -> list[Subject]:
     return [Subject(f"person {number}", own, "a sks face", "a face") for number, own in enumerate(moments)]
 
 
-def _fit_config(**options) -> FitConfig:
+def _fit_config(**options: Any) -> FitConfig:
     recipe = PersonalizeConfig().lora_fit
     settings: dict[str, Any] = {"steps": _STEPS, "gradient_checkpointing": "off", "graph": "off"}
     return replace(recipe, **settings | options)
 
 
-def _losses(base: BaseModel, lidb_config: LiDBConfig, **options) -> Tensor:
+def _losses(base: BaseModel, lidb_config: LiDBConfig, **options: Any) -> Tensor:
     """Of a short fit of two people, ``(steps, 2)``."""
     space = LiDBSpace(base.adapted, lidb_config)
     return fit_flat_lora(base, space, _subjects(base), _fit_config(**options), _RANK)[1]

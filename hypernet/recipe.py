@@ -137,7 +137,7 @@ class FitConfig:
     gradient_checkpointing: str = setting("auto", AUTO)
     graph: str = setting("auto", AUTO)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
         _check_preserved(self)
 
@@ -207,7 +207,7 @@ class PersonalizeConfig:
     face: str = "largest"
     guidance: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
         check_face(self.face)
         if "[V]" not in self.prompt:
@@ -257,7 +257,7 @@ class PreoptimizeConfig:
     recipe: PersonalizeConfig = PersonalizeConfig(theta_steps=TARGET_STEPS)
     batch_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.recipe.theta_steps < 1:
             raise ValueError(f"theta_steps is {self.recipe.theta_steps}; choose 1 or more, or nothing would be fitted")
         if self.batch_size is not None and self.batch_size < 1:
@@ -286,7 +286,7 @@ class BaselineConfig:
     inversion_start: str = "face"
     class_pictures: int = 200
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("dreambooth_steps", "lora_steps", "inversion_steps", "class_pictures", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
@@ -313,7 +313,7 @@ class EvaluationConfig:
     people: int | None = None
     batch_size: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("seeds", "pictures", "num_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
@@ -339,7 +339,7 @@ class StartConfig:
     rate: float = setting(1.0, above=0, most=1)
     seed: int = setting(0, least=0, most=2**32 - 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
 
     def inner_fit(self, fit: FitConfig, number: int) -> FitConfig:
@@ -369,7 +369,7 @@ class NetworkConfig:
     num_hidden_layers: int = setting(2, least=1)
     num_attention_heads: int = setting(16, least=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
 
 
@@ -446,7 +446,7 @@ class TrainConfig:
     checkpoint_every: int = setting(500, least=1)
     num_workers: int = setting(4, least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
         if not self.denoising and not self.target_distance:
             raise ValueError(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def generate(
     pipeline.scheduler = make_sampler(base.scheduler, sampler)
     width, height = own_size(base) if size is None else check_size(pipeline, size)
 
-    def count(pipeline, step, timestep, tensors):
+    def count(pipeline: "DiffusionPipeline", step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal steps_done
         steps_done += 1
         if progress is not None:

@@ -1,6 +1,6 @@
 """Sheets of pictures: any LoRAs x weights x prompts x seeds, as Automatic1111's X/Y/Z plot shows them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +46,7 @@ class DrawConfig:
     sampler: str | None = None
     clip_skip: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_steps", "clip_skip"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
@@ -256,16 +256,17 @@ def _named(loras: Mapping[str, SheetLora] | Sequence[str | Path]) -> dict[str, S
     return named or {BASE: None}
 
 
-def _whole(progress: Progress | None, parts: int):
+def _whole(progress: Progress | None, parts: int) -> Callable[[], Progress | None]:
     """Return a function that gives each of ``parts`` drawings a progress of its own, that counts in the whole."""
     number = -1
 
-    def report():
+    def report() -> Progress | None:
         nonlocal number
         number += 1
         if progress is None:
             return None
-        return lambda done, total, number=number: progress(number * total + done, parts * total)
+        part = number
+        return lambda done, total: progress(part * total + done, parts * total)
 
     return report
 

@@ -47,7 +47,7 @@ class Watch:
     on_step: Callable[[StepReport], None] | None = None
     stop: Callable[[], bool] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("save_every", "preview_every"):
             if (every := getattr(self, name)) is not None and every < 1:
                 raise ValueError(f"{name} is {every}; expected 1 or more, or None")

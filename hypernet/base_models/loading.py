@@ -236,7 +236,7 @@ def _open_folder(
     return pipeline
 
 
-def _load_pretrained(source: str, family: Family, dtype: torch.dtype, **options) -> "DiffusionPipeline":
+def _load_pretrained(source: str, family: Family, dtype: torch.dtype, **options: Any) -> "DiffusionPipeline":
     import diffusers
 
     return getattr(diffusers, family.pipelines[0]).from_pretrained(

@@ -1,5 +1,7 @@
 """A base's transformer blocks in 4 or 8 bits, by bitsandbytes."""
 
+from types import ModuleType
+
 import torch
 from torch import nn
 
@@ -31,7 +33,7 @@ def quantize_blocks(model: nn.Module, kind: str, compute_dtype: torch.dtype) -> 
                     setattr(module, name, _quantized(bnb, layer, kind, compute_dtype))
 
 
-def _quantized(bnb, layer: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Linear:
+def _quantized(bnb: ModuleType, layer: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Linear:
     arguments = (layer.in_features, layer.out_features, layer.bias is not None)
     if kind == "nf4":
         # The weight is taken over, so nothing is allocated for it.

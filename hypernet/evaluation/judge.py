@@ -76,7 +76,7 @@ class Judge:
     _references: dict[str, Seen] = field(default_factory=dict)
     _told: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.face is self.dino is self.clip is None:
             raise ValueError(
                 "there is no network to judge by: --face-network, --dino and --clip are all none; choose one"

@@ -224,9 +224,17 @@ _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def _fit(
-    base, space, subjects, config: FitConfig, trained: _Trained, progress, failed: dict[int, str] | None,
-    kept: KeptStep | None, observe: Observer | None, resume: Mapping[str, Any] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    trained: _Trained,
+    progress: Progress | None,
+    failed: dict[int, str] | None,
+    kept: KeptStep | None,
+    observe: Observer | None,
+    resume: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
     """Optimise; returns what became of ``trained.start``, and losses ``(steps, N)``, on the CPU."""
     is_auto = config.gradient_checkpointing == "auto"
     size = len(subjects) * config.timesteps_per_step
@@ -259,9 +267,17 @@ def _fit(
 
 
 def _optimize(
-    base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool, progress, kept: KeptStep | None,
-    observe: Observer | None, resume: Mapping[str, Any] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    trained: _Trained,
+    recomputes: bool,
+    progress: Progress | None,
+    kept: KeptStep | None,
+    observe: Observer | None,
+    resume: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
     with base.checkpointed(recomputes):
         step = _take_step(base, space, subjects, config, trained, recomputes, kept)
         run = RunningFit(step.parameters, step.optimizer, step.generators, config.steps)
@@ -278,7 +294,12 @@ def _optimize(
 
 
 def _note_failures(
-    base: BaseModel, subjects, config: FitConfig, fitted: Tensor, losses: Tensor, failed: dict[int, str] | None
+    base: BaseModel,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    fitted: Tensor,
+    losses: Tensor,
+    failed: dict[int, str] | None,
 ) -> None:
     """Say whose fit has diverged and why; nobody's numbers reach another's, so that the others' are right."""
     is_good = torch.isfinite(fitted).flatten(1).all(dim=1) & torch.isfinite(losses).all(dim=0)
@@ -305,9 +326,14 @@ def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses
 
 
 def _take_step(
-    base: BaseModel, space: LiDBSpace, subjects, config: FitConfig, trained: _Trained, recomputes: bool,
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    trained: _Trained,
+    recomputes: bool,
     kept: KeptStep | None,
-) -> "_Step":  # fmt: skip
+) -> "_Step":
     """A new step, or the kept one if it reads and writes the very same tensors."""
     if kept is None:
         return _Step(base, space, subjects, config, trained, recomputes)
@@ -321,7 +347,14 @@ def _take_step(
     return kept.step
 
 
-def _key(base: BaseModel, space: LiDBSpace, subjects, config: FitConfig, trained: _Trained, recomputes: bool) -> tuple:
+def _key(
+    base: BaseModel,
+    space: LiDBSpace,
+    subjects: Sequence[Subject],
+    config: FitConfig,
+    trained: _Trained,
+    recomputes: bool,
+) -> tuple:
     """All that a step is made for: shapes, texts and settings, and the addresses of weights, which may have moved."""
     weights = [tensor for model in base.adapted.values() for tensor in (*model.parameters(), *model.buffers())]
     weights += list((trained.bases or {}).values())
@@ -345,7 +378,15 @@ class _Step:
     place, so that it can be replayed.
     """
 
-    def __init__(self, base, space, subjects, config: FitConfig, trained: _Trained, recomputes: bool = False) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        space: LiDBSpace,
+        subjects: Sequence[Subject],
+        config: FitConfig,
+        trained: _Trained,
+        recomputes: bool = False,
+    ) -> None:
         self.base, self.space, self.config = base, space, config
         self.parameters = trained.start.clone().requires_grad_(True)
         self.trained = trained
@@ -441,7 +482,7 @@ def _prepare_prompts(base: BaseModel, subjects: Sequence[Subject]) -> Prompts:
     return base.prepare_prompts(list(places)).rows(rows)
 
 
-def _make_preservation(base: BaseModel, subjects, config: FitConfig) -> PromptPreservation | None:
+def _make_preservation(base: BaseModel, subjects: Sequence[Subject], config: FitConfig) -> PromptPreservation | None:
     if not config.preservation:
         return None
     nameless = [subject.key for subject in subjects if not subject.class_prompt]

@@ -8,12 +8,17 @@ constants below were chosen on the same photographs; rates of 0.5 to 0.7 and sco
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from hypernet.inputs.face import SMALLEST_FACE, Face, overlap
+
+if TYPE_CHECKING:
+    import cv2
 
 _SMALLEST_FACE_PX = 24  # of the searched photo; the size of the cascades' own window
 _TILTS_DEG = (22, -22)  # a cascade follows a head to about 20 degrees either way
@@ -54,7 +59,7 @@ def _cascade_file(name: str) -> Path:
     return Path(cv2.__file__).parent / "data" / f"haarcascade_frontalface_{name}.xml"
 
 
-def _load_cascade(name: str):
+def _load_cascade(name: str) -> "cv2.CascadeClassifier":
     """Read a frontal-face cascade out of the OpenCV package, as text: its C++ cannot open every Windows path."""
     import cv2
 
@@ -73,7 +78,7 @@ def _stretched(image: Image.Image) -> np.ndarray:
     return grey.clip(0, 255).astype(np.uint8)
 
 
-def _look(grey: np.ndarray, cascades: tuple, degrees: float) -> list[Face]:
+def _look(grey: np.ndarray, cascades: "Sequence[cv2.CascadeClassifier]", degrees: float) -> list[Face]:
     """Search the photo turned by ``degrees``; faces come back in coordinates of the photo as it was."""
     import cv2
 
@@ -92,7 +97,7 @@ def _look(grey: np.ndarray, cascades: tuple, degrees: float) -> list[Face]:
     return faces
 
 
-def _detect(cascade, grey: np.ndarray) -> list[Face]:
+def _detect(cascade: "cv2.CascadeClassifier", grey: np.ndarray) -> list[Face]:
     smallest = max(_SMALLEST_FACE_PX, int(SMALLEST_FACE * min(grey.shape)))
     boxes, _, scores = cascade.detectMultiScale3(
         grey, scaleFactor=1.1, minNeighbors=2, minSize=(smallest, smallest), outputRejectLevels=True

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -251,7 +251,7 @@ def _as_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
-def _open_table(source: str, streaming: bool, *load_arguments: str, **load_options) -> People:
+def _open_table(source: str, streaming: bool, *load_arguments: str, **load_options: Any) -> People:
     import datasets
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 

@@ -20,6 +20,7 @@ from lidb_peft.outputs import check_output_folder
 
 if TYPE_CHECKING:
     import pyarrow
+    from PIL import Image
 
 SHARD = 256  # people; of 512 px about 100 MB
 MANIFEST = "prepared.json"
@@ -159,7 +160,7 @@ def _prepared(
     yield from DataLoader(records, batch_size=None, num_workers=num_workers if rows else 0)
 
 
-def _png(image) -> bytes:
+def _png(image: "Image.Image") -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return file.getvalue()

@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -20,6 +21,9 @@ from PIL import Image
 
 from hypernet.errors import first_sentence
 from hypernet.inputs.face import SMALLEST_FACE, Face
+
+if TYPE_CHECKING:
+    import cv2
 
 REPOSITORY = "opencv/face_detection_yunet"
 REVISION = "3cc26e7f1014a5ee5d74a42acee58bafc9d0a310"
@@ -131,7 +135,7 @@ def _face(row: np.ndarray, scale: float) -> Face:
 
 
 @lru_cache(maxsize=1)
-def _detector(process: int):
+def _detector(process: int) -> "cv2.FaceDetectorYN":
     """One for each process: threads that OpenCV has started do not live on in a fork."""
     import cv2
 
