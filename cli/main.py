@@ -1,6 +1,7 @@
 """The `hdb` group: its commands, and how errors are reported. Imports nothing heavy, so help is instant."""
 
 import atexit
+import errno
 import gc
 import importlib
 import logging
@@ -42,12 +43,16 @@ COMMANDS = {
     "a1111": "cli.a1111.command",
 }
 _MAX_LINES, _MAX_LINE_CHARS = 6, 2000
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of the disk, and of somebody's share of it
 
 
 def as_sentence(error: Exception) -> str:
     """An error's message for users: a few lines at most, without terminal control characters."""
     from lidb_peft.safe_read import printable
 
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        written = f": {printable(str(error.filename))} could not be written" if error.filename else ""
+        return f"the disk is full{written}; free some space and try again"
     is_of_system = isinstance(error, OSError) and error.filename and error.strerror
     text = f"{error.strerror}: {error.filename}" if is_of_system else str(error)
     lines = text.splitlines()

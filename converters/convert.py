@@ -29,7 +29,7 @@ from converters.key_maps import kohya_place
 from converters.lora import BECOMES_FLOAT32, DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha, with_shared_alphas
 from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
 from converters.shapes import fit_shapes, has_layer, kernel_side
-from converters.sidecar import Companions, check_companions, read_companions, write_companions
+from converters.sidecar import Companions, check_companions, companions_first, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import Tensors, atomic_folder, write_safetensors
 from lidb_peft.outputs import check_output, check_output_folder
@@ -356,8 +356,9 @@ def _write_kohya(
         base_model_name=lora.metadata.get("ss_sd_model_name", ""),
     )
     sizes = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    written = write_companions(target, about, companions)
-    write_tensors(target, tensors, build_metadata(about, target.stem, rank) | lora.metadata | sizes)
+    with companions_first(target):
+        written = write_companions(target, about, companions)
+        write_tensors(target, tensors, build_metadata(about, target.stem, rank) | lora.metadata | sizes)
     return [target, *written]
 
 

@@ -4,9 +4,11 @@ Trigger words reach its prompt only through the sidecar.
 """
 
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +91,19 @@ def read_companions(sources: Sequence[Path]) -> Companions:
     first, *others = [(read_sidecar(path) or {}) if path.is_file() else {} for path in sources]
     alike = {key: value for key, value in first.items() if all((key, value) in other.items() for other in others)}
     return Companions(alike, sources[0] if not others and sources[0].is_file() else None)
+
+
+@contextmanager
+def companions_first(lora_path: Path) -> Iterator[None]:
+    """For a block that writes a LoRA's companions and then the LoRA: if that fails, those that are new are removed."""
+    paths = [lora_path.with_suffix(".json"), *_preview_paths(lora_path)]
+    new = [path for path in paths if not os.path.lexists(path)]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_companions(lora_path: Path, metadata: KohyaMetadata, companions: Companions) -> list[Path]:

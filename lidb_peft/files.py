@@ -179,6 +179,8 @@ def _temporary(target: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
         temporary, lock = _make_locked(target, make)
     except PermissionError as error:
         raise PermissionError(f"{target.parent} is not writable; choose another output folder") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error  # of a name that nobody has seen
     try:
         yield temporary
     except (OSError, SafetensorError) as error:

@@ -1,6 +1,5 @@
 """What the page says of an error: one sentence; the log has the details."""
 
-import errno
 import functools
 import logging
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from cli.main import as_sentence
 LOG = logging.getLogger(__name__)
 # How the page calls what the command line calls an option.
 _WORDS = {"pass --no-crop": 'untick "Find the face"', "--no-crop": '"Find the face", unticked'}
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -23,8 +21,6 @@ def sentence(error: BaseException) -> str:
 
     if isinstance(error, click.ClickException):
         return in_words_of_the_page(error.message)
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return f"the disk is full ({error.filename or 'no space left'}); free some space and try again"
     if isinstance(error, OSError | ValueError):
         return in_words_of_the_page(as_sentence(error))
     if is_out_of_memory(error):

@@ -16,7 +16,7 @@ from converters.formats.reading import read_lora
 from converters.key_maps import Place, kohya_place
 from converters.lora import DTYPES, Loader, Lora, LoraLayer, balance, to_dtype, with_one_alpha
 from converters.metadata import KohyaHashes, KohyaMetadata, build_metadata
-from converters.sidecar import write_preview, write_sidecar
+from converters.sidecar import companions_first, write_preview, write_sidecar
 from converters.stacking import stack
 from lidb_peft.families import get_family
 from lidb_peft.files import LazyTensor, Tensors, check_suffix, write_safetensors
@@ -40,10 +40,11 @@ def write_lora(
     """
     path = Path(path)
     tensors, entries = _prepare_kohya(path, factors, metadata, dtype)
-    companions = [write_sidecar(path, metadata)]
-    if preview is not None:
-        companions.append(write_preview(path, preview))
-    write_tensors(path, tensors, entries)
+    with companions_first(path):
+        companions = [write_sidecar(path, metadata)]
+        if preview is not None:
+            companions.append(write_preview(path, preview))
+        write_tensors(path, tensors, entries)
     return [path, *(file for file in companions if file is not None)]
 
 

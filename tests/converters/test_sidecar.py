@@ -80,14 +80,21 @@ def test_what_a_user_has_changed_stays(tmp_path):
     assert (read()["activation text"], read()["preferred weight"]) == ("a ohwx face, smiling", 0.7)
 
 
-def test_companions_are_there_before_the_lora_that_says_done(tmp_path, monkeypatch):
+def test_companions_are_there_before_the_lora_that_says_done_and_go_if_it_does_not_come(tmp_path, monkeypatch):
+    (tmp_path / "bob.json").write_text('{"activation text": "", "notes": "his"}')
+    seen = []
+
     def fail(*_):
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("converters.formats.kohya.write_tensors", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_lora(tmp_path / "anna.safetensors", FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["anna.json", "anna.png"]
+    for name in ("anna", "bob"):
+        with pytest.raises(OSError, match="No space"):
+            write_lora(tmp_path / f"{name}.safetensors", FACTORS, KohyaMetadata(), preview=Image.new("RGB", (8, 8)))
+    assert seen == [["anna.json", "anna.png", "bob.json"], ["bob.json", "bob.png"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["bob.json"]
+    assert json.loads((tmp_path / "bob.json").read_text())["notes"] == "his"
 
 
 def test_half_of_a_character_in_somebodys_sidecar_stays_json_and_utf8(tmp_path):
