@@ -12,20 +12,24 @@ from hypernet.base_models.config import BaseConfig
 from hypernet.recipe import PersonalizeConfig
 from testbed import MINIATURE_RECIPE
 
-base_option = field_option(BaseConfig, "base")
 device_option = field_option(BaseConfig, "device")
 precision_option = field_option(BaseConfig, "precision")
-components_option = field_option(BaseConfig, "components")
 prediction_option = field_option(BaseConfig, "prediction")
-quantize_option = field_option(BaseConfig, "quantize")
 seed_option = field_option(PersonalizeConfig, "seed")
 base_options = config_options(BaseConfig, [field.name for field in fields(BaseConfig)])
 """An option for each field of `BaseConfig`; `pop_base` removes their values from a command's arguments."""
+drawing_base_options = config_options(
+    BaseConfig,
+    [field.name for field in fields(BaseConfig) if field.name not in ("train_text_encoder", "guidance_scale")],
+)
+"""`base_options` without those that only fits use."""
 
 
 def pop_base(arguments: dict[str, Any]) -> BaseConfig:
-    """Remove the values of `base_options` from ``arguments`` and return them as a config."""
-    return BaseConfig(**{field.name: arguments.pop(field.name) for field in fields(BaseConfig)})
+    """Remove the values of base options from ``arguments`` and return them as a config."""
+    return BaseConfig(
+        **{field.name: arguments.pop(field.name) for field in fields(BaseConfig) if field.name in arguments}
+    )
 
 
 hypernet_option = click.option(

@@ -1,11 +1,12 @@
 """`hdb eval`."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from cli.base_models import base_options, given_options, hypernet_option, pop_base, recipe_options
-from cli.options import Command
+from cli.options import Command, config_options
 from hypernet.recipe import EvaluationConfig
 
 # As in hypernet.comparison and hypernet.evaluation, which take seconds to import.
@@ -13,16 +14,21 @@ METHODS = ("ours", "only-hypernetwork", "no-hypernetwork", "dreambooth", "lora-d
 FACE_NETWORKS = ("auto", "facenet", "dlib", "none")
 DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-large-patch14"
 
+_FLAGS = {"seeds": "--num-seeds", "pictures": "--num-images", "num_steps": "--sampling-steps"}
+
 
 class _Methods(click.ParamType):
     name = "methods"
 
     def convert(self, value, param, ctx) -> tuple[str, ...]:
-        names = tuple(value if isinstance(value, tuple) else value.split(","))
+        names = value if isinstance(value, tuple | list) else str(value).split(",")
         for name in names:
             if name not in METHODS:
                 self.fail(f"{name!r} is not a method; choose from {', '.join(METHODS)}", param, ctx)
         return tuple(dict.fromkeys(names))
+
+    def as_text(self, value: tuple[str, ...]) -> str:
+        return ",".join(value)
 
 
 class _Setting(click.ParamType):
@@ -31,7 +37,7 @@ class _Setting(click.ParamType):
     def convert(self, value, param, ctx) -> tuple[str, int | float | str]:
         if isinstance(value, tuple):
             return value
-        name, separator, text = value.partition("=")
+        name, separator, text = str(value).partition("=")
         if not separator:
             self.fail(f"{value!r} is not NAME=VALUE, such as dreambooth_steps=400", param, ctx)
         for kind in (int, float):
@@ -40,6 +46,9 @@ class _Setting(click.ParamType):
             except ValueError:
                 continue
         return name, text
+
+    def as_text(self, value: tuple[str, int | float | str]) -> str:
+        return f"{value[0]}={value[1]}"
 
 
 @click.command(name="eval", cls=Command)
@@ -61,22 +70,14 @@ class _Setting(click.ParamType):
 @click.option("--clip", default=CLIP, show_default=True, metavar="ID|DIR|none", help="CLIP model for transformers.")
 @click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), show_default="30 for faces",
               help="Text file with one prompt per line; {} stands for the person.")  # fmt: skip
-@click.option("--num-images", "pictures", type=click.IntRange(1), default=EvaluationConfig.pictures, show_default=True,
-              help="Pictures per prompt; diversity needs at least 2.")  # fmt: skip
-@click.option("--sampling-steps", "num_steps", type=click.IntRange(1), default=EvaluationConfig.num_steps,
-              show_default=True, help="Sampling steps per picture.")  # fmt: skip
-@click.option("--num-seeds", "seeds", type=click.IntRange(1), default=EvaluationConfig.seeds, show_default=True,
-              help="Random seeds; each person is fitted and drawn once per seed.")  # fmt: skip
-@click.option("--people", type=click.IntRange(2), show_default="all", help="Evaluate only the first N people.")
-@click.option("--batch-size", type=click.IntRange(1), default=EvaluationConfig.batch_size, show_default=True,
-              help="People our own methods fit at once.")  # fmt: skip
+@config_options(EvaluationConfig, [field.name for field in fields(EvaluationConfig)], _FLAGS)
 @click.option("--baseline", "baselines", multiple=True, type=_Setting(), metavar="NAME=VALUE",
               help="Setting of a baseline, e.g. dreambooth_steps=400; may be repeated.")  # fmt: skip
 @recipe_options(("steps", "crop", "face_detector", "face", "token", "prompt"), own=("token", "prompt"))
 @base_options
 def command(
-    people_source, methods, loras, references, trigger, hypernet, out, face_network, dino, clip, prompts, pictures,
-    num_steps, seeds, people, batch_size, baselines, **options,
+    people_source, methods, loras, references, trigger, hypernet, out, face_network, dino, clip, prompts, baselines,
+    **options,
 ) -> None:  # fmt: skip
     """Compare methods on PEOPLE by the paper's metrics, or evaluate LoRA files of a person.
 
@@ -89,12 +90,13 @@ def command(
     """  # fmt: skip
     _check_usage(people_source, loras, references, trigger)
     base = pop_base(options)
+    config = EvaluationConfig(**{field.name: options.pop(field.name) for field in fields(EvaluationConfig)})
     from cli.progress import progress_bars
     from hypernet.comparison import JudgeModels, evaluate, evaluate_loras
 
     common = {
         "base": base, "out": out, "models": JudgeModels(face_network, dino, clip), "prompts": prompts,
-        "config": EvaluationConfig(seeds, pictures, num_steps, people, batch_size), **given_options(options),
+        "config": config, **given_options(options),
     }  # fmt: skip
     with progress_bars() as report:
         if loras:

@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from cli.base_models import (
-    base_option,
-    components_option,
-    device_option,
-    precision_option,
-    prediction_option,
-    quantize_option,
-    seed_option,
-)
+from cli.base_models import drawing_base_options, pop_base, seed_option
 from cli.options import Command
 from cli.results import overwrite_option
 
@@ -32,6 +24,9 @@ class _Size(click.ParamType):
             self.fail(f"{value!r} is not a size; write it as 768x512, width first", param, ctx)
         return int(match[1]), int(match[2])
 
+    def as_text(self, value: tuple[int, int]) -> str:
+        return f"{value[0]}x{value[1]}"
+
 
 class _Numbers(click.ParamType):
     """``0.6,0.8,1.0``."""
@@ -42,12 +37,14 @@ class _Numbers(click.ParamType):
         self.kind = kind
 
     def convert(self, value, param, ctx) -> tuple[Any, ...]:
-        if isinstance(value, tuple | list):
-            return tuple(map(self.kind, value))
+        parts = value if isinstance(value, tuple | list) else str(value).split(",")
         try:
-            return tuple(self.kind(part) for part in str(value).split(","))
-        except ValueError:
+            return tuple(self.kind(part) for part in parts)
+        except (TypeError, ValueError):
             self.fail(f"{value!r} is not a list of numbers; write it as 0.6,0.8,1.0", param, ctx)
+
+    def as_text(self, value: tuple[Any, ...]) -> str:
+        return ",".join(map(str, value))
 
 
 class _Sampler(click.ParamType):
@@ -70,7 +67,6 @@ weights_option = click.option(
 
 @click.command(name="generate", cls=Command)
 @click.argument("prompts", nargs=-1, required=True)
-@base_option
 @click.option("--lora", "loras", type=click.Path(path_type=Path), multiple=True,
               help="LoRA file to draw with, whoever made it; may be repeated, one row each.")  # fmt: skip
 @weights_option
@@ -92,16 +88,9 @@ weights_option = click.option(
               help="Pictures per prompt; their seeds count up from --seed.")  # fmt: skip
 @click.option("--seeds", type=_Numbers(int), help="Several random seeds, such as 1,2,3, instead of --seed.")
 @seed_option
-@device_option
-@precision_option
-@components_option
-@prediction_option
-@quantize_option
+@drawing_base_options
 @overwrite_option
-def command(
-    prompts, base, loras, weights, out, pictures, num_images, seeds, seed, device, precision, components, prediction,
-    quantize, overwrite, **drawing,
-) -> None:  # fmt: skip
+def command(prompts, loras, weights, out, pictures, num_images, seeds, seed, overwrite, **options) -> None:
     """Draw PROMPTS, with or without LoRAs.
 
     Several LoRAs, weights, prompts or seeds make a labelled sheet. Each PNG holds its generation parameters as
@@ -116,16 +105,12 @@ def command(
     if seeds is not None and num_images > 1:
         raise click.UsageError("--seeds and --num-images contradict each other; pass one of them")
     from cli.progress import progress_bars
-    from hypernet.base_models.config import BaseConfig
     from hypernet.base_models.loading import as_base
     from hypernet.sheets import DrawConfig, check_pictures, generate_to_file
 
-    chosen = BaseConfig(
-        base, device, precision, components=components, prediction=prediction, quantize=quantize
-    )  # fmt: skip
-    check_pictures(out, chosen, loras, pictures, overwrite)
-    config = DrawConfig(**drawing)
-    model = as_base(chosen)
+    base, config = pop_base(options), DrawConfig(**options)
+    check_pictures(out, base, loras, pictures, overwrite)
+    model = as_base(base)
     with progress_bars() as report:
         files = generate_to_file(
             model, prompts, out, loras, weights, seeds or range(seed, seed + num_images), config, pictures, overwrite,

@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from cli.base_models import base_options, given_options, hypernet_option, pop_base, recipe_options
-from cli.options import ConfiguredCommand, config_options
+from cli.options import Command, config_options
 from hypernet.recipe import PersonalizeConfig, StartConfig
 
 # Fields of the theta fit and of pictures, and the seed, which `StartConfig` has.
 _OTHERS = {"theta_steps", "theta_lr", "steps", "guidance", "seed"}
 
 
-@click.command(name="learn-start", cls=ConfiguredCommand)
+@click.command(name="learn-start", cls=Command)
 @click.argument("images")
 @hypernet_option
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="LoRA to write.")

@@ -165,29 +165,14 @@ def _kind(hint: type, allowed: Mapping[str, Any]) -> Any:
     return hint
 
 
-class Command(click.Command):
-    """A command whose help groups its options into sections, everyday ones first."""
-
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        places = {word: (title, place) for title, words in SECTIONS.items() for place, word in enumerate(words.split())}
-        found: dict[str, list[tuple[int, tuple[str, str]]]] = {}
-        for option in self.get_params(context):
-            record = option.get_help_record(context) if isinstance(option, click.Option) else None
-            if record is not None:
-                title, place = places.get(option.opts[-1].lstrip("-"), (_FURTHER, 0))
-                found.setdefault(title, []).append((place, record))
-        for title in SECTIONS:
-            if title in found:
-                with formatter.section(title):
-                    formatter.write_dl([record for _, record in sorted(found[title], key=lambda entry: entry[0])])
-
-
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 """The files of ``--preset``, by name, in the format of ``--config``."""
 
 
-class ConfiguredCommand(Command):
-    """A command whose options can be read from and saved to a file (``--config``, ``--save-config``).
+class Command(click.Command):
+    """A command whose help groups its options into sections, everyday ones first.
+
+    The options can be read from and saved to a file (``--config``, ``--save-config``).
 
     Args:
         presets: add ``--preset`` too.
@@ -216,6 +201,19 @@ class ConfiguredCommand(Command):
         if path is not None:
             _write(path, context)
         return super().invoke(context)
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        places = {word: (title, place) for title, words in SECTIONS.items() for place, word in enumerate(words.split())}
+        found: dict[str, list[tuple[int, tuple[str, str]]]] = {}
+        for option in self.get_params(context):
+            record = option.get_help_record(context) if isinstance(option, click.Option) else None
+            if record is not None:
+                title, place = places.get(option.opts[-1].lstrip("-"), (_FURTHER, 0))
+                found.setdefault(title, []).append((place, record))
+        for title in SECTIONS:
+            if title in found:
+                with formatter.section(title):
+                    formatter.write_dl([record for _, record in sorted(found[title], key=lambda entry: entry[0])])
 
 
 def _keys(command: click.Command) -> dict[str, click.Option]:
@@ -270,13 +268,15 @@ def _write(path: Path, context: click.Context) -> None:
 
     is_json = path.suffix.lower() == ".json"
     check_output(path, suffix=".json" if is_json else ".yaml")
-    values = {key: context.params[option.name] for key, option in _keys(context.command).items()
-              if option.name in context.params}  # fmt: skip
-    plain = {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-        if value not in (None, ())
-    }
+    options = _keys(context.command)
+    values = {key: context.params[option.name] for key, option in options.items() if option.name in context.params}
+    plain = {key: _plain(options[key], value) for key, value in values.items() if value not in (None, ())}
     text = json.dumps(plain, indent=1) if is_json else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _plain(option: click.Option, value: Any) -> Any:
+    """An option's value as YAML holds it: a number, a text as on the command line, or a list of those."""
+    as_text = getattr(option.type, "as_text", lambda each: str(each) if isinstance(each, Path) else each)
+    return [as_text(each) for each in value] if option.multiple else as_text(value)

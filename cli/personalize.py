@@ -18,22 +18,25 @@ from cli.base_models import (
     start_option,
 )
 from cli.generate import weights_option
-from cli.options import ConfiguredCommand
+from cli.options import Command
 from cli.results import overwrite_option
 from hypernet.recipe import PersonalizeConfig
 from hypernet.timing import timed
 
 if TYPE_CHECKING:
+    from hypernet.base_models.base import BaseModel
     from hypernet.base_models.config import BaseConfig
     from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
-    from hypernet.request import PersonRequest
+    from hypernet.request import PeopleRequest, PersonRequest
     from hypernet.watching import StepReport
 
+# Options of one person's fit, besides --dry-run and --push-to-hub.
+_OF_ONE = ("save_theta", "from_theta", "save_every", "preview_every", "weights", "resume")
 _STOPPED = 130  # the exit code that shells use for Ctrl-C
 
 
-@click.command(name="personalize", cls=ConfiguredCommand, presets=True)
+@click.command(name="personalize", cls=Command, presets=True)
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--each", metavar="DIR",
               help="Instead of PHOTOS: a folder of people, each a photo or a sub-folder of photos.")  # fmt: skip
@@ -63,26 +66,9 @@ _STOPPED = 130  # the exit code that shells use for Ctrl-C
 @overwrite_option
 @click.pass_context
 def command(
-    context,
-    photos,
-    each,
-    batch_size,
-    hypernet,
-    out,
-    previews,
-    no_preview,
-    save_theta,
-    from_theta,
-    start,
-    save_every,
-    weights,
-    preview_every,
-    resume,
-    dry_run,
-    push_to_hub,
-    overwrite,
+    context, photos, each, batch_size, hypernet, out, previews, no_preview, start, dry_run, push_to_hub, overwrite,
     **options,
-) -> None:
+) -> None:  # fmt: skip
     """Make a LoRA of the person in PHOTOS; several photos are of one person. With --each, of many people at once.
 
     A folder among PHOTOS stands for the photos in it. If there are several photos, unusable ones are skipped and
@@ -100,23 +86,18 @@ def command(
     hdb personalize portrait.png --base testbed --no-crop --no-preview
     hdb personalize --each faces/ --out loras
     """  # fmt: skip
-    _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta)
-    of_one = {"--save-every": save_every, "--preview-every": preview_every, "--resume": resume, "--dry-run": dry_run,
-              "--push-to-hub": push_to_hub}  # fmt: skip
-    if each is not None and any(of_one.values()):
-        raise click.UsageError(f"{next(filter(of_one.get, of_one))} is for one person; drop it or --each")
+    of_one = {name: options.pop(name) for name in _OF_ONE}
+    _check_usage(photos, each, batch_size, hypernet, previews, no_preview, of_one["from_theta"])
+    if each is not None:
+        _check_none_of_one(of_one | {"dry_run": dry_run, "push_to_hub": push_to_hub})
     if push_to_hub is not None:
         from hypernet.cards import check_repository
 
         check_repository(push_to_hub)
-    base = pop_base(options)
-    seconds: dict[str, float] = {}
+    base, seconds = pop_base(options), {}
     with timed(seconds, "import"):
-        from cli.progress import LastLoss, progress_bars
         from hypernet.base_models.loading import as_base
         from hypernet.inputs.people import open_people
-        from hypernet.personalization import make_person
-        from hypernet.personalization_each import make_people
         from hypernet.request import request_people, request_person
 
     common = {
@@ -129,10 +110,7 @@ def command(
     }
     if each is None:
         out = out or Path(photos[0].resolve().stem + ".safetensors")
-        request = request_person(
-            photos, out, save_theta=save_theta, from_theta=from_theta, save_every=save_every,
-            preview_every=preview_every, weights=weights, resume=resume, **common,
-        )  # fmt: skip
+        request = request_person(photos, out, **of_one, **common)
         if dry_run:
             _tell_plan(request, base)
             return
@@ -145,25 +123,33 @@ def command(
     with timed(seconds, "load base"):
         model = as_base(base)
     if each is None:
-        loss = LastLoss()
-        with progress_bars(read_loss=loss.read) as report, Stop() as stop:
-            result = make_person(request, model, report, on_step=lambda step: (loss(step), stop.note(step)), stop=stop)
+        result = _make_person(request, model)
         _tell_person(result, out)
         if result.stopped_at is not None:
             _tell_stopped(result, request, context)
     else:
-        with progress_bars(per_hour="people") as report:
-            result = make_people(request, model, report)
+        result = _make_people(request, model)
         _tell_people(result, out)
-    seconds |= result.seconds
-    click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
-    trigger = request.config.trigger
-    where, name = (out.name, out.stem) if each is None else ("the files", "NAME")
-    click.echo(f'use it: put {where} into models/Lora and write "{trigger} <lora:{name}:1>"')
+    _tell_use(request, seconds | result.seconds, is_one=each is None)
     if push_to_hub is not None:
         _push(result, out, base.base, push_to_hub)
-    if each is not None:
-        click.echo(f'all of them use the trigger "{trigger}": load one at a time')
+
+
+def _make_person(request: "PersonRequest", model: "BaseModel") -> "Personalization":
+    from cli.progress import LastLoss, progress_bars
+    from hypernet.personalization import make_person
+
+    loss = LastLoss()
+    with progress_bars(read_loss=loss.read) as report, Stop() as stop:
+        return make_person(request, model, report, on_step=lambda step: (loss(step), stop.note(step)), stop=stop)
+
+
+def _make_people(request: "PeopleRequest", model: "BaseModel") -> "PersonalizedEach":
+    from cli.progress import progress_bars
+    from hypernet.personalization_each import make_people
+
+    with progress_bars(per_hour="people") as report:
+        return make_people(request, model, report)
 
 
 class Stop:
@@ -235,13 +221,11 @@ def _tell_stopped(result: "Personalization", request: "PersonRequest", context: 
     context.exit(_STOPPED)
 
 
-def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_theta, from_theta) -> None:
+def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, from_theta) -> None:
     if each is None and not photos:
         raise click.UsageError("PHOTOS are missing; pass at least one photo, or --each with a folder of people")
     contradictions = {
         "PHOTOS and --each": photos and each,
-        "--save-theta and --each": save_theta and each,
-        "--from-theta and --each": from_theta and each,
         "--preview and --no-preview": previews and no_preview,
         "--hypernet and --from-theta": from_theta and hypernet not in (None, "none"),
     }
@@ -250,6 +234,12 @@ def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, save_
             raise click.UsageError(f"{both} contradict each other; pass one of them")
     if batch_size is not None and each is None:
         raise click.UsageError("--batch-size is for many people; pass them with --each")
+
+
+def _check_none_of_one(of_one: dict[str, Any]) -> None:
+    for name, value in of_one.items():
+        if value not in (None, False, (1.0,)):  # the defaults, which a saved config may hold too
+            raise click.UsageError(f"--{name.replace('_', '-')} is for one person; drop it or --each")
 
 
 def _tell_person(result: "Personalization", out: Path) -> None:
@@ -277,3 +267,12 @@ def _tell_people(result: "PersonalizedEach", out: Path) -> None:
         click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")
     if result.kept:
         click.echo(f"kept {len(result.kept)} LoRAs already in {out}; delete a LoRA to redo it")
+
+
+def _tell_use(request: "PersonRequest | PeopleRequest", seconds: dict[str, float], is_one: bool) -> None:
+    trigger, out = request.config.trigger, request.out
+    click.echo("took " + ", ".join(f"{stage} {duration:.2f} s" for stage, duration in seconds.items()))
+    where, name = (out.name, out.stem) if is_one else ("the files", "NAME")
+    click.echo(f'use it: put {where} into models/Lora and write "{trigger} <lora:{name}:1>"')
+    if not is_one:
+        click.echo(f'all of them use the trigger "{trigger}": load one at a time')

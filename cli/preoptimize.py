@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from cli.base_models import base_options, batch_option, given_options, pop_base, recipe_options
-from cli.options import ConfiguredCommand, field_option
+from cli.options import Command, field_option
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 
 # Fields of the finetuning and of pictures.
 _OTHERS = {"steps", "lr", "rank", "max_timestep", "adapt", "guidance"}
 
 
-@click.command(name="preoptimize", cls=ConfiguredCommand)
+@click.command(name="preoptimize", cls=Command)
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Folder for the targets; an interrupted run resumes there.")  # fmt: skip

@@ -5,22 +5,27 @@ from pathlib import Path
 import click
 
 from cli.base_models import given_options, recipe_options
-from cli.options import ConfiguredCommand
+from cli.options import Command
 
 
 class _Part(click.ParamType):
+    """``3/8``."""
+
     name = "part"
 
     def convert(self, value, param, ctx) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        number, _, count = value.partition("/")
+        number, _, count = str(value).partition("/")
         if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-            self.fail(f"{value!r} is not a part; write 0/8, 1/8 and so on to 7/8", param, ctx)
+            self.fail(f"{str(value)!r} is not a part; write 0/8, 1/8 and so on to 7/8", param, ctx)
         return int(number), int(count)
 
+    def as_text(self, value: tuple[int, int]) -> str:
+        return f"{value[0]}/{value[1]}"
 
-@click.command(name="prepare", cls=ConfiguredCommand)
+
+@click.command(name="prepare", cls=Command)
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Folder for the data set; an interrupted run resumes there.")  # fmt: skip

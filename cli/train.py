@@ -7,13 +7,13 @@ import click
 from click.core import ParameterSource
 
 from cli.base_models import base_options, pop_base
-from cli.options import ConfiguredCommand, config_options, field_option
+from cli.options import Command, config_options, field_option
 from hypernet.recipe import DEFAULT_BASE, NetworkConfig, PersonalizeConfig, TrainConfig
 
 _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "prompt")
 
 
-@click.command(name="train", cls=ConfiguredCommand)
+@click.command(name="train", cls=Command)
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--targets", type=click.Path(file_okay=False, path_type=Path),

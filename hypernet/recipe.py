@@ -301,24 +301,20 @@ class EvaluationConfig:
 
     Attributes:
         seeds: random seeds; each method fits and draws each person once per seed.
-        pictures: pictures per prompt.
-        num_steps: sampling steps.
-        people: evaluate only the first N people; None is all.
+        pictures: pictures per prompt; diversity needs at least 2.
+        num_steps: sampling steps per picture.
+        people: evaluate at most this many people. None is all.
         batch_size: people our own methods fit at once.
     """
 
-    seeds: int = 1
-    pictures: int = 2
-    num_steps: int = 30
-    people: int | None = None
-    batch_size: int = 1
+    seeds: int = setting(1, least=1)
+    pictures: int = setting(2, least=1)
+    num_steps: int = setting(30, least=1)
+    people: int | None = setting(None, least=2)
+    batch_size: int = setting(1, least=1)
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "pictures", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if self.people is not None and self.people < 2:
-            raise ValueError(f"people is {self.people}; a table needs 2 or more")
+        check_settings(self)
 
 
 @dataclass(frozen=True)

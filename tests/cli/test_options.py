@@ -1,7 +1,7 @@
 """One vocabulary for all commands: the same word is the same thing, older spellings work, files hold options."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import click
 import pytest
@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from cli import train as train_module
 from cli.main import COMMANDS, main
 from cli.options import RENAMED, SECTIONS, field_docs, todays_spelling
+from hypernet import recipe
 from hypernet.base_models.config import BaseConfig
-from hypernet.recipe import FitConfig, NetworkConfig, PersonalizeConfig, StartConfig, TrainConfig
+from hypernet.recipe import EvaluationConfig, FitConfig, NetworkConfig, PersonalizeConfig, StartConfig, TrainConfig
+from hypernet.sheets import DrawConfig
 from lidb_peft.families import FAMILIES
 
 
@@ -58,7 +60,7 @@ def test_older_spellings_work_and_are_not_shown():
     ("command", "config"),
     [("train", TrainConfig), ("train", NetworkConfig), ("train", BaseConfig), ("personalize", PersonalizeConfig),
      ("personalize", BaseConfig), ("preoptimize", BaseConfig), ("learn-start", StartConfig),
-     ("learn-start", BaseConfig)],
+     ("learn-start", BaseConfig), ("eval", EvaluationConfig), ("eval", BaseConfig), ("ui", BaseConfig)],
 )  # fmt: skip
 def test_every_field_of_a_config_is_an_option_with_its_own_documentation(command, config):
     options = {option.name: option for option in ALL[command].values()}
@@ -74,7 +76,23 @@ def test_every_field_of_a_fit_can_be_reached():
     assert theirs <= {option.name for option in ALL["personalize"].values()}
 
 
-@pytest.mark.parametrize("command", ["personalize", "preoptimize", "train", "learn-start", "generate", "eval"])
+CONFIGURED = {name for name, options in ALL.items() if "--config" in options}
+CONFIGS = [config for config in vars(recipe).values() if is_dataclass(config)] + [BaseConfig, DrawConfig]
+
+
+def test_every_command_that_fills_a_config_takes_a_file_of_options():
+    filling = {
+        command
+        for command, options in ALL.items()
+        for config in CONFIGS
+        if {field.name for field in fields(config)} <= {option.name for option in options.values()}
+    }
+    assert filling >= {"personalize", "preoptimize", "train", "learn-start", "eval", "generate", "ui"}
+    assert filling <= CONFIGURED
+    assert CONFIGURED == {name for name, options in ALL.items() if "--save-config" in options} == set(ROUND_TRIPS)
+
+
+@pytest.mark.parametrize("command", sorted(CONFIGURED - {"ui", "prepare"}))
 def test_help_has_sections_and_begins_with_the_everyday_ones(command):
     shown = CliRunner().invoke(main, [command, "--help"]).output
     titles = [title for title in SECTIONS if f"\n{title}:\n" in shown]
@@ -135,21 +153,73 @@ def test_a_saved_config_is_the_run_again(seen, tmp_path, name):
     assert (first["trackers"], first["preserved"]) == (("a", "b"), ("{} at sea",))
 
 
-@pytest.mark.parametrize(
-    ("command", "given"),
-    [("personalize", ("--adapt", "denoiser", "--no-crop", "--preserve", "{} at sea", "--graph", "off")),
-     ("preoptimize", ("--out", "targets", "--lr", 0.25, "--batch-size", 3, "--max-vram", "4GB")),
-     ("learn-start", ("--out", "start.safetensors", "--rounds", 3, "--rate", 0.5, "--token", "ohwx"))],
-)  # fmt: skip
-def test_every_command_with_a_config_reads_what_it_has_saved(command, given, monkeypatch, tmp_path):
+# Command -> options of every type it has.
+ROUND_TRIPS = {
+    "personalize": ("--adapt", "denoiser", "--no-crop", "--preserve", "{} at sea", "--graph", "off", "--weights",
+                    "0.5,1"),
+    "preoptimize": ("--out", "targets", "--lr", 0.25, "--batch-size", 3, "--max-vram", "4GB"),
+    "train": ("--out", "net", "--flip", "--tracker", "a", "--encoder", "b"),
+    "learn-start": ("--out", "start.safetensors", "--rounds", 3, "--rate", 0.5, "--token", "ohwx"),
+    "prepare": ("--out", "prepared", "--part", "3/8", "--face", "2"),
+    "generate": ("--lora", "a.safetensors", "--lora", "b.safetensors", "--weights", "0.5,1", "--seeds", "1,2", "--size",
+                 "96x64", "--sampler", "Euler a", "--pictures", "all", "--revision", "fp16"),
+    "eval": ("--methods", "ours,dreambooth", "--baseline", "lora_steps=3", "--baseline", "lora_lr=0.5", "--baseline",
+             "inversion_start=man", "--people", 5, "--num-seeds", 2, "--prompts", "prompts.txt", "--no-crop"),
+    "ui": ("--work-dir", "results", "--port", 0, "--no-browser", "--precision", "bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "given"), ROUND_TRIPS.items())
+@pytest.mark.parametrize("file", ["a.yaml", "a.json"])
+def test_every_command_with_a_config_reads_what_it_has_saved(command, given, file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     calls = []
     found = main.get_command(click.Context(main), command)
     monkeypatch.setattr(found, "callback", lambda *_, **values: calls.append(values))
-    for arguments in ((*given, "--save-config", "a.yaml"), ("--config", "a.yaml")):
-        result = CliRunner().invoke(main, [command, "faces", *map(str, arguments)])
-        assert result.exit_code == 0, result.output
-    assert calls[0] == calls[1]
+    inputs = [] if command == "ui" else ["faces"]
+    for arguments in ((), (*given, "--save-config", file), ("--config", file)):
+        result = CliRunner().invoke(main, [command, *inputs, *map(str, arguments)])
+        assert result.exit_code == (0 if arguments or "--out" not in given else 2), result.output
+    *default, saved, read = calls
+    assert saved == read
+    assert saved not in default
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "name", "value"),
+    [
+        ("generate", "weights: [0.5, 1]", "weights", (0.5, 1.0)),
+        ("generate", "seeds: 3", "seeds", (3,)),
+        ("eval", "methods: [ours, dreambooth]", "methods", ("ours", "dreambooth")),
+        ("eval", "baseline: [lora_steps=3]", "baselines", (("lora_steps", 3),)),
+    ],
+)
+def test_lists_in_a_file_are_lists_of_values(command, text, name, value, monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    calls = []
+    monkeypatch.setattr(
+        main.get_command(click.Context(main), command), "callback", lambda **values: calls.append(values)
+    )
+    result = CliRunner().invoke(main, [command, "x", "--config", str(tmp_path / "a.yaml")])
+    assert result.exit_code == 0, result.output
+    assert calls[0][name] == value
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("prepare", "{out: a, part: 3}", "'3' is not a part"),
+        ("generate", "size: [96, 64]", "[96, 64] is not a size"),
+        ("generate", "weights: [a]", "['a'] is not a list of numbers"),
+        ("eval", "methods: 3", "'3' is not a method"),
+        ("eval", "baseline: [3]", "is not NAME=VALUE"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_in_a_file_is_refused_in_a_sentence(command, text, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    result = CliRunner().invoke(main, [command, "x", "--config", str(tmp_path / "a.yaml")])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_nobody_is_an_error_after_all_reasons(hdb, personalize):
     ("arguments", "text"),
     [
         (("--each", "faces", "me.jpg"), "PHOTOS and --each contradict each other"),
-        (("--each", "faces", "--save-theta", "t.safetensors"), "--save-theta and --each contradict each other"),
-        (("--each", "faces", "--from-theta", "t.safetensors"), "--from-theta and --each contradict each other"),
+        (("--each", "faces", "--save-theta", "t.safetensors"), "--save-theta is for one person; drop it or --each"),
+        (("--each", "faces", "--from-theta", "t.safetensors"), "--from-theta is for one person; drop it or --each"),
         (("me.jpg", "--batch", 2), "--batch-size is for many people; pass them with --each"),
         ((), "pass at least one photo, or --each with a folder of people"),
     ],
