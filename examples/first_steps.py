@@ -1,6 +1,7 @@
 """From a folder of photos to a trained hypernetwork, a LoRA in two formats, and a picture: python first_steps.py FACES.
 
-The bundled miniature is the base here, so that it runs offline on a CPU; any id, folder or file can take its place.
+The bundled miniature is the base here, so that it runs offline on a CPU, and `crop` is off because its people are
+drawn. For another base, pass its id, folder or file, photos of people, and no `crop`, `hypernet="testbed"` or `steps`.
 """
 
 import sys

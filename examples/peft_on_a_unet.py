@@ -1,7 +1,7 @@
 """PEFT on a UNet: train LiDB weights on one picture, save, load and merge them: python peft_on_a_unet.py PICTURE.
 
 The bundled miniature is the base, so that this runs on a CPU; for Stable Diffusion 1.5 `LiDBConfig()` has the paper's
-dimensions. Any other UNet of diffusers, and a training loop of your own, will do as well.
+dimensions. Any other UNet of diffusers works too, in a training loop of your own.
 """
 
 import sys

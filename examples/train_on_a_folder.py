@@ -1,8 +1,8 @@
 """Train a hypernetwork on a folder of people and use it on somebody new: python train_on_a_folder.py PEOPLE PHOTO.
 
-PEOPLE holds one photo of each person, or a sub-folder of photos of each. The bundled miniature is the base, and its own
-hypernetwork is where training starts, so that this takes seconds on a CPU. For another base leave `hypernet` and `crop`
-out, and train for thousands of steps.
+PEOPLE holds one photo of each person, or a sub-folder of photos of each. The bundled miniature is the base, and
+training starts from its own hypernetwork, so that this takes seconds on a CPU. For another base, leave out
+`hypernet="testbed"` and `crop`, and train for thousands of steps.
 """
 
 import sys

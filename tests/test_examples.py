@@ -125,6 +125,12 @@ def test_configs_of_the_recipe_are_options_of_hdb_train(file):
     assert {name: found[name] for name in wanted} == wanted
 
 
+def test_every_example_is_run_by_a_test():
+    examples = {file.name for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".ipynb")}
+    run = set(re.findall(r'run_example\("(\w+\.py)"|"examples" / "(\w+\.ipynb)"', Path(__file__).read_text()))
+    assert examples == {name for names in run for name in names if name}
+
+
 def joined(script: str) -> str:
     return script.replace("\\\n", " ")
 
