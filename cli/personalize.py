@@ -19,6 +19,7 @@ from cli.base_models import (
 )
 from cli.generate import weights_option
 from cli.options import Command
+from cli.push import push_result, push_to_hub_option
 from cli.results import overwrite_option
 from hypernet.recipe import PersonalizeConfig
 from hypernet.timing import timed
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from hypernet.request import PeopleRequest, PersonRequest
     from hypernet.watching import StepReport
 
-# Options of one person's fit, besides --dry-run and --push-to-hub.
-_OF_ONE = ("save_theta", "from_theta", "save_every", "preview_every", "weights", "resume")
+# Options of one person's fit, besides --dry-run and --push-to-hub; and of what any fit leaves while it runs.
+_OF_ONE = ("save_theta", "from_theta", "resume")
+_WHILE_IT_RUNS = ("save_every", "preview_every", "weights")
 _STOPPED = 130  # the exit code that shells use for Ctrl-C
 
 
@@ -50,16 +52,14 @@ _STOPPED = 130  # the exit code that shells use for Ctrl-C
 @click.option("--no-preview", is_flag=True, help="Draw no pictures, not even the LoRA's preview.")
 @click.option("--save-every", type=click.IntRange(1), metavar="STEPS",
               help="Also save the LoRA every STEPS steps (NAME-000020.safetensors), and at the end a sheet comparing "
-                   "them (NAME-sheet.png) and the loss curve (NAME-loss.png).")  # fmt: skip
+                   "them (NAME-sheet.png) and the loss curve (NAME-loss.png); with --each, of everybody.")  # fmt: skip
 @weights_option
 @click.option("--preview-every", type=click.IntRange(1), metavar="STEPS",
               help="Draw a picture with the LoRA every STEPS steps (NAME-000020.png).")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Resume a fit that was stopped with Ctrl-C.")
+@click.option("--resume", is_flag=True, help="Resume a fit that was stopped with Ctrl-C; --each resumes by itself.")
 @click.option("--dry-run", is_flag=True, help="Write NAME-crops.png, which shows the crops, and print "
                                               "the plan; load and fit nothing.")  # fmt: skip
-@click.option("--push-to-hub", metavar="OWNER/NAME",
-              help="Also upload the LoRA to a private repository on the Hugging Face hub, with a model card (NAME.md); "
-                   "hdb push does so later.")  # fmt: skip
+@push_to_hub_option
 @base_options
 @click.option("--save-theta", type=click.Path(path_type=Path), help="Also save the LiDB weights (53 KB for SD1.5).")
 @click.option("--from-theta", type=click.Path(path_type=Path), help="Start from saved LiDB weights.")
@@ -106,8 +106,9 @@ def command(
         "start": None if start == "none" else start,
         "base": base,
         "overwrite": overwrite,
-        "options": given_options(options),
+        **{name: options.pop(name) for name in _WHILE_IT_RUNS},
     }
+    common["options"] = given_options(options)
     if each is None:
         out = out or Path(photos[0].resolve().stem + ".safetensors")
         request = request_person(photos, out, **of_one, **common)
@@ -130,6 +131,9 @@ def command(
     else:
         result = _make_people(request, model)
         _tell_people(result, out)
+        if result.stopped_at is not None:
+            click.echo(f"stopped {_of_stage(result.stopped_at)} of a batch; run the same command to continue there")
+            context.exit(_STOPPED)
     _tell_use(request, seconds | result.seconds, is_one=each is None)
     if push_to_hub is not None:
         _push(result, out, base.base, push_to_hub)
@@ -148,8 +152,8 @@ def _make_people(request: "PeopleRequest", model: "BaseModel") -> "PersonalizedE
     from cli.progress import progress_bars
     from hypernet.personalization_each import make_people
 
-    with progress_bars(per_hour="people") as report:
-        return make_people(request, model, report)
+    with progress_bars(per_hour="people") as report, Stop() as stop:
+        return make_people(request, model, report, stop.note, stop)
 
 
 class Stop:
@@ -181,7 +185,7 @@ class Stop:
         if self._is_asked or not self._is_fitting:
             raise KeyboardInterrupt
         self._is_asked = True
-        click.echo("stopping after this step, to keep the LoRA so far; Ctrl-C again stops at once", err=True)
+        click.echo("stopping after this step, to keep what there is; Ctrl-C again stops at once", err=True)
 
 
 def _tell_plan(request: "PersonRequest", base: "BaseConfig") -> None:
@@ -205,20 +209,22 @@ def _tell_plan(request: "PersonRequest", base: "BaseConfig") -> None:
 
 
 def _push(result: "Personalization", out: Path, base: str, repository: str) -> None:
-    from hypernet.cards import card_path, push, share_lora, write_card
+    from hypernet.cards import hub_id, share_lora
 
-    config, known = result.config, "" if Path(base).exists() or "/" not in base else base.partition("@")[0]
+    config = result.config
     how = [f"{config.steps} steps of finetuning, learning rate {config.lr:g}, rank {config.rank}, seed {config.seed}.",
            *(f"{note.capitalize()}." for note in result.loss_notes)]  # fmt: skip
-    shared = share_lora(out, known, how=how)
-    url = push(shared, write_card(shared, card_path(out)), repository)
-    click.echo(f"uploaded {out.name} and its card {card_path(out)} to {url}")
+    push_result(share_lora(out, hub_id(base), how=how), out, repository)
 
 
 def _tell_stopped(result: "Personalization", request: "PersonRequest", context: click.Context) -> None:
-    stage, step = result.stopped_at
-    click.echo(f"stopped after step {step} of {stage}; run the same command with --resume to continue")
+    click.echo(f"stopped {_of_stage(result.stopped_at)}; run the same command with --resume to continue")
     context.exit(_STOPPED)
+
+
+def _of_stage(stopped_at: tuple[str, int]) -> str:
+    stage, step = stopped_at
+    return f"after step {step} of {stage}"
 
 
 def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, from_theta) -> None:
@@ -238,8 +244,9 @@ def _check_usage(photos, each, batch_size, hypernet, previews, no_preview, from_
 
 def _check_none_of_one(of_one: dict[str, Any]) -> None:
     for name, value in of_one.items():
-        if value not in (None, False, (1.0,)):  # the defaults, which a saved config may hold too
-            raise click.UsageError(f"--{name.replace('_', '-')} is for one person; drop it or --each")
+        if value not in (None, False):
+            hint = "--each resumes by itself" if name == "resume" else "drop it or --each"
+            raise click.UsageError(f"--{name.replace('_', '-')} is for one person; {hint}")
 
 
 def _tell_person(result: "Personalization", out: Path) -> None:
@@ -261,7 +268,7 @@ def _tell_people(result: "PersonalizedEach", out: Path) -> None:
         click.echo(note, err=True)
     for name, reason in result.skipped:
         click.echo(f"skipped {name}: {reason}")
-    if not result.made and not result.kept:
+    if not result.made and not result.kept and result.stopped_at is None:
         raise ValueError(f"no LoRA was made: all {len(result.skipped)} people were skipped, see above")
     if result.made:
         click.echo(f"made {len(result.made)} LoRAs in {out}, {result.per_hour:,.0f} an hour")

@@ -1,8 +1,18 @@
 """`hdb push`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from hypernet.cards import Share
+
+push_to_hub_option = click.option(
+    "--push-to-hub", metavar="OWNER/NAME",
+    help="Also upload the result to a private repository on the Hugging Face hub, with a model card; hdb push does so "
+         "later.",
+)  # fmt: skip
 
 
 @click.command(name="push")
@@ -40,3 +50,11 @@ def command(source: Path, repository: str | None, base: str, license_name: str, 
         return
     url = push(shared, card, repository, private=not public)
     click.echo(f"uploaded {len(shared.files) + 1} files to {url}{'' if public else '; a new repository is private'}")
+
+
+def push_result(shared: "Share", source: Path, repository: str) -> None:
+    """Upload what a command has just made, with its card, which is also written beside it."""
+    from hypernet.cards import card_path, push, write_card
+
+    url = push(shared, write_card(shared, card_path(source)), repository)
+    click.echo(f"uploaded {source} and its card {card_path(source)} to {url}")

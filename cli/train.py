@@ -2,13 +2,18 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from cli.base_models import base_options, pop_base
 from cli.options import Command, config_options, field_option
+from cli.push import push_result, push_to_hub_option
 from hypernet.recipe import DEFAULT_BASE, NetworkConfig, PersonalizeConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from hypernet.training.loop import Trained
 
 _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "prompt")
 
@@ -33,9 +38,10 @@ _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "p
 @click.option("--validation-images", metavar="IMAGES", help="Hold out these people instead of a fraction of IMAGES.")
 @click.option("--tracker", "trackers", multiple=True, metavar="NAME",
               help="Tracker supported by accelerate, e.g. tensorboard; may be repeated.")  # fmt: skip
+@push_to_hub_option
 @base_options
 def command(
-    images, out, targets, resume, init_from, target_distance, validation_images, trackers, **options
+    images, out, targets, resume, init_from, target_distance, validation_images, trackers, push_to_hub, **options
 ) -> None:  # fmt: skip
     """Train a hypernetwork on the people in IMAGES, to predict anybody's LiDB weights from a photo.
 
@@ -54,6 +60,10 @@ def command(
     from hypernet.data_sets import train
     from hypernet.training.loop import logged_loss
 
+    if push_to_hub is not None:
+        from hypernet.cards import check_repository
+
+        check_repository(push_to_hub)
     if init_from is not None:
         _check_nothing_of_a_fresh_one()
     chosen = pop_base(options)
@@ -67,16 +77,34 @@ def command(
             network_options=fresh, held_out=validation_images, resume=resume, trackers=trackers, progress=report,
         )  # fmt: skip
     if result.is_main_process:
-        loss = "no steps were left" if result.loss is None else f"loss {result.loss:.4f}"
-        best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({result.folder})"
-        click.echo(f"trained {result.steps} steps: {loss}{best}")
-        if result.rose:
-            click.echo(f"warning: the loss rose from {result.first_loss:.4f}; lower --lr, or train longer", err=True)
-        if result.skipped:
-            click.echo(f"skipped {len(result.skipped)} photos or people, listed in {result.skipped_file}")
-        click.echo(f"wrote {result.last}")
-        on = "" if chosen.base == DEFAULT_BASE else f" --base {chosen.base}"
-        click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {result.folder}")
+        _tell(result, chosen.base)
+        if push_to_hub is not None:
+            _push(result, chosen.base, config, images, push_to_hub)
+
+
+def _tell(result: "Trained", base: str) -> None:
+    loss = "no steps were left" if result.loss is None else f"loss {result.loss:.4f}"
+    best = "" if result.best is None else f", {result.best:.4f} at best on held-out people ({result.folder})"
+    click.echo(f"trained {result.steps} steps: {loss}{best}")
+    if result.rose:
+        click.echo(f"warning: the loss rose from {result.first_loss:.4f}; lower --lr, or train longer", err=True)
+    if result.skipped:
+        click.echo(f"skipped {len(result.skipped)} photos or people, listed in {result.skipped_file}")
+    click.echo(f"wrote {result.last}")
+    on = "" if base == DEFAULT_BASE else f" --base {base}"
+    click.echo(f"use it: hdb personalize me.jpg{on} --hypernet {result.folder}")
+
+
+def _push(result: "Trained", base: str, config: TrainConfig, images: str, repository: str) -> None:
+    from hypernet.cards import hub_id, share_hypernetwork
+
+    data = hub_id(images)  # a folder of somebody's own has a name that is nobody's business
+    how = [f"{result.steps} steps of {config.batch_size} people, learning rate {config.lr:g}, seed {config.seed}."]
+    if data:
+        how.append(f"The photos are those of {data}.")
+    if result.best is not None:
+        how.append(f"The loss on held-out people was {result.best:.4f} at best.")
+    push_result(share_hypernetwork(result.folder, hub_id(base), how=how), result.folder, repository)
 
 
 def _check_nothing_of_a_fresh_one() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converters import describe
 from converters.sidecar import is_our_picture, read_sidecar
 from hypernet.errors import first_line
-from hypernet.hub import HYPERNETWORK_FILES
+from hypernet.hub import HYPERNETWORK_FILES, split_revision
 from hypernet.network.hypernetwork import read_config
 from hypernet.request import sheet_path, steps_sheet_path
 from lidb_peft.files import atomic_path
@@ -115,7 +115,7 @@ def share_lora(
         "[lidb-peft](https://arxiv.org/abs/2307.06949) (HyperDreamBooth for the LoRA ecosystem).",
         "\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures),
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
-        *(["## How it was made\n\n" + " ".join(how)] if how else []),
+        *_how_it_was_made(how),
         "## Use\n\n```python\npipeline.load_lora_weights("
         f"\"OWNER/NAME\", weight_name={json.dumps(lora.name)})\npipeline({json.dumps(trigger or 'a prompt')})\n```\n\n"
         f"In Automatic1111 and Forge: put `{lora.name}` into `models/Lora` and write "
@@ -125,7 +125,9 @@ def share_lora(
     return Share(_card(data, title, body), files)
 
 
-def share_hypernetwork(folder: str | Path, base: str = "", license: str = "", consent: bool = False) -> Share:
+def share_hypernetwork(
+    folder: str | Path, base: str = "", license: str = "", consent: bool = False, how: Sequence[str] = ()
+) -> Share:
     """As `share_lora`, for the folder of a hypernetwork.
 
     Args:
@@ -135,7 +137,7 @@ def share_hypernetwork(folder: str | Path, base: str = "", license: str = "", co
 
     folder = Path(folder)
     config = read_config(folder)
-    trigger = config.prompt.replace("[V]", config.token)
+    trigger = config.trigger
     said_base = str(config.record.get("base_model_name", ""))
     data = ModelCardData(
         base_model=base or None,
@@ -150,11 +152,19 @@ def share_hypernetwork(folder: str | Path, base: str = "", license: str = "", co
         if consent
         else "Nothing is said here of the consent of the people whose photos it was trained on."
     )
+    facts = {
+        "Base model": base or said_base or "not said",
+        "Prompt": f"`{trigger}`",
+        "Layers": len(config.layers),
+        "Refinements (k)": config.k,
+        "Encoder": f"{config.encoder.model_type}, {config.image_size} px",
+        "Bases": "learned" if config.learned_bases else "frozen",
+    }
     body = "\n\n".join([
         "Predicts from one photo the weights of a LoRA of its person, as HyperDreamBooth "
         "([arXiv:2307.06949](https://arxiv.org/abs/2307.06949)) does.",
-        f"| | |\n|---|---|\n| Base model | {_cell(base or said_base or 'not said')} |\n"
-        f"| Prompt | `{_cell(trigger)}` |",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+        *_how_it_was_made(how),
         "## Use\n\n```sh\nhdb personalize me.jpg --hypernet OWNER/NAME\n```",
         f"## Consent and likeness\n\n{said} Make LoRAs only of yourself, or of people who have agreed to it.",
     ])  # fmt: skip
@@ -175,6 +185,11 @@ def write_card(shared: Share, path: Path) -> Path:
     elif _OURS not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path} is not a model card of lidb-peft's and is kept; rename it")
     return path
+
+
+def hub_id(base: str) -> str:
+    """The id on the hub of a base or data set named on the command line; "" for a file, a folder or a bundled one."""
+    return "" if Path(base).exists() or "/" not in base else split_revision(base)[0]
 
 
 def check_repository(name: str) -> None:
@@ -222,6 +237,10 @@ def _why_not_pushed(error: Exception, repository: str) -> str:
     if isinstance(error, HfHubHTTPError | HTTPError | OfflineModeIsEnabled | OSError):
         return f"the Hugging Face hub cannot be reached, or refuses ({first_line(error)})"
     raise error
+
+
+def _how_it_was_made(how: Sequence[str]) -> list[str]:
+    return ["## How it was made\n\n" + " ".join(how)] if how else []
 
 
 def _pictures_of(lora: Path) -> list[Path]:

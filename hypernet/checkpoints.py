@@ -1,10 +1,10 @@
-"""What one person's fit writes while it runs: intermediate LoRAs, sample pictures, and a state to resume from.
+"""What a fit writes while it runs: intermediate LoRAs, sample pictures, and a state to resume from.
 
 Files are written by a thread of their own, one after the other, while the fit goes on.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from lidb_peft.sealed import read_tree, write_tree
 
 FORMAT_VERSION = 1
 _IN_QUEUE = 4  # files; each holds its numbers in memory
-_STATE_SUFFIX = ".hdb-state"
+STATE_SUFFIX = ".hdb-state"
 # They change how fast a fit is or how it is cropped and drawn, not its numbers; photos are told by their own digest.
 _FREE = {"gradient_checkpointing", "guidance", "crop", "face_detector", "face"}
 
@@ -36,7 +36,7 @@ def step_path(out: Path, step: int, suffix: str = ".safetensors") -> Path:
 
 def state_path(out: Path) -> Path:
     """Where the state of the fit of the LoRA ``out`` goes; no program takes it for a LoRA."""
-    return out.with_name(out.stem + _STATE_SUFFIX)
+    return out.with_name(out.stem + STATE_SUFFIX)
 
 
 def due_steps(every: int | None, num_steps: int) -> list[int]:
@@ -82,24 +82,54 @@ def run_record(config: PersonalizeConfig, **told: str) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in fields.items()} | told
 
 
-class Checkpoints:
-    """The files of one fit beside the LoRA ``out``.
+class OtherFitError(ValueError):
+    """A state is of another fit.
 
     Attributes:
+        differing: what its record differs in.
+    """
+
+    def __init__(self, path: Path, differing: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} is of a fit with another {' and '.join(differing)}; resume with what it was begun with, or start "
+            "over with --overwrite"
+        )
+        self.differing = differing
+
+
+class Checkpoints:
+    """The files of one fit, of one person or many, beside the LoRAs.
+
+    Attributes:
+        outs: the LoRA of each person; nothing is written for those who have None.
+        state: the file to resume from.
         files: what was written, in order.
     """
 
-    def __init__(self, out: Path, writer: Writer, metadata: KohyaMetadata, record: dict[str, str]) -> None:
-        self.out = out
+    def __init__(
+        self,
+        outs: Sequence[Path | None],
+        state: Path,
+        writer: Writer,
+        metadata: Sequence[KohyaMetadata],
+        record: dict[str, str],
+    ) -> None:
+        self.outs, self.state = outs, state
         self.files: list[Path] = []
         self._writer, self._metadata, self._record = writer, metadata, record
 
-    def keep_lora(self, step: int, factors: LoraFactors) -> None:
-        path = step_path(self.out, step)
-        self._writer.submit(lambda: self.files.extend(write_lora(path, factors, self._metadata, dtype=torch.float16)))
+    def keep_lora(self, person: int, step: int, factors: LoraFactors) -> None:
+        out = self.outs[person]
+        if out is None:
+            return
+        path, metadata = step_path(out, step), self._metadata[person]
+        self._writer.submit(lambda: self.files.extend(write_lora(path, factors, metadata, dtype=torch.float16)))
 
-    def keep_picture(self, step: int, picture: Image.Image, parameters: str) -> None:
-        path = step_path(self.out, step, ".png")
+    def keep_picture(self, person: int, step: int, picture: Image.Image, parameters: str) -> None:
+        out = self.outs[person]
+        if out is None:
+            return
+        path = step_path(out, step, ".png")
 
         def write() -> None:
             write_our_picture(picture, path, parameters)
@@ -107,23 +137,27 @@ class Checkpoints:
 
         self._writer.submit(write)
 
-    def keep_state(self, stage: str, run: RunningFit, theta: Tensor, losses: dict[str, Tensor]) -> None:
+    def keep_state(
+        self, stage: str, run: RunningFit, theta: Tensor, losses: dict[str, Tensor], failed: Mapping[int, str]
+    ) -> None:
         """Write what the fit needs to resume.
 
         Args:
-            theta: that of the finetuning, ``(L, row)``.
+            theta: where the finetuning starts, ``(N, L, row)``.
             losses: of the stages before.
+            failed: whose fit diverged in those, and why.
         """
         tree = {"format": FORMAT_VERSION, "record": self._record, "stage": stage, "fit": run.state(),
-                "theta": theta.cpu(), "losses": dict(losses)}  # fmt: skip
-        self._writer.submit(lambda: write_tree(state_path(self.out), tree))
+                "theta": theta.cpu(), "losses": dict(losses),
+                "failed": {str(person): reason for person, reason in failed.items()}}  # fmt: skip
+        self._writer.submit(lambda: write_tree(self.state, tree))
 
     def load_state(self) -> dict[str, Any]:
         """Read what `keep_state` has written last; raises as `read_state`."""
-        return read_state(state_path(self.out), self._record)
+        return read_state(self.state, self._record)
 
     def remove_state(self) -> None:
-        state_path(self.out).unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
 
 def read_state(path: Path, record: dict[str, str]) -> dict[str, Any]:
@@ -131,7 +165,8 @@ def read_state(path: Path, record: dict[str, str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another run.
+        OtherFitError: it is of another run.
+        ValueError: it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, so there is no fit to resume; leave --resume out")
@@ -141,6 +176,5 @@ def read_state(path: Path, record: dict[str, str]) -> dict[str, Any]:
     theirs = state["record"]
     differing = sorted(name for name in {*record, *theirs} if record.get(name) != theirs.get(name))
     if differing:
-        raise ValueError(f"{path} is of a fit with another {' and '.join(differing)}; resume with what it was begun "
-                         f"with, or start over with --overwrite")  # fmt: skip
+        raise OtherFitError(path, differing)
     return state

@@ -4,12 +4,12 @@ theta starts at a hypernetwork's prediction, at a theta file, or at the shared s
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from converters import KohyaMetadata, prepare_conversion, write_lora
 from converters.sidecar import check_companions, write_our_picture
 from hypernet.base_models.base import BaseModel
 from hypernet.base_models.loading import Base, as_base
-from hypernet.checkpoints import Checkpoints, Writer, run_record, step_path
+from hypernet.checkpoints import Checkpoints, Writer, run_record, state_path, step_path
 from hypernet.fitting.engine import KeptStep, fit_lora, fit_theta, relaxed_factors
 from hypernet.fitting.running import Observer, RunningFit
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
@@ -162,6 +162,12 @@ class Personalization:
         with TemporaryDirectory() as folder:
             kohya, *_ = write_lora(Path(folder) / "lora.safetensors", factors, metadata, dtype=dtype)
             self.files += prepare_conversion(kohya, path, to, overwrite=overwrite).write()
+
+    def save_losses(self, lora: Path) -> None:
+        """Draw the loss of a fit that took a step beside its LoRA, ``<lora>-loss.png``."""
+        if any(map(len, self.losses.values())):
+            write_our_picture(loss_curve(self.losses), loss_path(lora))
+            self.files.append(loss_path(lora))
 
     def save_theta(self, path: str | Path, overwrite: bool = False) -> None:
         """Write theta alone, 53 KB for Stable Diffusion 1.5.
@@ -308,7 +314,7 @@ def make_person(
         (result,) = opened.fit([person], starts, progress, watch)
         return _of_request(result, request)
     with Writer() as writer:
-        checkpoints = _checkpoints(opened, person, writer)
+        checkpoints = opened.checkpoints([person], [request.out], state_path(request.out), writer)
         resumed = checkpoints.load_state() if request.resume else None
         (result,) = opened.fit([person], starts, progress, watch, checkpoints, resumed)
         result = _of_request(result, request)
@@ -320,11 +326,8 @@ def make_person(
     pictures = Pictures(base, opened.space, request.config, request.previews)
     result.files += pictures.draw(request.out, seconds, progress)
     if request.save_every is not None:
-        if any(map(len, result.losses.values())):
-            write_our_picture(loss_curve(result.losses), loss_path(request.out))
-            result.files.append(loss_path(request.out))
-        loras = [step_path(request.out, step) for step in request.steps_kept]
-        loras = [*filter(Path.exists, loras), request.out]
+        result.save_losses(request.out)
+        loras = request.loras_of(request.out)
         result.files += pictures.draw_steps(request.out, loras, request.weights, seconds, progress)
     return result
 
@@ -348,18 +351,6 @@ def _of_request(result: Personalization | ValueError, request: PersonRequest) ->
         raise result
     result.left_out = request.left_out
     return result
-
-
-def _checkpoints(opened: "OpenedRequest", person: PreparedPerson, writer: Writer) -> Checkpoints:
-    request, base = cast(PersonRequest, opened.request), opened.base
-    assert request.out is not None, "there is no file to write"
-    record = run_record(
-        request.config, base=base_fingerprint(opened.space.models) or base.name, dtype=str(base.dtype),
-        photos=person.key, start=opened.start_source, theta=request.theta_source,
-        hypernetwork="" if request.network_config is None else request.network_config.name_or_path or "",
-    )  # fmt: skip
-    metadata = lora_metadata(base, request.config.trigger, num_photos=len(person.photos))
-    return Checkpoints(request.out, writer, metadata, record)
 
 
 class Starts(NamedTuple):
@@ -444,6 +435,19 @@ class OpenedRequest:
         with timed(self.seconds, "predict"):
             return Starts(*predict_people(self.network, people, self.base.device, _of_stage(progress, "predict")))
 
+    def checkpoints(
+        self, people: Sequence[PreparedPerson], outs: Sequence[Path | None], state: Path, writer: Writer
+    ) -> Checkpoints:
+        """Where a fit of these people leaves its files; see `Checkpoints`."""
+        request, base = self.request, self.base
+        record = run_record(
+            request.config, base=base_fingerprint(self.space.models) or base.name, dtype=str(base.dtype),
+            photos=" ".join(person.key for person in people), start=self.start_source, theta=request.theta_source,
+            hypernetwork="" if request.network_config is None else request.network_config.name_or_path or "",
+        )  # fmt: skip
+        metadata = [lora_metadata(base, request.config.trigger, num_photos=len(person.photos)) for person in people]
+        return Checkpoints(outs, state, writer, metadata, record)
+
     def fit(
         self,
         people: Sequence[PreparedPerson],
@@ -456,22 +460,25 @@ class OpenedRequest:
         """Fit several people at once, each with their own weights; a diverging fit yields an error with the reason.
 
         Args:
-            watch: what is wanted while the fit of one person runs.
+            watch: what is wanted while the fit runs.
             checkpoints: where its files go; None keeps what is wanted in memory alone.
-            resumed: the state of a fit of one person to go on from, see `Checkpoints.load_state`.
+            resumed: the state of a fit of the same people to go on from, see `Checkpoints.load_state`.
         """
         base, space, config = self.base, self.space, self.request.config
         (theta, bases), losses = starts, {}
         failed: dict[int, str] = {}
-        snapshots: dict[int, LoraFactors] = {}
+        snapshots: list[dict[int, LoraFactors]] = [{} for _ in people]
         with timed(self.seconds, "prepare photos"):
             subjects = make_subjects(base, people, config.trigger, config.class_prompt, self.kept)
         stage, state = (None, None) if resumed is None else (resumed["stage"], resumed["fit"])
         if resumed is not None and stage == FINETUNE:
             theta, losses = resumed["theta"], dict(resumed["losses"])
+            failed |= {int(person): reason for person, reason in resumed.get("failed", {}).items()}
         elif config.theta_steps:
-            kept: tuple[Any, ...] = (theta, {}, snapshots, checkpoints)
-            observe = self._observer(watch, FIT_THETA, lambda values: space.factors(values[0], bases), *kept)
+            save_state = _state_saver(checkpoints, FIT_THETA, theta, {}, {})
+            observe = self._observer(
+                watch, FIT_THETA, lambda _, own: space.factors(own, bases), snapshots, checkpoints, save_state
+            )
             with timed(self.seconds, FIT_THETA):
                 theta, losses[FIT_THETA] = fit_theta(
                     base, space, subjects, config.theta_fit, theta, _of_stage(progress, FIT_THETA), bases, failed,
@@ -488,10 +495,11 @@ class OpenedRequest:
             is_identity = torch.equal(theta, space.theta_0.expand_as(theta))  # which would only add to the rank
             own = None if is_identity else theta
 
-            def relaxed(lora: Tensor) -> LoraFactors:
-                return relaxed_factors(space, lora[0], config.rank, None if own is None else own[0], bases)
+            def relaxed(person: int, lora: Tensor) -> LoraFactors:
+                return relaxed_factors(space, lora, config.rank, None if own is None else own[person], bases)
 
-            observe = self._observer(watch, FINETUNE, relaxed, theta[0], losses, snapshots, checkpoints)
+            save_state = _state_saver(checkpoints, FINETUNE, theta, dict(losses), dict(failed))
+            observe = self._observer(watch, FINETUNE, relaxed, snapshots, checkpoints, save_state)
             state = state if stage == FINETUNE else None
             with timed(self.seconds, FINETUNE):
                 finetuned, losses[FINETUNE] = fit_lora(
@@ -504,7 +512,7 @@ class OpenedRequest:
             ValueError(failed[i]) if i in failed else Personalization(
                 base, space, config, theta[i], person.photos, bases, finetuned[i], self.seconds,
                 {name: values[:, i : i + 1] for name, values in losses.items()},
-                start_source=self.start_source, snapshots=snapshots, stopped_at=stopped_at,
+                start_source=self.start_source, snapshots=snapshots[i], stopped_at=stopped_at,
             )
             for i, person in enumerate(people)
         ]  # fmt: skip
@@ -513,42 +521,55 @@ class OpenedRequest:
         self,
         watch: Watch | None,
         stage: str,
-        factors: Callable[[Tensor], LoraFactors],
-        theta: Tensor,
-        losses: dict[str, Tensor],
-        snapshots: dict[int, LoraFactors],
+        factors: Callable[[int, Tensor], LoraFactors],
+        snapshots: list[dict[int, LoraFactors]],
         checkpoints: Checkpoints | None,
+        save_state: Callable[[RunningFit], None] | None,
     ) -> Observer | None:
-        """What to call after each step of a stage; of the last stage alone LoRAs are kept and pictures drawn."""
+        """What to call after each step of a stage; of the last stage alone LoRAs are kept and pictures drawn.
+
+        Args:
+            factors: a person's number and their parameters -> what their LoRA would be.
+            snapshots: takes each person's factors, by step.
+        """
         if watch is None:
             return None
         config = self.request.config
-        save_state = None
-        if checkpoints is not None:
-
-            def save_state(run: RunningFit) -> None:
-                checkpoints.keep_state(stage, run, theta, losses)
-
         if stage == FIT_THETA and config.steps:
             return watch.observer(stage, save_state=save_state)
 
-        def keep(run: RunningFit) -> None:
-            snapshots[run.step] = factors(run.weights())
-            if checkpoints is not None:
-                checkpoints.keep_lora(run.step, snapshots[run.step])
+        def current(run: RunningFit) -> Iterator[tuple[int, LoraFactors]]:
+            for person, own in enumerate(run.weights()):
+                is_wanted = checkpoints is None or checkpoints.outs[person] is not None
+                if is_wanted and torch.isfinite(own).all():  # one that has diverged is told of in the end
+                    yield person, factors(person, own)
 
-        def draw(run: RunningFit) -> Image.Image:
-            own = factors(run.weights())
-            (picture,) = generate(
-                self.base, config.trigger, self.space, own, config.seed, guidance=config.guidance
-            )  # fmt: skip
+        def keep(run: RunningFit) -> None:
+            for person, own in current(run):
+                if checkpoints is None or len(snapshots) == 1:  # those of many, which files hold, fill the memory
+                    snapshots[person][run.step] = own
+                if checkpoints is not None:
+                    checkpoints.keep_lora(person, run.step, own)
+
+        def draw(run: RunningFit) -> dict[int, Image.Image]:
+            pictures = {}
+            for person, own in current(run):
+                (pictures[person],) = generate(
+                    self.base, config.trigger, self.space, own, config.seed, guidance=config.guidance
+                )
+                if checkpoints is not None:
+                    text = infotext_of(self.base, config.trigger, config.seed, DrawConfig(guidance=config.guidance))
+                    checkpoints.keep_picture(person, run.step, pictures[person], str(text))
             self.base.release_vae()
-            if checkpoints is not None:
-                text = infotext_of(self.base, config.trigger, config.seed, DrawConfig(guidance=config.guidance))
-                checkpoints.keep_picture(run.step, picture, str(text))
-            return picture
+            return pictures
 
         return watch.observer(stage, keep, draw, save_state)
+
+
+def _state_saver(
+    checkpoints: Checkpoints | None, stage: str, theta: Tensor, losses: dict[str, Tensor], failed: dict[int, str]
+) -> Callable[[RunningFit], None] | None:
+    return None if checkpoints is None else lambda run: checkpoints.keep_state(stage, run, theta, losses, failed)
 
 
 def _stopped_at(losses: dict[str, Tensor], stage: str, num_steps: int) -> tuple[str, int] | None:

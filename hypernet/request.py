@@ -49,6 +49,8 @@ class Request:
         start: the LoRA that finetunings start from; ``auto`` is the one beside the hypernetwork, or without one beside
             the base, if there is one; None draws each a fresh one.
         overwrite: files that are there may be replaced, unless they are inputs.
+        save_every, preview_every: steps between intermediate LoRAs, and between sample pictures; None is none.
+        weights: of the LoRAs on the sheet of intermediate ones.
     """
 
     config: PersonalizeConfig
@@ -59,6 +61,9 @@ class Request:
     previews: tuple[str, ...] | None = None
     start: LoraStart | str | None = None
     overwrite: bool = False
+    save_every: int | None = None
+    preview_every: int | None = None
+    weights: tuple[float, ...] = (1.0,)
 
     @property
     def network_config(self) -> HyperNetworkConfig | None:
@@ -79,6 +84,39 @@ class Request:
         sheet = sheet_path(out) if self.previews else None
         check_companions(out, self.config.trigger, inputs, self.previews is not None, sheet, self.overwrite)
 
+    @property
+    def steps_kept(self) -> list[int]:
+        """The intermediate steps of the last stage whose LoRAs are kept."""
+        return due_steps(self.save_every, self.config.steps or self.config.theta_steps)
+
+    def loras_of(self, out: Path) -> list[Path]:
+        """The LoRA ``out`` and before it the intermediate ones that are there."""
+        return [*filter(Path.exists, (step_path(out, step) for step in self.steps_kept)), out]
+
+    def intermediate_pictures(self, out: Path) -> list[Path]:
+        """What is drawn of the way to the LoRA ``out``: samples, its loss, and the sheet of intermediate LoRAs."""
+        drawn = due_steps(self.preview_every, self.config.steps or self.config.theta_steps)
+        pictures = [step_path(out, step, ".png") for step in drawn]
+        if self.save_every is None:
+            return pictures
+        return [*pictures, loss_path(out), *([] if self.previews is None else [steps_sheet_path(out)])]
+
+    def check_intermediate_files(
+        self, out: Path, inputs: Sequence[str | Path | None] = (), is_resumed: bool = False
+    ) -> None:
+        """As `check_file`, of what is left on the way to ``out``.
+
+        Args:
+            is_resumed: intermediate LoRAs that are there are of the same fit, which was stopped.
+        """
+        free = self.overwrite or is_resumed
+        for step in self.steps_kept:
+            path = step_path(out, step)
+            check_output(path, inputs, overwrite=free)
+            check_companions(path, self.config.trigger, inputs, overwrite=free)
+        for path in self.intermediate_pictures(out):
+            check_output(path, inputs, ".png", self.overwrite or is_our_picture(path))
+
 
 @dataclass(frozen=True)
 class PersonRequest(Request):
@@ -89,8 +127,6 @@ class PersonRequest(Request):
         left_out: photos that cannot be used, a sentence for each.
         out: the LoRA to write; None writes nothing.
         save_theta: the theta file to write.
-        save_every, preview_every: steps between intermediate LoRAs, and between sample pictures; None is none.
-        weights: of the LoRAs on the sheet of intermediate ones.
         resume: go on from the state that a fit of the same left, which was stopped.
     """
 
@@ -98,15 +134,7 @@ class PersonRequest(Request):
     left_out: tuple[str, ...] = ()
     out: Path | None = None
     save_theta: Path | None = None
-    save_every: int | None = None
-    preview_every: int | None = None
-    weights: tuple[float, ...] = (1.0,)
     resume: bool = False
-
-    @property
-    def steps_kept(self) -> list[int]:
-        """The intermediate steps of the last stage whose LoRAs are kept."""
-        return due_steps(self.save_every, self.config.steps or self.config.theta_steps)
 
     @property
     def planned_files(self) -> list[Path]:
@@ -116,17 +144,8 @@ class PersonRequest(Request):
         files = [self.out, self.out.with_suffix(".json")]
         if self.previews is not None:
             files += [self.out.with_suffix(".png"), *([sheet_path(self.out)] if self.previews else [])]
-        files += [step_path(self.out, step) for step in self.steps_kept] + self._pictures
+        files += [step_path(self.out, step) for step in self.steps_kept] + self.intermediate_pictures(self.out)
         return files + ([] if self.save_theta is None else [self.save_theta])
-
-    @property
-    def _pictures(self) -> list[Path]:
-        assert self.out is not None, "pictures of a LoRA that is not written"
-        drawn = due_steps(self.preview_every, self.config.steps or self.config.theta_steps)
-        pictures = [step_path(self.out, step, ".png") for step in drawn]
-        if self.save_every is None:
-            return pictures
-        return [*pictures, loss_path(self.out), *([] if self.previews is None else [steps_sheet_path(self.out)])]
 
     def check_intermediate(self, inputs: Sequence[str | Path | None] = ()) -> None:
         """Raise ValueError or OSError now if what the fit leaves while it runs cannot or must not be written."""
@@ -134,19 +153,14 @@ class PersonRequest(Request):
             if self.resume:
                 raise ValueError("a fit is resumed from files; name the LoRA that it was to write")
             return
-        state, free = state_path(self.out), self.overwrite or self.resume
+        state = state_path(self.out)
         if self.resume and not state.is_file():
             raise FileNotFoundError(f"{state} does not exist, so there is no fit to resume; leave --resume out")
-        if not free and state.exists():
+        if state.exists() and not (self.overwrite or self.resume):
             raise FileExistsError(
                 f"{state} is left by a stopped fit; pass --resume to continue it, or --overwrite to start over"
             )
-        for step in self.steps_kept:
-            path = step_path(self.out, step)
-            check_output(path, inputs, overwrite=free)
-            check_companions(path, self.config.trigger, inputs, overwrite=free)
-        for path in self._pictures:
-            check_output(path, inputs, ".png", self.overwrite or is_our_picture(path))
+        self.check_intermediate_files(self.out, inputs, self.resume)
 
 
 @dataclass(frozen=True)
@@ -234,6 +248,9 @@ def request_people(
     base: Base = "",
     overwrite: bool = False,
     options: Mapping[str, Any] = MappingProxyType({}),
+    save_every: int | None = None,
+    preview_every: int | None = None,
+    weights: Sequence[float] = (1.0,),
 ) -> PeopleRequest:
     """Resolve what `hypernet.personalization_each.personalize_each` takes.
 
@@ -246,8 +263,12 @@ def request_people(
     """
     out = Path(out)
     common = _resolve(base, config, None, hypernet, lidb_config, previews, start, overwrite, options)
+    Watch(save_every, preview_every)
     check_output_folder(out, [people.source, *base_inputs(base), start, _folder_of(common)], may_hold_inputs=True)
-    return PeopleRequest(**common, people=people, out=out, batch_size=batch_size)
+    return PeopleRequest(
+        **common, people=people, out=out, batch_size=batch_size, save_every=save_every, preview_every=preview_every,
+        weights=tuple(weights),
+    )  # fmt: skip
 
 
 def _resolve(

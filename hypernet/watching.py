@@ -1,7 +1,7 @@
-"""What is wanted of one person's fit while it runs: intermediate LoRAs, sample pictures, its loss, to stop it."""
+"""What is wanted of a fit while it runs: intermediate LoRAs, sample pictures, its loss, to stop it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from PIL import Image
@@ -16,14 +16,20 @@ class StepReport:
     Attributes:
         stage: ``fit theta`` or ``finetune LoRA``.
         step, steps: done, and in all.
-        picture: the trigger prompt drawn with the weights so far, if one was due.
+        pictures: the trigger prompt drawn with the weights so far, by the number of the person in the fit, if pictures
+            were due.
     """
 
     stage: str
     step: int
     steps: int
     run: RunningFit
-    picture: Image.Image | None = None
+    pictures: Mapping[int, Image.Image] = field(default_factory=dict)
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """That of a fit of one person."""
+        return self.pictures.get(0)
 
     @cached_property
     def loss(self) -> float:
@@ -56,14 +62,14 @@ class Watch:
         self,
         stage: str,
         keep: Callable[[RunningFit], None] | None = None,
-        draw: Callable[[RunningFit], Image.Image] | None = None,
+        draw: Callable[[RunningFit], Mapping[int, Image.Image]] | None = None,
         save_state: Callable[[RunningFit], None] | None = None,
     ) -> Observer:
         """What to call after each step of a stage.
 
         Args:
             keep: takes the fit at each step whose LoRA is kept; None keeps none of this stage.
-            draw: draws a sample picture; None draws none of this stage.
+            draw: draws sample pictures; None draws none of this stage.
             save_state: takes the fit at the same steps, and where it is stopped.
         """
 
@@ -71,9 +77,9 @@ class Watch:
             is_saved = _is_due(self.save_every, run)
             if keep is not None and is_saved:
                 keep(run)
-            picture = draw(run) if draw is not None and _is_due(self.preview_every, run) else None
+            pictures = draw(run) if draw is not None and _is_due(self.preview_every, run) else {}
             if self.on_step is not None:
-                self.on_step(StepReport(stage, run.step, run.steps, run, picture))
+                self.on_step(StepReport(stage, run.step, run.steps, run, pictures))
             is_stopped = run.step < run.steps and self.stop is not None and self.stop()
             if save_state is not None and (is_saved or is_stopped):
                 save_state(run)

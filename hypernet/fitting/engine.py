@@ -279,7 +279,8 @@ def _optimize(
     resume: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
     with base.checkpointed(recomputes):
-        step = _take_step(base, space, subjects, config, trained, recomputes, kept)
+        # Resuming puts other tensors into the optimiser's state, which a kept step's graph would not see.
+        step = _take_step(base, space, subjects, config, trained, recomputes, kept if resume is None else None)
         run = RunningFit(step.parameters, step.optimizer, step.generators, config.steps)
         if resume is not None:
             run.load(resume)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from cli.personalize import Stop
+
 
 @pytest.fixture
 def faces(draw_faces):
@@ -41,6 +43,21 @@ def test_who_has_a_lora_keeps_it(hdb, personalize, faces):
     output = hdb.run(*personalize("--each", faces, "--out", "loras"))
     assert "kept 2 LoRAs" in output
     assert "made" not in output
+
+
+def test_a_stop_within_a_person_is_told_and_the_same_command_goes_on(hdb, personalize, faces, monkeypatch):
+    monkeypatch.setattr(Stop, "__call__", lambda self: True)
+    command = [*personalize("--each", faces, "--out", "loras"), "--steps", 4, "--save-every", 2]
+    output = hdb.run(*command, code=130)
+    assert "stopped after step 1 of finetune LoRA of a batch; run the same command to continue there" in output
+    assert [name for name in hdb.files() if name.startswith("loras/")] == ["loras/ann.hdb-state"]
+    monkeypatch.undo()
+    monkeypatch.chdir(hdb.folder)
+    assert "made 2 LoRAs in loras" in hdb.run(*command)
+    assert sorted(file.name for file in Path("loras").glob("*.safetensors")) == [
+        "ann-000002.safetensors", "ann.safetensors", "bob-000002.safetensors", "bob.safetensors",
+    ]  # fmt: skip
+    assert not Path("loras/ann.hdb-state").exists()
 
 
 def test_nobody_is_an_error_after_all_reasons(hdb, personalize):

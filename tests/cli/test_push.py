@@ -48,3 +48,22 @@ def test_personalize_pushes_when_it_is_asked_to(hdb, personalize, portrait, hub)
     ((repository, private, card),) = hub
     assert (repository, private) == ("someone/me", True)
     assert "1 steps of finetuning" in card
+
+
+def test_train_pushes_when_it_is_asked_to_and_only_then(hdb, draw_faces, trainable, hub):
+    draw_faces("a.png", "b.png", "c.png")
+    train = ("train", "faces", "--base", "testbed", "--no-crop", "--num-workers", 0, "--batch-size", 2, "--steps", 2,
+             "--encoder", trainable, "--hidden-size", 32, "--k", 1, "--validation", 0)  # fmt: skip
+    assert "write OWNER/NAME" in hdb.fail(*train, "--out", "net", "--push-to-hub", "faces")
+    hdb.run(*train, "--out", "quiet")
+    assert not hub
+    assert not (hdb.folder / "quiet" / "last" / "README.md").exists()
+    output = hdb.run(*train, "--out", "net", "--push-to-hub", "someone/faces")
+    uploaded = "uploaded net/last and its card net/last/README.md to https://huggingface.co/someone/faces"
+    assert output.splitlines()[-1] == uploaded
+    ((repository, private, card),) = hub
+    assert (repository, private) == ("someone/faces", True)
+    assert card == (hdb.folder / "net" / "last" / "README.md").read_text()
+    assert "2 steps of 2 people, learning rate 0.0001" in card
+    assert "base_model:" not in card.partition("---\n\n")[0]  # a bundled base is not on the hub
+    assert "Nothing is said here of the consent" in card

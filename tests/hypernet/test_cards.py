@@ -10,7 +10,8 @@ from PIL import Image
 
 from converters import write_lora
 from converters.sidecar import write_our_picture
-from hypernet.cards import CONSENT, NO_CONSENT, card_path, push, share, write_card
+from hypernet.cards import CONSENT, NO_CONSENT, card_path, hub_id, push, share, share_hypernetwork, write_card
+from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.personalization import lora_metadata
 from testbed import miniature_hypernetwork_path
 
@@ -95,12 +96,28 @@ def test_a_card_that_is_there_is_taken_as_it_is(lora):
 
 
 def test_a_hypernetworks_folder_is_shared_with_what_it_is_loaded_from():
-    shared = share(miniature_hypernetwork_path(), "someone/base", consent=True)
+    shared = share_hypernetwork(
+        miniature_hypernetwork_path(), "someone/base", "apache-2.0", consent=True, how=["Ten steps."]
+    )
     assert set(shared.files.values()) == {"config.json", "model.safetensors", "start.safetensors"}
     card = ModelCard(str(shared.card))
     assert (card.data.base_model, card.data.instance_prompt) == ("someone/base", "a sks face")
     assert "hypernetwork" in card.data.tags
+    assert card.data.license == "apache-2.0"
     assert "--hypernet OWNER/NAME" in card.text
+    assert "## How it was made\n\nTen steps." in card.text
+    assert "trained on have agreed" in card.text
+    assert f"| Layers | {len(HyperNetwork.from_pretrained(miniature_hypernetwork_path()).config.layers)} |" in card.text
+    card = ModelCard(str(share(miniature_hypernetwork_path()).card))
+    assert card.data.base_model is None
+    assert "Nothing is said here of the consent" in card.text
+
+
+def test_only_an_id_of_the_hub_is_told_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert hub_id("someone/base@v1") == "someone/base"
+    assert [hub_id(base) for base in ("testbed", "models/mine", str(tmp_path / "models"))] == ["", "", ""]
 
 
 def http_error(status: int) -> HfHubHTTPError:

@@ -177,6 +177,106 @@ def test_a_run_that_was_killed_within_a_batch_makes_of_the_others_what_the_unbro
         assert (tmp_path / "loras" / file.name).read_bytes() == file.read_bytes()
 
 
+def all_files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+WAYS = replace(QUICK, steps=5, theta_steps=2, theta_lr=0.02)
+
+
+def of_everybody(*suffixes):
+    return {name.removesuffix(".safetensors") + suffix for name in LORAS for suffix in suffixes}
+
+
+@pytest.mark.parametrize("at", [("fit theta", 1), ("finetune LoRA", 3)], ids=str)
+def test_a_run_that_is_stopped_within_a_batch_goes_on_at_its_step_to_the_very_files(run, tmp_path, at):
+    steps = []
+
+    def note(report):
+        steps.append((report.stage, report.step))
+
+    options = {"config": WAYS, "batch_size": 3, "save_every": 2, "on_step": note}
+    unbroken = run(tmp_path / "unbroken", **options)
+    assert unbroken.stopped_at is None
+    assert names(unbroken.made) == LORAS
+    assert set(all_files(tmp_path / "unbroken")) == of_everybody(
+        ".safetensors", ".json", "-000002.safetensors", "-000002.json", "-000004.safetensors", "-000004.json",
+        "-loss.png"
+    )  # fmt: skip
+    steps.clear()
+    stopped = run(**options, stop=lambda: steps[-1] == at)
+    assert stopped.stopped_at == at
+    assert stopped.made == stopped.fitting == []
+    assert "0.hdb-state" in all_files(tmp_path / "loras")
+    steps.clear()
+    told = []
+    resumed = run(**options, progress=lambda *step: told.append(step))
+    assert steps[0] == (at[0], at[1] + 1)
+    assert names(resumed.made) == LORAS
+    assert told[-1] == ("personalize", 4, 4)
+    assert all_files(tmp_path / "loras") == all_files(tmp_path / "unbroken")
+
+
+def test_a_run_that_was_killed_goes_on_from_the_last_state_that_was_saved(run, tmp_path):
+    steps = []
+
+    def die(report):
+        steps.append(report.step)
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    config = replace(QUICK, steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(config=config, save_every=3, on_step=die)
+    assert {"0.hdb-state", "0-000003.safetensors"} <= set(all_files(tmp_path / "loras"))
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(config=config, save_every=3, on_step=die)
+    assert steps == [4]
+
+
+def test_a_state_of_other_options_is_refused_and_one_of_other_people_begins_anew(run, people_folder, tmp_path):
+    config = replace(QUICK, steps=3)
+    run(config=config, batch_size=3, stop=lambda: True)
+    with pytest.raises(ValueError, match=r"0\.hdb-state is of a fit with another lr; resume with what it was begun"):
+        run(config=replace(config, lr=0.01), batch_size=3)
+    (people_folder / "1.png").unlink()
+    result = run(config=config, batch_size=3)
+    assert result.notes[0] == "0.hdb-state is of other people fitted together: they begin anew"
+    assert names(result.made) == ["0.safetensors", "2.safetensors", "Ann.safetensors"]
+    assert not list((tmp_path / "loras").glob("*.hdb-state"))
+
+
+def test_samples_and_sheets_are_everybodys_own(run, tmp_path, monkeypatch):
+    drawn = record_drawings(monkeypatch)
+    for module in ("personalization", "sheets"):
+        monkeypatch.setattr(f"hypernet.{module}.generate", lambda *rest, **options: generate(
+            *rest, **{**options, "num_steps": 1}))  # fmt: skip
+    reports = []
+    run(config=replace(QUICK, steps=3), previews=(), save_every=2, preview_every=2, on_step=reports.append)
+    assert [(report.step, sorted(report.pictures)) for report in reports] == [(1, []), (2, [0, 1, 2, 3]), (3, [])]
+    files = all_files(tmp_path / "loras")
+    assert of_everybody("-000002.png", "-sheet.png", "-loss.png", ".png") <= set(files)
+    assert len({files[name] for name in of_everybody("-000002.png")}) == 4
+    assert len(drawn) == 4
+    before = files.pop("1-sheet.png")
+    (tmp_path / "loras" / "1-sheet.png").unlink()
+    run(config=replace(QUICK, steps=3), previews=(), save_every=2, preview_every=2)
+    assert (tmp_path / "loras" / "1-sheet.png").read_bytes() == before
+
+
+def test_whose_name_is_that_of_anothers_intermediate_lora_is_left_out(run, people_folder):
+    (people_folder / "2.png").rename(people_folder / "0-000002.png")
+    result = run(config=replace(QUICK, steps=3), save_every=2)
+    assert [(skipped.name, skipped.reason) for skipped in result.skipped] == [
+        (
+            "0.png",
+            "one of its intermediate LoRAs would be 0-000002.safetensors, as that of 0-000002.png; rename one of them",
+        )
+    ]
+    assert "0-000002.safetensors" in names(result.made)
+
+
 def test_a_lora_is_there_before_it_is_drawn_and_a_picture_that_fails_is_drawn_by_the_next_run(
     run, tmp_path, monkeypatch
 ):
@@ -206,7 +306,7 @@ def test_one_whose_fit_diverges_costs_one(run, base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(base, "encode_photos", encode_badly)
     for _ in range(2):  # the next run does not die of him either
-        result = run(batch_size=4)
+        result = run(batch_size=4, save_every=1)
         (skipped,) = result.skipped
         assert skipped.name == "1.png"
         assert "the base's VAE makes no finite numbers of the photo" in skipped.reason
