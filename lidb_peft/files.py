@@ -104,8 +104,8 @@ def atomic_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterato
     with _temporary(target, _make_folder) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file() and fcntl:
-                _flush(file)
+            if file.is_file() and not file.is_symlink():
+                _finish(file)
         temporary.chmod(0o777 & ~_umask())
         if is_there:
             with _temporary(target, _make_aside) as aside:
@@ -126,7 +126,7 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     with _temporary(folder / "files", _make_folder) as temporary:
         yield temporary
         for file in sorted(temporary.iterdir()):
-            _flush(file)
+            _finish(file)
             os.replace(file, folder / file.name)
 
 
@@ -276,6 +276,12 @@ def _put_back(aside: Path) -> None:
     for folder in aside.iterdir():
         if not os.path.lexists(aside.parent / folder.name):
             os.rename(folder, aside.parent / folder.name)
+
+
+def _finish(file: Path) -> None:
+    """Flush a file, and let those read it who may read new files: safetensors' library writes for its owner only."""
+    file.chmod(file.stat().st_mode | (0o666 & ~_umask()))
+    _flush(file)
 
 
 def _flush(file: Path) -> None:

@@ -8,10 +8,18 @@ import sys
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
 import lidb_peft.files as files
-from lidb_peft.files import LazyTensor, atomic_folder, atomic_path, locked_folder, safetensors_chunks, write_safetensors
+from lidb_peft.files import (
+    LazyTensor,
+    atomic_files,
+    atomic_folder,
+    atomic_path,
+    locked_folder,
+    safetensors_chunks,
+    write_safetensors,
+)
 
 
 def to_bytes(tensors, metadata):
@@ -68,6 +76,23 @@ def test_a_folder_that_is_there_is_replaced_as_a_whole_on_request_only(tmp_path)
     (tmp_path / "file").write_text("a file is no folder")
     with pytest.raises(FileExistsError, match="file exists"), atomic_folder(tmp_path / "file", overwrite=True):
         pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_others_may_read_what_they_may_read_of_new_files(tmp_path):
+    """The library that writes safetensors keeps them to their owner."""
+    mask = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "a") as whole, atomic_files(tmp_path / "b") as parts:
+            for folder in (whole, parts):
+                save_file({"x": torch.ones(1)}, folder / "x.safetensors")
+                (folder / "x.safetensors").chmod(0o600)
+                (folder / "run").touch(mode=0o750)
+    finally:
+        os.umask(mask)
+    modes = {path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*.*")}
+    assert modes == {"a/x.safetensors": "0o640", "b/x.safetensors": "0o640"}
+    assert [oct((tmp_path / name / "run").stat().st_mode & 0o777) for name in "ab"] == ["0o750"] * 2
 
 
 KILLED = """
