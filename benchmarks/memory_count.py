@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hypernet.base_models.base import BaseModel, Prompts
+from hypernet.base_models.base import BaseModel, Prompts, enable_checkpointing
 from hypernet.base_models.flux import TOKENS as T5_TOKENS
 from hypernet.base_models.flux import Flux
 from hypernet.base_models.stable_diffusion import StableDiffusion
@@ -186,7 +186,7 @@ def count_training(base: BaseModel, config: HyperNetworkConfig, people: int, che
     with no_init_weights():  # which asks numbers
         network = HyperNetwork(config).train()
     if checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(network)
     parameters = [each for each in network.parameters() if each.requires_grad]
     prompts, pixels = fake_prompts(base, people), torch.zeros(people, 3, base.size_px, base.size_px)
 

@@ -14,7 +14,7 @@ from hypernet.base_models.base import BaseModel
 from hypernet.base_models.config import BaseConfig
 from hypernet.base_models.loading import Base, as_base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
-from hypernet.devices import choose_device, join_processes, wait_for_others
+from hypernet.devices import choose_device
 from hypernet.fitting import preoptimize as preoptimization
 from hypernet.fitting.starts import save_start
 from hypernet.inputs.people import People, open_people, with_detector
@@ -22,6 +22,7 @@ from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import load_network, predicted_recipe, predicted_start
 from hypernet.personalization import recipe_space
+from hypernet.processes import join_processes, told_of_the_dead, wait_for_others
 from hypernet.recipe import (
     DEFAULT_BASE,
     DEFAULT_ENCODER,
@@ -140,6 +141,7 @@ def preoptimize(
     return make_targets(request, progress)
 
 
+@told_of_the_dead("pre-optimisation", "start all again, with the same --out, to make the targets that are missing")
 def make_targets(request: TargetsRequest, progress: StageProgress | None = None) -> preoptimization.Preoptimized:
     """Carry out a request for targets, or this process's share of it; see `preoptimize`."""
     state, base = _on_own_device(request.base)

@@ -1,25 +1,12 @@
 """Which device and which precision: `auto` chooses and says what it chose; anything else is taken or refused."""
 
-import atexit
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 
-from hypernet.errors import first_sentence
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-WAIT = timedelta(minutes=30)
-"""How long a process waits for another, which may be drawing sample pictures or be dead."""
-JOIN_WAIT = timedelta(minutes=1)
-"""How long a process waits for the others to be started."""
 OUT_OF_MEMORY = "turn --gradient-checkpointing on, or pass a smaller --batch-size (if there is one) or --precision bf16"
 """What helps."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,49 +38,6 @@ def choose_device(device: str = "auto") -> torch.device:
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device!r} is not supported; choose auto, cpu, cuda, cuda:N or mps")
     return chosen
-
-
-def join_processes(device: torch.device) -> "PartialState":
-    """Meet the other processes, if a launcher started some, before a base is loaded onto ``PartialState.device``.
-
-    Raises:
-        ConnectionError: not all of them have come within a minute.
-    """
-    from accelerate import PartialState
-    from torch.distributed import distributed_c10d
-
-    use_device(device)
-    try:
-        state = PartialState(cpu=device.type == "cpu", timeout=JOIN_WAIT)
-    except RuntimeError as error:  # torch's own error is one
-        where = f"process {int(os.environ.get('RANK', 0)) + 1} of {os.environ.get('WORLD_SIZE', 1)}"
-        raise ConnectionError(
-            f"{where} has waited for the others, and not all of them have come within {JOIN_WAIT.seconds} seconds "
-            f"({first_sentence(error)}); see what they said, and start all of them again"
-        ) from error
-    if state.num_processes > 1:  # from now on one may wait for another that works
-        distributed_c10d._set_pg_timeout(WAIT)
-        distributed_c10d._get_default_store().set_timeout(WAIT)
-        atexit.register(state.destroy_process_group)  # or torch warns
-    return state
-
-
-def wait_for_others(state: "PartialState") -> None:
-    """Wait until all processes have done their share, however long that takes.
-
-    Raises:
-        ConnectionError: one of them has died.
-    """
-    from torch.distributed import distributed_c10d
-
-    if state.num_processes == 1:
-        return
-    try:
-        distributed_c10d._set_pg_timeout(timedelta(days=7))
-        state.wait_for_everyone()
-    except RuntimeError as error:
-        raise ConnectionError(f"another process has died or hangs ({first_sentence(error)}), and what it was to do is "
-                              f"missing; see what it said, and start all again to resume") from error  # fmt: skip
 
 
 def use_device(device: torch.device) -> None:

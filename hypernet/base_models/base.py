@@ -271,10 +271,7 @@ class BaseModel(ABC):
             return
         models: Iterable[Any] = self.adapted.values()  # whose methods torch's Module does not name
         for model in models:
-            if hasattr(model, "enable_gradient_checkpointing"):  # diffusers'
-                model.enable_gradient_checkpointing()
-            else:
-                _transformers_method(model, "checkpointing_enable")({"use_reentrant": False})
+            enable_checkpointing(model)
             model.train()
         try:
             yield
@@ -294,6 +291,14 @@ def check_all_loaded(source: str, *components: nn.Module) -> None:
         if missing:
             raise ValueError(f"{source} lacks {len(missing)} weights of its {type(component).__name__}, {missing[0]} "
                              f"for one; download the base model again")  # fmt: skip
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Turn gradient checkpointing on in a model of diffusers or transformers, for its training mode."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers'
+        model.enable_gradient_checkpointing()
+    else:
+        _transformers_method(model, "checkpointing_enable")({"use_reentrant": False})
 
 
 def _transformers_method(model: nn.Module, name: str) -> Callable:

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from hypernet.base_models.base import BaseModel
+from hypernet.base_models.base import BaseModel, enable_checkpointing
 from hypernet.errors import first_sentence
 from hypernet.fitting.losses import layer_scale
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore
 from hypernet.inputs.people import People, Skipped, with_detector, write_skipped
 from hypernet.network.hypernetwork import HyperNetwork
+from hypernet.processes import tells_of_the_dead, told_of_the_dead
 from hypernet.recipe import StageProgress, TrainConfig
 from hypernet.training.examples import Batch, Examples, choose_people, training_places
 from hypernet.training.objective import SUMMED, Objective
@@ -89,6 +90,7 @@ class Trained:
         return self.folder.with_name(SKIPPED_FILE)
 
 
+@told_of_the_dead("training", "resume from the last checkpoint with --resume")
 def train(
     people: People,
     base: BaseModel,
@@ -170,7 +172,6 @@ def _at_work(accelerator: Accelerator, base: BaseModel, recomputed: bool, out: P
     """Hold the folder, and what the base needs for training, until the training ends in whatever way."""
     is_main = accelerator.is_main_process
     with (
-        _told_of_the_dead(accelerator.num_processes),
         locked_folder(out, "a training") if is_main else nullcontext(),
         base.checkpointed(recomputed),
     ):
@@ -200,7 +201,7 @@ class _Run:
         self.result = Trained(out / LAST, is_main_process=accelerator.is_main_process)
         self.recomputes = recomputes(objective, training)
         if self.recomputes:
-            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(self.network)
         self.model = accelerator.prepare(objective)
         optimizer = make_optimizer(self.network, self.config)  # now that the parameters are where they are trained
         self.schedule = get_scheduler(
@@ -384,29 +385,11 @@ class _Run:
 
 
 @contextmanager
-def _told_of_the_dead(world: int) -> Iterator[None]:
-    """Say in a sentence that another process has gone; torch says where in its code the connection broke."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).lower()
-        is_connection = isinstance(error, torch.distributed.DistError) or any(
-            sign in text for sign in ("connection", "timed out", "gloo", "nccl", "peer")
-        )
-        if world == 1 or not is_connection:
-            raise
-        raise ConnectionError(
-            f"another process of this training has died or hangs ({first_sentence(error)}); see what it "
-            f"said, and resume from the last checkpoint"
-        ) from error
-
-
-@contextmanager
 def _costs_a_warning(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, MemoryError) as error:  # a card's memory is a RuntimeError
-        if isinstance(error, torch.distributed.DistError):
+        if tells_of_the_dead(error):
             raise
         warnings.warn(f"{what}: {first_sentence(error)}", stacklevel=3)
 

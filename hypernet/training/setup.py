@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hypernet.base_models.base import BaseModel
-from hypernet.devices import WAIT, release_memory, use_device
+from hypernet.devices import release_memory, use_device
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import load_network
 from hypernet.optimizers import make_adamw
+from hypernet.processes import WAIT
 from hypernet.recipe import TrainConfig
 from hypernet.training.examples import Batch, Examples
 from hypernet.training.objective import Objective

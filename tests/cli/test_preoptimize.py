@@ -92,8 +92,8 @@ def test_a_process_whose_fellow_dies_ends_its_own_share_and_says_that_some_is_mi
     assert [process.returncode for process in pair] == [1, 9], told
     assert "process 1 of 2: fitted 2 people; it waits" in told[0][1]
     last = told[0][1].rstrip().splitlines()[-1]
-    assert last.startswith("Error: another process has died or hangs")
-    assert "what it was to do is missing" in last
+    assert last.startswith("Error: another process of this pre-optimisation has died or hangs")
+    assert "start all again, with the same --out, to make the targets that are missing" in last
     assert set(shards(hdb.folder / "shared")) == {"shard-00000.safetensors", "shard-00002.safetensors"}
     output = hdb.run(*arguments)
     assert "fitted 1 people" in output

@@ -7,32 +7,25 @@ kills run with the tests; by hand, over all commands: ``python tests/faults/test
 import argparse
 import collections
 import contextlib
-import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pytest
 import torch
+from forks import contents, copy_inputs, differences, find_torn, num_changes, prepare_people, run
 from PIL import Image
 
-from lidb_peft.safe_read import read_header
-
-LONGEST_S = 900.0  # on a machine that others use too
-TEMPORARY = (".hdb-tmp", ".hdb-old", ".hdb-lock")
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 BASE = ("--base", "testbed", "--hypernet", "none", "--no-crop")
 FIT = (*BASE, "--theta-steps", "1", "--steps", "1", "--preservation", "0")
 
@@ -77,20 +70,14 @@ SCENARIOS = {
 
 def prepare(folder: Path) -> None:
     """Write the inputs of all scenarios."""
-    from transformers import AutoModel, ViTConfig
-
     from converters.formats.kohya import write_lora
     from converters.metadata import KohyaMetadata
     from hypernet.base_models.loading import load_base
     from lidb_peft.naming import find_layers
     from testbed import miniature_lidb_config, miniature_path
-    from testbed.corpus import portrait
 
-    (folder / "faces").mkdir()
+    prepare_people(folder, 3)
     (folder / "loras").mkdir()
-    (folder / "out").mkdir()
-    for index in range(3):
-        Image.fromarray(portrait(index, "validation")[0]).save(folder / "faces" / f"{index}.png")
     base = load_base(str(miniature_path()), device="cpu")
     generator = torch.Generator().manual_seed(0)
     config = miniature_lidb_config()
@@ -103,120 +90,14 @@ def prepare(folder: Path) -> None:
         about = KohyaMetadata(trigger=f"person {index}")
         write_lora(folder / "loras" / f"{index}.safetensors", factors, about, preview=picture)
     shutil.copytree(miniature_path(), folder / "model")
-    encoder = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModel.from_config(encoder).save_pretrained(folder / "vit")
-
-
-def is_change(event: str, arguments: tuple) -> bool:
-    """Whether an audited event changes the file system where a scenario runs; imports and devices do not count."""
-    if event == "open":
-        return isinstance(arguments[2], int) and bool(arguments[2] & WRITING) and "/dev/" not in str(arguments[0])
-    return event in CHANGES
-
-
-def run(folder: Path, arguments: tuple[str, ...], log: Path, die_before: int = 0, die_after_s: float = 0.0) -> int:
-    """Run `hdb` in a fork in ``folder``; returns its exit code, or minus the signal that ended it.
-
-    Args:
-        log: takes what it prints, and in its last line how often it changed the file system.
-        die_before: the number of the change of the file system that it does not live to make.
-        die_after_s: kill it after that time.
-    """
-    child = os.fork()
-    if child == 0:
-        _be_hdb(folder, arguments, log, die_before)
-    if die_after_s:
-        time.sleep(die_after_s)
-        os.killpg(child, signal.SIGKILL) if _is_alive(child) else None
-    deadline = time.monotonic() + LONGEST_S
-    while _is_alive(child):
-        if time.monotonic() > deadline:  # a fork inherits locks that no thread of its own will open
-            os.killpg(child, signal.SIGKILL)
-        time.sleep(0.02)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def _is_alive(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-
-def _be_hdb(folder: Path, arguments: tuple[str, ...], log: Path, die_before: int) -> None:
-    code, changes = 99, 0
-    try:
-        os.setpgid(0, 0)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.chdir(folder)
-
-        def hook(event, event_arguments):
-            nonlocal changes
-            if is_change(event, event_arguments):
-                changes += 1
-                if changes == die_before:
-                    os.killpg(0, signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        from cli.main import main
-
-        main(list(arguments), standalone_mode=True)
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(1, f"\n{changes}".encode())
-        os._exit(code if isinstance(code, int) else 98)
-
-
-def num_changes(log: Path) -> int:
-    return int(log.read_text(errors="replace").splitlines()[-1])
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: files with their bytes, folders with None."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def find_torn(folder: Path) -> list[str]:
-    """Files under a final name that are not whole."""
-    torn = []
-    for path in folder.rglob("*"):
-        if not path.is_file() or any(part.endswith(TEMPORARY) for part in path.relative_to(folder).parts):
-            continue
-        try:
-            if path.suffix == ".safetensors":
-                read_header(path)
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".png":
-                with Image.open(path) as picture:
-                    picture.load()
-        except (ValueError, OSError) as error:
-            torn.append(f"{path.name}: {error}")
-    return torn
 
 
 class Killer:
     """Runs scenarios in folders of their own, from inputs that are made once."""
 
     def __init__(self, place: Path, seed: int) -> None:
-        import hypernet.training.validation as validation
-
-        validation.PICTURE_STEPS = 1
         self.place, self.random = place, random.Random(seed)
         self.inputs = place / "inputs"
-        self.inputs.mkdir()
         prepare(self.inputs)
         self.log = place / "log.txt"
         self.unbroken: dict[str, tuple[dict[str, bytes | None], int, float]] = {}
@@ -245,20 +126,13 @@ class Killer:
         code = run(folder, SCENARIOS[name].rerun(folder), self.log)
         if code:
             problems.append(f"the rerun exits {code}: {self.log.read_text(errors='replace')[-600:]}")
-        found = contents(folder / "out")
-        problems += [f"{path} is lost" for path in expected if path not in found]
-        problems += [f"{path} is left" for path in found if path not in expected]
-        problems += [f"{path} differs" for path in expected if path in found and found[path] != expected[path]]
+        problems += differences(contents(folder / "out"), expected)
         shutil.rmtree(folder)
         return f"{name} {when}: {'; '.join(problems)}" if problems else ""
 
     def _fresh(self, name: str) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.place))
-        for entry in self.inputs.iterdir():
-            if entry.name == "model":
-                (folder / "model").symlink_to(entry)  # never written
-            else:
-                shutil.copytree(entry, folder / entry.name)
+        copy_inputs(self.inputs, folder)
         before = SCENARIOS[name].before
         assert not before or run(folder, before, self.log) == 0, self.log.read_text(errors="replace")
         return folder
