@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,15 @@ def test_scripts_for_clusters_are_shell_and_yaml_that_run_our_commands():
             options = {option for each in importlib.import_module(f"cli.{name}").command.params for option in each.opts}
             assert set(re.findall(r"--[a-z-]+", arguments)) <= options, (name, arguments)
     assert len(scripts) == 2
+
+
+@pytest.mark.parametrize("file", ["slurm/train.sbatch", "skypilot.yaml"])
+def test_accelerates_launcher_takes_what_scripts_pass_to_it(file):
+    from accelerate.commands.launch import launch_command_parser
+
+    (passed,) = re.findall(r"accelerate launch (.*?)(?:\n|'$)", joined((ROOT / "examples" / file).read_text()))
+    plain = re.sub(r'"?\$(?:\(\([^)]*\)\)|\w+)"?', "2", passed)  # what a variable or a sum stands for
+    taken = launch_command_parser().parse_args(shlex.split(plain))
+    assert (taken.module, taken.training_script, taken.training_script_args[0]) == (True, "lidb_peft", "train")
+    assert (taken.multi_gpu, taken.num_processes, taken.num_machines, taken.machine_rank) == (True, 2, 2, 2)
+    assert (taken.main_process_ip, taken.main_process_port, taken.mixed_precision) == ("2", 29500, "no")

@@ -1,5 +1,6 @@
 """What the project says about itself in several places agrees."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import lidb_peft
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of pyproject.toml")
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WHOLE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, TOOLS = WHOLE["project"], WHOLE["tool"]
 
 
 def test_versions_agree():
@@ -41,6 +43,27 @@ def test_every_dependency_is_pinned_within_its_range():
     for line in [*PROJECT["dependencies"], *optional["test"], *optional["docs"]]:
         wanted = Requirement(line)
         assert pins[wanted.name.lower()] in wanted.specifier, line
+
+
+def test_the_dockerfile_copies_what_there_is_and_runs_what_it_has_installed():
+    """No container is built here."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    steps = {name: [rest for each, rest in lines if each == name] for name, _ in lines}
+    assert re.fullmatch(r"[\w/]+:\d[\w.-]+", steps["FROM"][0])  # a version
+    copied = {name.split("/")[0] for line in steps["COPY"] for name in line.split()[:-1]}
+    ignored = {line.rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert all((ROOT / name).exists() for name in copied)
+    assert not copied & ignored
+    packages = {name.rstrip("*") for name in TOOLS["setuptools"]["packages"]["find"]["include"]}
+    licenses = {name.split("/")[0] for name in PROJECT["license-files"]}
+    assert packages | licenses | {"pyproject.toml", PROJECT["readme"], "constraints.txt"} <= copied
+    (install,) = (line for line in steps["RUN"] if "pip install" in line)
+    extras = re.search(r'-c constraints\.txt "\.\[([\w,]+)\]"', install)[1]
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    assert "&& /opt/hdb/bin/hdb doctor" in install
+    assert "/opt/hdb/bin:" in " ".join(steps["ENV"])
+    assert json.loads(steps["ENTRYPOINT"][0]) == list(PROJECT["scripts"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda file: file.name)

@@ -1,6 +1,9 @@
 """`hdb push`: nothing leaves without being asked for."""
 
+from types import SimpleNamespace
+
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 
 @pytest.fixture
@@ -67,3 +70,20 @@ def test_train_pushes_when_it_is_asked_to_and_only_then(hdb, draw_faces, trainab
     assert "2 steps of 2 people, learning rate 0.0001" in card
     assert "base_model:" not in card.partition("---\n\n")[0]  # a bundled base is not on the hub
     assert "Nothing is said here of the consent" in card
+
+
+def test_a_token_that_has_expired_costs_no_file(hdb, personalize, portrait, monkeypatch):
+    def expired(*arguments, **options):
+        error = HfHubHTTPError.__new__(HfHubHTTPError)
+        Exception.__init__(error, "401 Client Error")
+        error.response = SimpleNamespace(status_code=401)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", expired)
+    printed = hdb.run(*personalize(portrait), "--out", "me.safetensors", "--push-to-hub", "someone/me", code=1)
+    sentence = "your token has expired; run hf auth login; nothing is lost: me.safetensors"
+    assert sentence in printed.splitlines()[-1]
+    kept = hdb.files()
+    assert {"me.safetensors", "me.json", "me.md"} <= set(kept)
+    assert sentence in hdb.fail("push", "me.safetensors", "someone/me")
+    assert hdb.files() == kept
