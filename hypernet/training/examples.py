@@ -4,6 +4,7 @@ All of it follows from the seed, the number of the step and the person: not from
 so a run is resumed by its step number alone, and processes that share a batch train as one would.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -232,7 +233,7 @@ def choose_people(
         held_out: people to validate on instead of a fraction of ``people``; whether they have targets is the same.
 
     Raises:
-        ValueError: nobody is left to train on, or the data set is streamed.
+        ValueError: nobody is left to train on, the data set is streamed, or a shard of the targets is gone.
     """
     for source in (people, held_out):
         if source is not None and source.is_streamed:
@@ -262,7 +263,19 @@ def _rows(people: People, targets: TargetStore | None) -> dict[str, int]:
         rows.setdefault(name, row)
     if targets is None:
         return rows
-    fitted = {name for index in targets.shards() for name in targets.read(index).names}
+    shards = targets.shards()
+    gone = sorted(set(range(max(shards, default=0))) - set(shards))
+    if gone:
+        raise ValueError(f"{targets.folder} lacks {len(gone)} of its shards, {targets.path(gone[0]).name} for one; run "
+                         f"hdb preoptimize again to make them")  # fmt: skip
+    unknown = rows.keys() - {name for index in shards for name in targets.read(index).rows}
+    if 0 < len(unknown) < len(rows):
+        warnings.warn(
+            f"{len(unknown)} of the {len(rows)} people in {people.source} are in no shard of {targets.folder} and are "
+            f"left out; hdb preoptimize makes their targets",
+            stacklevel=3,
+        )
+    fitted = {name for index in shards for name in targets.read(index).names}
     return {name: row for name, row in rows.items() if name in fitted}
 
 

@@ -407,6 +407,25 @@ def replace_seed(config: LiDBConfig) -> LiDBConfig:
     return LiDBConfig(r=config.r, down_dim=config.down_dim, up_dim=config.up_dim, scale=config.scale, seed=99)
 
 
+def test_a_shard_of_targets_that_is_gone_is_named_and_people_without_one_are_counted(run, space, targets, tmp_path):
+    store = TargetStore(targets, space)
+    whole = store.read(0)
+    keys = dict(zip(whole.names, whole.keys, strict=True))
+    thetas = store.thetas(whole.keys)
+    store.path(0).unlink()
+    for index, rows in enumerate((whole.rows[:2], whole.rows[2:4], whole.rows[4:])):
+        shard = Shard(rows=rows, keys=tuple(keys[name] for name in rows), names=rows, skipped=())
+        store.write(index, shard, thetas[2 * index : 2 * index + len(rows)], torch.zeros(len(rows)))
+    store.path(2).unlink()  # as if pre-optimisation was stopped
+    with pytest.warns(UserWarning, match=r"1 of the 5 people in .*faces are in no shard of .*targets and are left out"):
+        _, _, result = run("some", replace(CONFIG, steps=1))
+    assert result.steps == 1
+    store.path(0).unlink()
+    with pytest.raises(ValueError, match=r"targets lacks 1 of its shards, shard-00000\.safetensors for one; run hdb"):
+        run("none", replace(CONFIG, steps=1))
+    assert not (tmp_path / "none").exists()
+
+
 def test_resuming_needs_a_whole_state_of_the_same_training(run, space, tmp_path):
     with pytest.raises(FileNotFoundError, match="out holds no training to resume"):
         run("out", resume=True)
