@@ -26,7 +26,8 @@ from converters.formats.lidb import LiDBWeights, read_lidb_folder, read_theta
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders
 from converters.formats.reading import Source, find_sources, is_adapter_folder, read_sources
 from converters.key_maps import kohya_place
-from converters.lora import BECOMES_FLOAT32, DTYPES, Lora, is_power_of_two, to_dtype, with_one_alpha, with_shared_alphas
+from converters.layer import DTYPES, is_power_of_two
+from converters.lora import BECOMES_FLOAT32, Lora, to_dtype, with_one_alpha, with_shared_alphas
 from converters.metadata import KohyaMetadata, build_metadata, stated_v_prediction, trigger_entries
 from converters.shapes import fit_shapes, has_layer, kernel_side
 from converters.sidecar import Companions, check_companions, companions_first, read_companions, write_companions

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converters.lora import LoraLayer, NotFiniteError, is_finite
+from converters.layer import LoraLayer, NotFiniteError, is_finite
 
 # More than any layer of a model has; what a few small factors could claim is refused before it takes the memory.
 _MAX_NUMBERS = 2**28

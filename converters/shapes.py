@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from converters.key_maps import is_module, to_kohya_name
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from lidb_peft.families import FAMILIES, Family
 
 # A path up to the number of an attention, or of one of the blocks that are stacked.

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from converters.lora import Lora, LoraLayer, with_one_alpha
+from converters.layer import LoraLayer
+from converters.lora import Lora, with_one_alpha
 
 
 def row_slices(num_rows: int, widths: Sequence[int]) -> list[slice]:

@@ -7,10 +7,7 @@ and `hdb merge` do the same; nothing is overwritten.
 import sys
 from pathlib import Path
 
-from converters import describe, prepare_conversion, read_lora
-from converters.arithmetic.algebra import merge
-from converters.arithmetic.checkpoint import merge_into
-from converters.convert import prepare_writing
+from converters import describe, merge, merge_into, prepare_conversion, prepare_writing, read_lora
 
 first, second, model = sys.argv[1:]
 conversion = prepare_conversion(first, "first-diffusers.safetensors", to="diffusers")

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from lidb_peft.safe_read import printable
 
 _MAX_CHARS = 1000
@@ -37,3 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def differing_names(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     """Names, sorted, that one of two mappings lacks or that have another value there."""
     return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+
+
+def differing_shapes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
+    """Names, sorted, of the tensors that one of two state dicts lacks or that have another shape there."""
+    return differing_names(*({name: value.shape for name, value in tensors.items()} for tensors in (theirs, ours)))

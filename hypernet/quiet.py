@@ -21,6 +21,19 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging anything in a block: of a LoRA it logs an error for every layer that does not fit."""
+    from diffusers.utils import logging as library
+
+    verbosity = library.get_verbosity()
+    library.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+
+
+@contextmanager
 def _quiet(library: ModuleType) -> Iterator[None]:
     """Let one library log errors only for a block, and switch its bars off."""
     verbosity = library.get_verbosity()

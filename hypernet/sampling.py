@@ -1,6 +1,6 @@
 """Pictures from a base model, plain or with somebody's weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from converters import FileDescription, describe
-from converters.lora import is_finite
+from converters.layer import is_finite
 from hypernet.base_models.base import BaseModel
 from hypernet.base_models.loading import as_base
 from hypernet.bundles import find_bundle
 from hypernet.infotext import PNG_KEY
+from hypernet.quiet import silent_diffusers
 from hypernet.recipe import Progress
 from hypernet.samplers import make_sampler
 from lidb_peft import LiDBConfig, LiDBSpace, LoraFactors
@@ -66,12 +67,7 @@ def generate(
         ValueError: there are no prompts, or not as many seeds as prompts; ``factors`` or ``lora`` do not fit the base;
             the base does not support an option; or a picture holds NaN or infinity.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("there is no prompt; pass at least one")
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; pass one for each, or one for all")
+    prompts, seeds = _with_seeds(prompts, seed)
     base = as_base(base)
     if factors is not None and space is None:
         components = {name.partition(".")[0] for name in factors}
@@ -79,18 +75,11 @@ def generate(
     if factors is not None and weight != 1:
         factors = {name: (lora_A, weight * lora_B) for name, (lora_A, lora_B) in factors.items()}
     guidance = own_guidance(base) if guidance is None else guidance
-    pipeline, steps_done = base.pipeline(), 0
+    pipeline = base.pipeline()
     pipeline.scheduler = make_sampler(base.scheduler, sampler)
     width, height = own_size(base) if size is None else check_size(pipeline, size)
-
-    def count(pipeline: "DiffusionPipeline", step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal steps_done
-        steps_done += 1
-        if progress is not None:
-            progress(steps_done, len(parts) * pipeline.num_timesteps)  # some schedulers take a step more than asked for
-        return tensors
-
     parts = [slice(first, first + _AT_ONCE) for first in range(0, len(prompts), _AT_ONCE)]
+    count = _step_counter(progress, len(parts))
     pictures = []
     with (
         nullcontext() if lora is None else lora_applied(base, lora, weight),
@@ -106,15 +95,43 @@ def generate(
                 callback_on_step_end=count,
                 output_type="np",
             ).images
-            if not np.isfinite(drawn).all():  # which a picture has as black
-                reason = (
-                    "half precision cannot hold its numbers: pass --precision fp32"
-                    if base.dtype == torch.float16
-                    else ("the base is damaged, or the LoRA is too strong: draw without it to see which")
-                )
-                raise ValueError(f"what {base.name} draws is not finite; {reason}")
+            _check_finite(base, drawn)
             pictures += pipeline.image_processor.numpy_to_pil(drawn)
     return pictures
+
+
+def _with_seeds(prompts: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("there is no prompt; pass at least one")
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; pass one for each, or one for all")
+    return prompts, seeds
+
+
+def _step_counter(progress: Progress | None, num_parts: int) -> Callable[..., dict[str, Any]]:
+    """A callback for a pipeline's steps, which reports them over all its calls."""
+    done = 0
+
+    def count(pipeline: "DiffusionPipeline", step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, num_parts * pipeline.num_timesteps)  # some schedulers take a step more than asked for
+        return tensors
+
+    return count
+
+
+def _check_finite(base: BaseModel, drawn: np.ndarray) -> None:
+    """Raise ValueError if there is NaN or infinity, which a picture would show as black."""
+    if np.isfinite(drawn).all():
+        return
+    reason = "the base is damaged, or the LoRA is too strong: draw without it to see which"
+    if base.dtype == torch.float16:
+        reason = "half precision cannot hold its numbers: pass --precision fp32"
+    raise ValueError(f"what {base.name} draws is not finite; {reason}")
 
 
 def own_guidance(base: BaseModel) -> float:
@@ -163,7 +180,9 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
         raise ValueError(f"{lora} is made for {description.base} and {base.name} is {ours}")
     pipeline = base.pipeline()
     try:
-        _load_quietly(pipeline, Path(description.path))
+        with silent_diffusers():
+            path = Path(description.path)
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
         if not any("lora" in names for names in pipeline.get_list_adapters().values()):
             raise ValueError("none of its layers is there")
         pipeline.set_adapters(["lora"], [weight])
@@ -176,18 +195,6 @@ def lora_applied(base: BaseModel, lora: str | Path, weight: float = 1.0) -> Iter
         yield
     finally:
         pipeline.unload_lora_weights()
-
-
-def _load_quietly(pipeline: "DiffusionPipeline", path: Path) -> None:
-    """Load the adapter ``lora``; diffusers would log a line for each of hundreds of layers that do not fit."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def check_lora(lora: str | Path) -> FileDescription:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from converters.arithmetic.ranks import RankRule
 from converters.full_update import SumOfUpdates
-from converters.lora import Lora, LoraLayer, has_alpha_of_its_own, layer_to_dtype
+from converters.layer import LoraLayer
+from converters.lora import Lora, has_alpha_of_its_own, layer_to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
 LayerParts = Sequence[tuple[LoraLayer, float]]

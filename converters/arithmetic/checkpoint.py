@@ -21,7 +21,8 @@ from converters.arithmetic.ranks import RankRule
 from converters.formats.family import find_base
 from converters.full_update import FullUpdate, SumOfUpdates
 from converters.key_maps import Place, is_transposed, read_checkpoint_name
-from converters.lora import Lora, LoraLayer, is_finite
+from converters.layer import LoraLayer, is_finite
+from converters.lora import Lora
 from converters.stacking import row_slices
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES, TITLES
 from lidb_peft.files import atomic_folder, atomic_path, header_bytes

@@ -9,7 +9,8 @@ from torch import Tensor
 from converters.arithmetic.algebra import to_layer
 from converters.arithmetic.checkpoint import leading_columns
 from converters.full_update import FullUpdate, SumOfUpdates
-from converters.lora import Lora, LoraLayer, held
+from converters.layer import LoraLayer, held
+from converters.lora import Lora
 from converters.shapes import kernel_side
 from lidb_peft.safe_read import count, examples
 

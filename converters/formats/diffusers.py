@@ -11,7 +11,8 @@ from torch import Tensor
 
 from converters.formats.layout import SPELLINGS
 from converters.key_maps import to_old_diffusers_name
-from converters.lora import Loader, Lora, LoraLayer
+from converters.layer import Loader, LoraLayer
+from converters.lora import Lora
 from lidb_peft.families import DENOISERS, FAMILIES
 from lidb_peft.files import LazyTensor, Tensors
 

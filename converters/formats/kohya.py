@@ -14,7 +14,8 @@ from torch import Tensor
 from converters.formats.layout import SPELLINGS
 from converters.formats.reading import read_lora
 from converters.key_maps import Place, kohya_place
-from converters.lora import DTYPES, Loader, Lora, LoraLayer, balance, to_dtype, with_one_alpha
+from converters.layer import DTYPES, Loader, LoraLayer
+from converters.lora import Lora, balance, to_dtype, with_one_alpha
 from converters.metadata import KohyaHashes, KohyaMetadata, build_metadata
 from converters.sidecar import companions_first, write_preview, write_sidecar
 from converters.stacking import stack

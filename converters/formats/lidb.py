@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from converters.formats.layout import BASIS_START
 from converters.formats.reading import Source, find_sources, place_of
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from lidb_peft import LiDBConfig
 from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer

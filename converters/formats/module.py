@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from converters.full_update import FullUpdate
-from converters.lora import LoraLayer, held
+from converters.layer import LoraLayer, held
 
 # Roles of layout.ENDINGS -> the algorithm that they are of, by how they begin.
 _FULL = {"hada": "LoHa", "lokr": "LoKr"}

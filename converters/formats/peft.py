@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 
 from converters.formats.diffusers import path_tensors
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from lidb_peft.families import FAMILIES
 from lidb_peft.files import Tensors
 

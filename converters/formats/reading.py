@@ -19,7 +19,8 @@ from converters.formats.module import read_module
 from converters.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from converters.full_update import FullUpdate
 from converters.key_maps import Place, read_kohya_name, read_path_name
-from converters.lora import Lora, LoraLayer, NotFiniteError
+from converters.layer import LoraLayer, NotFiniteError
+from converters.lora import Lora
 from converters.shapes import has_layer, kernel_side
 from converters.stacking import unstack
 from lidb_peft.families import COMPONENTS, FAMILIES, TITLES

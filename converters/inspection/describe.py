@@ -25,7 +25,7 @@ from converters.inspection.facts import (
     layer_statistics,
 )
 from converters.inspection.refusals import find_refusals
-from converters.lora import is_finite
+from converters.layer import is_finite
 from converters.metadata import legacy_hash
 from converters.sidecar import read_sidecar
 from lidb_peft.record import from_metadata

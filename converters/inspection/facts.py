@@ -12,7 +12,7 @@ from converters.formats.lora_config import layer_alpha, stated_number
 from converters.formats.module import Module, read_module
 from converters.formats.reading import Source, known_place
 from converters.key_maps import block_name
-from converters.lora import is_finite
+from converters.layer import is_finite
 from converters.shapes import has_layer
 from lidb_peft.families import COMPONENTS, DENOISERS, FAMILIES
 

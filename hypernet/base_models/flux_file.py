@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hypernet.errors import differing_names
+from hypernet.errors import differing_shapes
 from lidb_peft.safe_read import iter_tensors
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def load_transformer(path: Path, config_folder: Path, dtype: torch.dtype) -> "Fl
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
     tensors = {ours: value.to(dtype) for name, tensor in iter_tensors(path) for ours, value in rename(name, tensor)}
-    expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        names = differing_names(found, expected)
+    names = differing_shapes(tensors, transformer.state_dict())
+    if names:
         raise ValueError(
             f"{len(names)} of its weights are not those of {config_folder / 'config.json'}, e.g. {names[0]}; pass "
             f"--components with the folder that the file belongs to"

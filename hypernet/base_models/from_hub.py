@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hypernet.base_models.folders import choose_weights, parts_of, pipeline_family
-from hypernet.errors import first_sentence
-from hypernet.hub import hub_folder, repository_files, split_revision
+from hypernet.hub import HubError, hub_folder, repository_files, split_revision
 from lidb_peft.families import Family
 from lidb_peft.safe_read import read_json_object
 
@@ -13,7 +12,7 @@ INDEX = "model_index.json"
 _SETTINGS = (".json", ".txt", ".model")  # of configs, indices of shards and tokenizers
 
 
-def download_base(source: str, check: Callable[[Family], None]) -> tuple[Path, bool]:
+def download_base(source: str, check: Callable[[Family], None]) -> tuple[Path, str]:
     """Bring a base model here, or find it in the cache.
 
     Args:
@@ -21,40 +20,42 @@ def download_base(source: str, check: Callable[[Family], None]) -> tuple[Path, b
         check: called with a family that is loaded alike before gigabytes are downloaded; it may raise ValueError.
 
     Returns:
-        The folder, in diffusers' layout, and whether the hub was reached: what was not, may lack files.
+        The folder, in diffusers' layout, and why the hub could not be asked for what it may lack; "" if it could.
 
     Raises:
         FileNotFoundError: it cannot be had.
         ValueError: it is no base model of a known family, or has no weights in safetensors.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     name, _ = split_revision(source)
     try:
-        validate_repo_id(name)
         folder = hub_folder(source, (INDEX,))
-        files = repository_files(name, folder.name)  # of the same commit, whatever is pushed meanwhile
-        if not (folder / INDEX).is_file() and files is not None:
-            raise ValueError(_no_index(source, files))
+        files, why_not = _files_of(name, folder.name)  # of the same commit, whatever is pushed meanwhile
+        if not (folder / INDEX).is_file():
+            raise HubError(why_not) if why_not else ValueError(_no_index(source, files))
         family = pipeline_family(source, read_json_object(folder / INDEX, "get it again"))
         check(family)
-        if files is None:
-            return folder, False
-        return hub_folder(f"{name}@{folder.name}", tuple(_needed(source, family, files))), True
-    except (HFValidationError, OSError) as error:
-        is_telling = isinstance(error, HfHubHTTPError) or getattr(error, "errno", None)  # gated, disk full
-        raise FileNotFoundError(unavailable(source, first_sentence(error) if is_telling else "")) from error
+        if why_not:
+            return folder, why_not
+        return hub_folder(f"{name}@{folder.name}", tuple(_needed(source, family, files))), ""
+    except HubError as error:
+        raise FileNotFoundError(unavailable(source, str(error))) from error
 
 
-def unavailable(source: str, reason: str = "") -> str:
-    """The message for a base that is not local and cannot be downloaded."""
+def unavailable(source: str, reason: str) -> str:
+    """The message for a base that is not local and cannot be downloaded, for a reason that says what to do."""
     return (
         f"the base model {source!r} is not a local folder or file and could not be downloaded from the Hugging Face "
-        f"hub; connect to the internet and try again, or pass --base with a diffusers folder or a .safetensors "
-        f"checkpoint that you have, or pass --base testbed for the miniature that ships with this package"
-        + (f" ({reason})" if reason else "")
+        f"hub: {reason}, or pass --base with a diffusers folder or a .safetensors checkpoint that you have, or --base "
+        f"testbed for the miniature that ships with this package"
     )
+
+
+def _files_of(name: str, revision: str) -> tuple[list[str], str]:
+    """A repository's files, or none and why the hub does not give them."""
+    try:
+        return repository_files(name, revision), ""
+    except HubError as error:
+        return [], str(error)
 
 
 def _needed(source: str, family: Family, files: Sequence[str]) -> list[str]:

@@ -255,13 +255,13 @@ def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _load_from_hub(source: str, dtype: torch.dtype, options: Collection[str]) -> "tuple[Family, DiffusionPipeline]":
     if Path(source).suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
         raise FileNotFoundError(f"{source} does not exist; check the path of the checkpoint")
-    folder, is_whole = download_base(source, lambda family: check_options(source, family, options))
+    folder, why_not = download_base(source, lambda family: check_options(source, family, options))
     try:
         family, variant = check_folder(folder)
     except ValueError as error:
-        if is_whole:
+        if not why_not:
             raise
-        reason = f"of the copy in the cache: {first_sentence(error)}"
+        reason = f"{why_not} (the copy in the cache is not whole: {first_sentence(error)})"
         raise FileNotFoundError(unavailable(source, reason)) from error
     return family, _open_folder(folder, family, variant, dtype)
 

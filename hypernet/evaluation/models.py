@@ -1,20 +1,19 @@
 """The networks that judge pictures: DINO and CLIP by transformers, by id or folder, each with its own preprocessing."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from hypernet.errors import first_line
-from hypernet.hub import HYPERNETWORK_FILES, hub_folder
+from hypernet.hub import HYPERNETWORK_FILES, local_or_hub_folder
 from hypernet.inputs.photos import to_pixels
 from hypernet.network.encoder import load_encoder, picture_settings, prepare_pictures
 from hypernet.quiet import quiet_libraries
@@ -44,10 +43,7 @@ class Dino:
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features of unit length, ``(n, width)``."""
-        parts = [
-            self.model(_prepared(part, self.settings, self.model)).last_hidden_state[:, 0] for part in _parts(pictures)
-        ]
-        return normalize(torch.cat(parts).float().cpu(), dim=1)
+        return _features(pictures, self.settings, self.model, lambda pixels: self.model(pixels).last_hidden_state[:, 0])
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,13 @@ class Clip:
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Features of pictures, of unit length, ``(n, width)``."""
-        parts = [
-            self.model.visual_projection(
-                self.model.vision_model(_prepared(part, self.settings, self.model)).pooler_output
-            )
-            for part in _parts(pictures)
-        ]
-        return normalize(torch.cat(parts).float().cpu(), dim=1)
+        model = self.model
+        return _features(
+            pictures,
+            self.settings,
+            model,
+            lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output),
+        )
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -95,7 +91,7 @@ def load_dino(source: str = DINO, device: torch.device | str = "cpu") -> Dino:
         FileNotFoundError: it is neither here nor on the hub.
         ValueError: it is no vision transformer, or lacks weights or its preprocessing.
     """
-    folder = _folder(source, "DINO", HYPERNETWORK_FILES)
+    folder = local_or_hub_folder(source, "the DINO", HYPERNETWORK_FILES, "or pass --dino none")
     model, settings = load_encoder(folder)
     return Dino(str(source), revision_of(folder), model.eval().requires_grad_(False).to(device),
                 _checked(settings, source))  # fmt: skip
@@ -103,7 +99,8 @@ def load_dino(source: str = DINO, device: torch.device | str = "cpu") -> Dino:
 
 def load_clip(source: str = CLIP, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP by id or folder; raises as `load_dino`."""
-    folder = _folder(source, "CLIP", (*HYPERNETWORK_FILES, *_TOKENIZER_FILES))
+    files = (*HYPERNETWORK_FILES, *_TOKENIZER_FILES)
+    folder = local_or_hub_folder(source, "the CLIP", files, "or pass --clip none")
     try:
         with torch.random.fork_rng(devices=[]), quiet_libraries():
             check_indices(folder, "get CLIP again")
@@ -135,18 +132,6 @@ def revision_of(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def _folder(source: str, what: str, patterns: tuple[str, ...]) -> Path:
-    if Path(source).exists():
-        return Path(source)
-    try:
-        return hub_folder(str(source), patterns)
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{what}, {source!r}, is not a folder here and could not be downloaded from the Hugging Face hub "
-            f"({first_line(error)}); check the name and the connection, or pass --{what.lower()} none"
-        ) from error
-
-
 def _checked(settings: dict, source: str) -> dict:
     missing = {"image_size", "image_mean", "image_std"} - set(settings)
     if missing:
@@ -155,13 +140,19 @@ def _checked(settings: dict, source: str) -> dict:
     return settings
 
 
-def _prepared(pictures: Sequence[Image.Image], settings: dict, model: PreTrainedModel) -> Tensor:
-    pixels = torch.cat([
+def _features(
+    pictures: Sequence[Image.Image], settings: dict, model: PreTrainedModel, look: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What ``look`` makes of pictures ``(n, 3, size, size)``, a few at a time, of unit length, ``(n, width)``."""
+    parts = [
+        look(_prepared(pictures[first : first + AT_ONCE], settings).to(model.device))
+        for first in range(0, len(pictures), AT_ONCE)
+    ]
+    return normalize(torch.cat(parts).float().cpu(), dim=1)
+
+
+def _prepared(pictures: Sequence[Image.Image], settings: dict) -> Tensor:
+    return torch.cat([
         prepare_pictures(to_pixels(each)[None], settings["image_size"], settings["image_mean"], settings["image_std"])
         for each in pictures
     ])  # fmt: skip
-    return pixels.to(model.device)
-
-
-def _parts(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
-    return [pictures[first : first + AT_ONCE] for first in range(0, len(pictures), AT_ONCE)]

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from hypernet.errors import first_line
-from hypernet.hub import HYPERNETWORK_FILES, hub_folder
+from hypernet.hub import HYPERNETWORK_FILES, local_or_hub_folder
 from hypernet.quiet import quiet_libraries
 from lidb_peft.safe_read import check_indices, read_json_object
 
@@ -32,9 +31,9 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         FileNotFoundError: it is neither here nor on the hub.
         ValueError: it is no vision transformer, or lacks weights.
     """
+    folder = local_or_hub_folder(source, "the encoder", HYPERNETWORK_FILES)
     try:
         with torch.random.fork_rng(devices=[]), quiet_libraries():  # transformers draws weights that it does not find
-            folder = Path(source) if Path(source).exists() else hub_folder(str(source), HYPERNETWORK_FILES)
             check_indices(folder, "get the encoder again")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             config = getattr(config, "vision_config", config)
@@ -43,10 +42,9 @@ def load_encoder(source: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
                 folder, config=config, use_safetensors=True, output_loading_info=True
             )
         settings = picture_settings(folder)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         raise FileNotFoundError(
-            f"the encoder {str(source)!r} is not a folder with config.json and model.safetensors here and could not be "
-            f"downloaded from the Hugging Face hub; check the name and the connection ({first_line(error)})"
+            f"the encoder {str(source)!r} lacks config.json or model.safetensors ({first_line(error)}); get it again"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not is_unused(name))
     if missing:

@@ -6,18 +6,15 @@ layer's weights. Predicted is a residual on the shared starting vector theta_0.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from hypernet.errors import first_line
-from hypernet.hub import HYPERNETWORK_FILES, hub_folder
+from hypernet.hub import HYPERNETWORK_FILES, local_or_hub_folder
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.config_check import check_config, check_size, todays_names
 from hypernet.network.encoder import is_unused, load_encoder, prepare_pictures
@@ -28,6 +25,7 @@ from lidb_peft.files import atomic_files
 from lidb_peft.layout import distinct_basis_keys, starting_theta, theta_mask
 from lidb_peft.safe_read import check_indices, examples, printable, read_header, read_json_object
 
+_WHAT = "the hypernetwork"
 HEAD_STD = 1e-3
 POSITION_STD = 0.02
 _THETA_0_TOLERANCE = 1e-6
@@ -231,13 +229,16 @@ class HyperNetwork(PreTrainedModel):
             ValueError: it is damaged, no hypernetwork, or its weights do not fit its config.
         """
         config = options.pop("config", None) or read_config(source)
+        folder = local_or_hub_folder(source, _WHAT, HYPERNETWORK_FILES)
         try:
-            with _told_if_missing(source), quiet_libraries():
+            with quiet_libraries():
                 loaded: Any = super().from_pretrained(
-                    _folder(source), config=config, use_safetensors=True, output_loading_info=True,
+                    folder, config=config, use_safetensors=True, output_loading_info=True,
                     **cast(dict[str, Any], _float32()), **options,
                 )  # fmt: skip
                 model, info = loaded
+        except OSError as error:
+            raise FileNotFoundError(f"{_WHAT} {source} is not whole ({first_line(error)}); get it again") from error
         except RuntimeError as error:
             raise ValueError(f"{source} holds other weights than its config.json says: {first_line(error)}") from error
         if info["missing_keys"] or info["unexpected_keys"]:
@@ -258,7 +259,7 @@ def read_config(source: str | Path) -> HyperNetworkConfig:
         FileNotFoundError: it is neither here nor on the hub.
         ValueError: it is damaged, or no hypernetwork.
     """
-    return _check_files(str(source), _folder(source))
+    return _check_files(str(source), local_or_hub_folder(source, _WHAT, HYPERNETWORK_FILES))
 
 
 def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
@@ -267,17 +268,6 @@ def _decoder_layer(config: HyperNetworkConfig) -> nn.TransformerEncoderLayer:
         config.hidden_size, config.num_attention_heads, 4 * config.hidden_size,
         dropout=0.0, activation="gelu", batch_first=True, norm_first=True,
     )  # fmt: skip
-
-
-def _folder(source: str | Path) -> Path:
-    """Return the folder of a hypernetwork, from the hub if it is none here."""
-    folder = Path(source)
-    if folder.is_file():
-        raise NotADirectoryError(f"{source} is a file; name the folder of a hypernetwork")
-    if not folder.is_dir():
-        with _told_if_missing(source):
-            folder = hub_folder(str(source), HYPERNETWORK_FILES)
-    return folder
 
 
 def _check_files(source: str, folder: Path) -> HyperNetworkConfig:
@@ -305,17 +295,6 @@ def _check_type(source: str | Path, config: dict[str, Any]) -> None:
         raise ValueError(
             f"{source} holds a model of type {printable(repr(found))}; expected {HyperNetworkConfig.model_type!r}"
         )
-
-
-@contextmanager
-def _told_if_missing(source: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"the hypernetwork {str(source)!r} is not a whole folder here and could not be downloaded from the Hugging "
-            f"Face hub; check the path ({first_line(error)})"
-        ) from error
 
 
 def _float32() -> dict[str, torch.dtype]:

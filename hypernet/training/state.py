@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypernet.errors import differing_names
+from hypernet.errors import differing_names, differing_shapes
 from hypernet.recipe import TrainConfig
 from lidb_peft.safe_read import printable
 from lidb_peft.sealed import read_tree, same_kind, write_tree
@@ -80,10 +80,8 @@ class TrainingState:
             raise ValueError(f"{path} was trained on other {printable(' and '.join(changed))} than there are now, by "
                              f"their names, photos or order; resume with the same ones, or train again")  # fmt: skip
         parameters = dict(_trainable(self.network))
-        theirs = {name: tuple(value.shape) for name, value in state["network"].items()}
-        ours = {name: tuple(value.shape) for name, value in parameters.items()}
-        if theirs != ours:
-            names = differing_names(theirs, ours)
+        names = differing_shapes(state["network"], parameters)
+        if names:
             raise ValueError(
                 f"{path} is of another hypernetwork: {len(names)} of its weights are missing here or have another "
                 f"shape, e.g. {printable(names[0])}; resume with the hypernetwork in {folder}"

@@ -15,7 +15,7 @@ import testbed.demo
 from cli import convert, results
 from cli.main import COMMANDS, as_sentence
 from converters import describe
-from converters.lora import DTYPES
+from converters.layer import DTYPES
 from hypernet.base_models.loading import load_base
 from hypernet.sampling import generate, lora_applied
 from testbed import miniature_path

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from converters import FORMATS, KohyaMetadata, detect_format, prepare_conversion, read_lora, write_lora
 from converters.convert import LIDB_FORMATS, prepare_writing
-from converters.lora import LoraLayer
+from converters.layer import LoraLayer
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from lidb_peft.bases import get_basis
 

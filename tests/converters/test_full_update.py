@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from converters.full_update import FullUpdate, SumOfUpdates
-from converters.lora import LoraLayer
+from converters.layer import LoraLayer
 
 
 def random(**shapes):

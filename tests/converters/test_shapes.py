@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from converters.shapes import fit_shapes, kernel_side
 from lidb_peft.families import FAMILIES
 

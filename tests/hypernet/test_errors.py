@@ -1,9 +1,9 @@
-"""What the libraries say where memory runs out; the sentences are from their sources."""
+"""What the libraries say where memory runs out, in sentences from their sources; and which weights differ."""
 
 import pytest
 import torch
 
-from hypernet.errors import is_out_of_memory
+from hypernet.errors import differing_shapes, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_running_out_of_memory_is_recognised_on_every_device(error):
 )
 def test_other_errors_are_not_taken_for_it(error):
     assert not is_out_of_memory(error)
+
+
+def test_weights_differ_by_name_and_shape_and_not_by_value():
+    ours = {"same": torch.zeros(2, 3), "wider": torch.zeros(2, 3), "ours": torch.zeros(1)}
+    theirs = {"same": torch.ones(2, 3), "wider": torch.zeros(3, 2), "theirs": torch.zeros(1)}
+    assert differing_shapes(theirs, ours) == ["ours", "theirs", "wider"]
+    assert differing_shapes(ours, ours) == []

@@ -10,7 +10,8 @@ from converters.arithmetic.algebra import matrices, merge, relative_errors, resi
 from converters.arithmetic.ranks import MEASURES, RankRule
 from converters.convert import prepare_writing
 from converters.formats.reading import read_lora
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 
 LINEAR = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 WIDE = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2"

@@ -9,7 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from converters.arithmetic.checkpoint import extract, find_weights, merge_into
 from converters.arithmetic.ranks import RankRule
 from converters.key_maps import from_checkpoint_name
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from lidb_peft.families import FAMILIES
 
 BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0"

@@ -5,7 +5,8 @@ from safetensors.torch import save_file
 from converters.arithmetic.checkpoint import find_weights
 from converters.arithmetic.project import family_models, lora_updates, model_updates, project, project_to_file
 from converters.formats.kohya import save_kohya
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 from converters.metadata import KohyaMetadata
 from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.bases import get_basis

@@ -6,7 +6,8 @@ import torch
 from converters.arithmetic.algebra import merge
 from converters.arithmetic.weights import LoraWeight, weigh
 from converters.key_maps import block_name, read_kohya_name
-from converters.lora import Lora, LoraLayer
+from converters.layer import LoraLayer
+from converters.lora import Lora
 
 ATTENTION = "transformer_blocks_0_attn1_to_q"
 # Names of kohya's files in sgm's spelling, which says the block: what A1111's extension searches for in a key.

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from converters.formats.kohya import kohya_tensors, save_kohya
-from converters.lora import Lora, LoraLayer, with_shared_alphas
+from converters.layer import LoraLayer
+from converters.lora import Lora, with_shared_alphas
 from converters.metadata import KohyaMetadata
 from lidb_peft.files import write_safetensors
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,14 +305,15 @@ def hub(cache, monkeypatch):
             return str(target)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, revision: files or names)
+        listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files or names])
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id, revision: listed)
         return downloaded
 
     return serve
 
 
 def test_an_id_that_cannot_be_had_says_the_three_ways_on(cache):
-    refused("nobody/nothing", "connect to the internet.*diffusers folder.*--base testbed", FileNotFoundError)
+    refused("nobody/nothing", "unset it to download.*diffusers folder.*--base testbed", FileNotFoundError)
 
 
 def test_a_base_in_the_hub_s_cache_loads_without_the_hub(cache, base):
@@ -334,9 +336,7 @@ def test_a_revision_is_the_one_that_is_asked_for(cache, folder):
 def test_a_base_that_is_in_the_cache_in_part_asks_for_the_hub(cache, folder):
     shutil.rmtree(folder / "vae")
     cache("some/model", folder)
-    refused(
-        "some/model", r"connect to the internet.*\(of the copy in the cache: .* has no vae/ folder", FileNotFoundError
-    )
+    refused("some/model", r"unset it.* \(the copy in the cache is not whole: .* has no vae/ folder", FileNotFoundError)
 
 
 def test_what_is_downloaded_is_what_is_needed(hub, folder):

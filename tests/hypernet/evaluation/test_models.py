@@ -38,7 +38,7 @@ def test_clip_prepares_pictures_as_its_own_processor_does(clip_folder, pictures)
     clip, shown = load_clip(clip_folder), pictures(2, side=64)
     processor = CLIPImageProcessorPil.from_pretrained(clip_folder)
     theirs = processor(images=shown, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(models._prepared(shown, clip.settings, clip.model), theirs, atol=0.03, rtol=0)
+    torch.testing.assert_close(models._prepared(shown, clip.settings), theirs, atol=0.03, rtol=0)
 
 
 def test_clip_t_is_torchmetrics_clip_score(clip_folder, pictures, monkeypatch):
@@ -87,7 +87,7 @@ def test_revisions_are_the_hubs_commit_or_a_digest_of_the_weights(dino_folder, t
 @pytest.mark.parametrize(("load", "what"), [(load_dino, "DINO"), (load_clip, "CLIP")])
 def test_a_network_that_is_not_there_is_named(load, what):
     with pytest.raises(
-        FileNotFoundError, match=f"{what}, 'nobody/nothing', is not a folder here.*--{what.lower()} none"
+        FileNotFoundError, match=f"the {what} 'nobody/nothing' is not a folder here.*--{what.lower()} none"
     ):
         load("nobody/nothing")
 
