@@ -5,7 +5,6 @@ A saved adapter is a folder with one PEFT adapter for each component, in a subfo
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,8 +21,8 @@ from .config import LiDBConfig, LiDBPeftType
 from .families import COMPONENTS, families_of_pipeline
 from .files import atomic_folder, write_safetensors
 from .layer import LiDBLayer
-from .record import check_record, fingerprint_components
-from .safe_read import read_tensors
+from .record import check_record, fingerprint_components, read_peft_config
+from .safe_read import parse_json_object, printable, read_json_object, read_tensors
 from .space import LiDBSpace
 from .theta import load_theta
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 _DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
+_SAVE_AGAIN = "save the adapter again, by lidb_peft.save_adapter"
 
 
 def load_adapter(
@@ -117,22 +117,17 @@ def _read_part(folder: Path) -> tuple[LiDBConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter again, as safetensors")
     file, config_file = folder / names[0], folder / CONFIG_NAME
     tensors, metadata = read_tensors(file)
-    text = config_file.read_text(encoding="utf-8") if config_file.is_file() else metadata.get(_DIFFUSERS_CONFIG)
-    if text is None:
-        raise ValueError(f"{folder} has no {CONFIG_NAME}; save the adapter again, by lidb_peft.save_adapter")
-    return _parse_config(text, folder), tensors
-
-
-def _parse_config(text: str, folder: Path) -> LiDBConfig:
-    try:
-        settings = json.loads(text)
-        kind = settings["peft_type"]
-        config = LiDBConfig.from_peft_type(**settings) if kind == LiDBPeftType.LIDB else None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"the config in {folder} describes no LiDB this version knows: {error}") from error
-    if config is None:
-        raise ValueError(f"{folder} holds a {kind} adapter; load that with the pipeline's load_lora_weights")
-    return config
+    if config_file.is_file():
+        settings = read_json_object(config_file, _SAVE_AGAIN)
+    elif _DIFFUSERS_CONFIG in metadata:
+        settings = parse_json_object(metadata[_DIFFUSERS_CONFIG], f"the config in {file}", _SAVE_AGAIN)
+    else:
+        raise ValueError(f"{folder} has no {CONFIG_NAME}; {_SAVE_AGAIN}")
+    kind = settings.get("peft_type")
+    if kind != LiDBPeftType.LIDB:
+        shown = printable(str(kind))
+        raise ValueError(f"{folder} holds a {shown} adapter; load that with the pipeline's load_lora_weights")
+    return read_peft_config(settings, f"the config in {folder}"), tensors
 
 
 def _components(pipeline: "DiffusionPipeline", names: Iterable[str], path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .bases import BASIS_VERSION, basis_fingerprint, basis_probes, check_basis, 
 from .config import LiDBConfig
 from .layout import distinct_basis_keys
 from .naming import clean_module_name, natural_key
-from .patterns import check_patterns
+from .patterns import PATTERN_FIELDS, check_patterns
 from .safe_read import printable
 from .space import LiDBSpace
 
@@ -26,8 +26,8 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _OTHERS = ("basis_version", "base_model_name", "base_fingerprint", "layers_hash", "num_layers", "bases")
 _PREFIX = "lidb."
 _CPU = torch.device("cpu")
-# What a field raises that is no JSON, or JSON of another shape; nested too deeply it is a RecursionError.
-_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+"""What a field raises that is no JSON, or JSON of another shape; nested too deeply it is a RecursionError."""
 
 
 def space_record(space: LiDBSpace, base_model_name: str = "", base_fingerprint: str | None = None) -> dict[str, str]:
@@ -81,8 +81,24 @@ def record_config(record: Mapping[str, str], source: str) -> LiDBConfig:
             if name != "layers_to_transform" and name in targets:
                 check_patterns(targets[name], f"its {name}")
         return LiDBConfig(**values, **{name: targets[name] for name in _TARGETS if name in targets})
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ValueError(f"{source} describes no LiDB this version knows: {printable(str(error))}") from error
+
+
+def read_peft_config(settings: Mapping[str, Any], source: str) -> LiDBConfig:
+    """Return the config that is in an ``adapter_config.json`` of PEFT's.
+
+    Raises:
+        ValueError: it describes no LiDB, or names layers by patterns that can take forever; the message begins with
+            ``source``.
+    """
+    try:
+        config = LiDBConfig.from_peft_type(**settings)
+        for name in PATTERN_FIELDS:
+            check_patterns(getattr(config, name), f"its {name}")
+    except MALFORMED as error:
+        raise ValueError(f"{source} describes no LiDB this version knows: {printable(str(error), 300)}") from error
+    return config
 
 
 def read_number(record: Mapping[str, str], name: str, kind: type, source: str) -> int | float | str:
@@ -144,7 +160,7 @@ def _check_bases(record: Mapping[str, str], space: LiDBSpace, source: str) -> No
     try:
         bases = json.loads(record["bases"])
         parsed = {label: (str(b[0]), torch.tensor([float(v) for v in b[1:]])) for label, b in bases.items()}
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ValueError(
             f"{source} has no readable record of its bases ({printable(str(error))}); it is damaged"
         ) from error
@@ -185,7 +201,7 @@ def fingerprint_components(fingerprint: str, source: str) -> tuple[str, ...]:
         return ()
     try:
         return tuple(json.loads(fingerprint).keys())
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ValueError(f"{source} has a base fingerprint that names no components; it is damaged") from error
 
 
@@ -208,8 +224,11 @@ def same_base(first: str, second: str) -> bool:
     if first == second:
         return True
     try:
-        ours, theirs = ({name: torch.tensor(v) for name, v in json.loads(text).items()} for text in (first, second))
-    except _MALFORMED:  # not what base_fingerprint writes
+        ours, theirs = (
+            {name: torch.tensor(v, dtype=torch.float32) for name, v in json.loads(text).items()}
+            for text in (first, second)
+        )
+    except MALFORMED:  # not what base_fingerprint writes
         return False
     return ours.keys() == theirs.keys() and all(
         ours[name].shape == theirs[name].shape and torch.allclose(ours[name], theirs[name], rtol=0.006, atol=1e-7)

@@ -127,12 +127,17 @@ def read_json_object(path: Path, remedy: str) -> dict:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, more than the {_MAX_JSON_BYTES} that are read; {remedy}"
         )
+    return parse_json_object(path.read_bytes(), str(path), remedy)
+
+
+def parse_json_object(text: str | bytes, source: str, remedy: str) -> dict:
+    """Parse JSON that must be an object; the ValueError otherwise begins with ``source``, ``remedy`` ends it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+        raise ValueError(f"{source} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; {remedy}")
+        raise ValueError(f"{source} is not a JSON object; {remedy}")
     return content
 
 

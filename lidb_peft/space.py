@@ -160,11 +160,12 @@ class LiDBSpace:
         return part if isinstance(part, Stacks) else self.groups.stack(part)
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """Return each component's floating dtype; float32 where the weights are quantised."""
+        """Return each component's dtype; float32 where its weights are quantised, or are kept in float8."""
         dtypes: dict[str, torch.dtype] = {}
         for name, layer in zip(self.layer_names, self.layers, strict=True):
             dtype = layer.weight.dtype
-            dtypes.setdefault(name.partition(".")[0], dtype if dtype.is_floating_point else torch.float32)
+            is_whole = dtype.is_floating_point and dtype.itemsize > 1
+            dtypes.setdefault(name.partition(".")[0], dtype if is_whole else torch.float32)
         return dtypes
 
     def theta_from_adapters(self, adapter_name: str = "default") -> Tensor:

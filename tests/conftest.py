@@ -11,12 +11,15 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks a network
 
+import hypothesis
 import pytest
 import torch
 from packaging.version import Version
 from PIL import Image
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code's
+hypothesis.settings.load_profile("untimed")
 
 _YUNET = "shared/data/face_detection_yunet_2023mar.onnx"  # beside a checkout, or further above
 for _folder in Path(__file__).parents:

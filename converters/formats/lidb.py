@@ -25,8 +25,7 @@ from lidb_peft.families import FAMILIES
 from lidb_peft.layer import LiDBLayer
 from lidb_peft.layout import layers_hash
 from lidb_peft.naming import find_layers
-from lidb_peft.patterns import PATTERN_FIELDS, check_patterns
-from lidb_peft.record import check_record, recorded_models
+from lidb_peft.record import MALFORMED, check_record, read_peft_config, recorded_models
 from lidb_peft.relax import peft_factors
 from lidb_peft.safe_read import examples, printable
 from lidb_peft.space import LiDBSpace
@@ -34,8 +33,6 @@ from lidb_peft.theta import ThetaFile, load_theta, save_theta
 
 # layer name -> (in_features, out_features)
 Shapes = dict[str, tuple[int, int]]
-# What PEFT raises on a config of other types, and torch on tensors of other shapes, than they should have.
-_MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 _BASE_NAME = "name_or_path"  # the attribute of a model that PEFT writes down as its base
 _WHICH_BASE = "name the base model that it was made for"
 
@@ -146,7 +143,7 @@ def read_lidb_folder(path: Path, models: Mapping[str, nn.Module] | None = None) 
     for component, folder in folders.items():
         try:
             adapters[component] = PeftModel.from_pretrained(skeletons[component], str(folder.path), torch_device="cpu")
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise ValueError(f"{folder.path} is damaged: its config and its tensors do not go together "
                              f"({printable(str(error))})") from error  # fmt: skip
     bases = (folder.config.base_model_name_or_path for folder in folders.values())
@@ -162,12 +159,7 @@ def _read_folder(source: Source) -> _Folder:
     # "lidb_basis.down:320:100.record", or ".values"
     bases = frozenset(name.partition(BASIS_START)[2].rpartition(".")[0] for name in names if BASIS_START in name)
     path = source.file.parent
-    try:
-        config = LiDBConfig.from_pretrained(str(path))
-        for name in PATTERN_FIELDS:
-            check_patterns(getattr(config, name), f"its {name}")
-    except _MALFORMED as error:
-        raise ValueError(f"{path} describes no LiDB this version knows: {printable(str(error))}") from error
+    config = read_peft_config(source.config or {}, str(path))
     ranks = [config.r, *config.rank_pattern.values()]
     largest = max((max(tensor.shape, default=0) for tensor in header.tensors.values()), default=0)
     if max(ranks) > largest:

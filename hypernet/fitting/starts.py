@@ -77,10 +77,8 @@ def load_start(path: str | Path) -> LoraStart:
     return LoraStart(factors, ranks.pop(), str(path))
 
 
-def save_start(
-    path: str | Path, start: Tensor, rank: int, space: LiDBSpace, dtype: torch.dtype = torch.float16
-) -> None:
-    """Write a start ``(lora_size(rank),)`` of the layers of ``space``."""
+def save_start(path: str | Path, start: Tensor, rank: int, space: LiDBSpace) -> None:
+    """Write a start ``(lora_size(rank),)`` of the layers of ``space``, in float16."""
     tensors = {
         f"{name}.{half}.weight": values.half().contiguous()
         for name, factors in space.lora_factors(start, rank).items()

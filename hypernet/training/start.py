@@ -64,6 +64,8 @@ def rounds_of(
     Args:
         network: finetunings are beside its predictions; None without any.
     """
+    if not len(people.dataset):
+        raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
     order = np.random.default_rng(config.seed).permutation(len(people.dataset))
 
     def of_round(number: int) -> tuple[Sequence[Subject], Tensor | None]:
@@ -72,7 +74,7 @@ def rounds_of(
         for place in range(first, first + len(order)):
             row = int(order[place % len(order)])
             (person,) = replace(people, dataset=people.dataset.select([row]))
-            prepared, skipped = prepare_person(person, base.size_px, recipe.crop)
+            prepared, skipped = prepare_person(person, base.size_px, recipe.crop, recipe.face_detector)
             if prepared is not None:
                 found[prepared.key] = prepared
             if len(found) == config.people:
@@ -110,11 +112,13 @@ def _read_state(file: Path, space: LiDBSpace, rank: int) -> StartState:
     tensors, metadata = read_tensors(file)
     try:
         found, start = json.loads(metadata["learn_start"]), tensors["start"]
-    except (KeyError, json.JSONDecodeError) as error:
+        layers, rounds = found["layers_hash"], int(found["rounds"])
+        losses = [(float(first), float(last)) for first, last in found["losses"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a start that is being learned; choose another file, or delete it") from error
-    if found["layers_hash"] != space.layers_hash or start.shape != (space.lora_size(rank),):
+    if layers != space.layers_hash or start.shape != (space.lora_size(rank),):
         raise ValueError(f"{file} is of another rank or of other layers; continue with its own, or delete it")
-    return StartState(start, found["rounds"], [tuple(pair) for pair in found["losses"]])
+    return StartState(start, rounds, losses)
 
 
 def learn_start(

@@ -202,7 +202,7 @@ def ours(update):
     return update.scale * flat(update.lora_B.double().flatten(1).numpy() @ update.lora_A.double().flatten(1).numpy())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(adapter=adapters())
 def test_what_is_read_kept_and_left_out_is_what_came_in(tmp_path_factory, readers, adapter):
     family, tensors, updates, dropped, embeddings = adapter
@@ -289,7 +289,7 @@ def skeleton_of(layers):
     return model
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(adapter=adapters(), to=st.sampled_from(["kohya", "diffusers"]))
 def test_diffusers_loads_what_we_write_with_the_updates_that_came_in(tmp_path_factory, adapter, to):
     family, tensors, updates, *_ = adapter
@@ -365,7 +365,7 @@ def flux_adapters(draw):
     return tensors, updates
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(adapter=flux_adapters())
 def test_flux_is_read_in_any_dialect_and_written_for_its_readers(tmp_path_factory, readers, adapter):
     tensors, updates = adapter

@@ -125,7 +125,7 @@ def check(path, blob: bytes) -> None:
             as_text(found).encode()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(files())
 def test_any_file_is_read_or_refused_in_one_sentence(tmp_path_factory, blob):
     check(tmp_path_factory.getbasetemp() / "hostile.safetensors", blob)

@@ -22,7 +22,7 @@ PATTERNS = NAMES | st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(PATTERNS, max_size=6), NAMES)
 def test_the_first_that_fits_is_the_one_that_peft_takes(patterns, name):
     found = find_pattern(dict.fromkeys(patterns), name, "a file")

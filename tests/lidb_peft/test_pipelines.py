@@ -346,7 +346,15 @@ def test_a_theta_file_of_another_architecture_is_refused(new_pipeline, theta_fil
     refused(new_pipeline(sdxl=False), theta_file(sdxl=True)[0], "has a part for text_encoder_2, which this Stable")
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "half", "config", "bin"])
+# Settings of other kinds than PEFT's, and an expression that takes exponential time.
+CONFIGS = {
+    "list": {"rank_pattern": ["to_q"]},
+    "huge": {"scale": 10**400},
+    "slow": {"target_modules": "(a+)+b"},
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "half", "config", "text", "list", "huge", "slow", "bin"])
 def test_a_damaged_part_takes_the_whole_adapter_with_it(damage, new_pipeline, folder, theta_file):
     part = folder / "unet"  # the text encoder's part, which is read first, is whole
     tensors = load_file(part / WEIGHTS)
@@ -360,13 +368,22 @@ def test_a_damaged_part_takes_the_whole_adapter_with_it(damage, new_pipeline, fo
         (part / WEIGHTS).write_bytes((part / WEIGHTS).read_bytes()[:1000])
     elif damage == "config":
         (part / "adapter_config.json").write_text("{")
+    elif damage == "text":
+        (part / "adapter_config.json").write_bytes(b"\xff\xfe{}")
+    elif damage in CONFIGS:
+        config = json.loads((part / "adapter_config.json").read_text())
+        (part / "adapter_config.json").write_text(json.dumps(config | CONFIGS[damage]))
     elif damage == "bin":
         (part / WEIGHTS).rename(part / "adapter_model.bin")
     text = {
         "missing": r"missing keys \['.*lidb_up.me'\], unexpected keys \[\]",
         "unexpected": r"missing keys \[\], unexpected keys \['base_model.model.conv_out.lidb_up'\]",
         "half": "is truncated|is not a safetensors file",
-        "config": "describes no LiDB this version knows",
+        "config": "adapter_config.json is not valid JSON",
+        "text": "adapter_config.json is not valid JSON",
+        "list": "the config in .* describes no LiDB this version knows",
+        "huge": "the config in .* describes no LiDB this version knows",
+        "slow": "describes no LiDB this version knows: its target_modules names layers by .* is repeated",
         "bin": "has no adapter_model.safetensors; save the adapter again, as safetensors",
     }[damage]
     refused(new_pipeline(), folder, text)

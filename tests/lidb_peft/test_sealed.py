@@ -34,7 +34,7 @@ def as_text(tree):
     return str([as_text(value) for value in tree]) if isinstance(tree, list) else repr(tree)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TREES)
 def test_a_tree_comes_back_as_it_was(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "tree.safetensors"

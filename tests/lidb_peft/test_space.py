@@ -64,6 +64,24 @@ def merged(models, space, theta):
     return copies
 
 
+def test_an_update_is_not_rounded_to_the_8_bits_that_weights_are_kept_in(models, inputs):
+    latents, timesteps, ids = inputs
+    kept, states = models["unet"], models["text_encoder"](ids)[0]
+    if not hasattr(kept, "enable_layerwise_casting"):
+        pytest.skip("this diffusers keeps no weights in 8 bits")
+    whole = copy.deepcopy(kept)
+    kept.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with torch.no_grad():
+        for own, stored in zip(whole.parameters(), kept.parameters(), strict=True):
+            own.copy_(stored.float())
+    outputs = []
+    for model in (kept, whole):
+        space = LiDBSpace({"unet": model}, CONFIG)
+        with space.apply(random_theta(space)):
+            outputs.append(model(latents, timesteps, states).sample)
+    torch.testing.assert_close(*outputs)
+
+
 def test_stable_diffusion_15_has_the_papers_layers():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

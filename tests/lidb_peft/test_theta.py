@@ -90,6 +90,8 @@ def test_the_same_checkpoint_in_half_precision_is_recognised(models, dtype):
     half = base_fingerprint({name: model.to(dtype) for name, model in models.items()})
     assert same_base(full, half)
     assert not same_base(full, "not json")
+    whole = json.dumps({name: [1] * len(values) for name, values in json.loads(full).items()})  # no floats in it
+    assert not same_base(full, whole)
     for text in ("[]", "{}", '{"unet": 3, "text_encoder": 4}', '{"unet": "x"}', '{"unet": [{}]}'):
         assert not same_base(full, text)
 

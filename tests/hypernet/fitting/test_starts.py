@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from hypernet.fitting.engine import fit_flat_lora, fit_lora
 from hypernet.fitting.starts import START_FILE, find_start, load_start, save_start
+from hypernet.inputs.people import open_people, prepare_person
 from hypernet.personalization import personalize
 from hypernet.recipe import FitConfig, StartConfig
-from hypernet.training.start import StartState, first_start, learn_start
+from hypernet.training import start as learning
+from hypernet.training.start import StartState, first_start, learn_start, resumable_start, rounds_of
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config
 from testbed.protocol import shown_subjects
@@ -92,3 +96,29 @@ def test_the_denoiser_alone_is_adapted_from_the_start_that_is_named(base, denois
     for name, (lora_A, lora_B) in found.factors.items():
         assert torch.allclose(lora_A, expected[name][0], atol=1e-5)
         assert torch.allclose(lora_B, expected[name][1], atol=1e-5)
+
+
+def test_faces_are_found_by_the_recipe_s_detector(base, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "ann.png")
+    detectors = []
+
+    def note(person, size_px, crop, detector, *others):
+        detectors.append(detector)
+        return prepare_person(person, size_px, False)
+
+    monkeypatch.setattr(learning, "prepare_person", note)
+    recipe = replace(MINIATURE_RECIPE, face_detector="yunet")
+    subjects, theta = rounds_of(open_people(tmp_path), base, recipe, StartConfig(people=1))(0)
+    assert (len(subjects), theta, detectors) == (1, None, ["yunet"])
+
+
+@pytest.mark.parametrize("told", ["{", "[]", "{}", '{"layers_hash": "x", "rounds": null, "losses": []}'])
+def test_a_damaged_unfinished_start_is_refused_in_words(denoiser_space, tmp_path, told):
+    file = tmp_path / "me.unfinished"
+    save_file({"start": first_start(denoiser_space, RANK).start}, file, metadata={"learn_start": told})
+    with (
+        pytest.raises(ValueError, match="is not a start that is being learned"),
+        resumable_start(file, denoiser_space, RANK),
+    ):
+        raise AssertionError("it was read")
+    assert file.exists()
