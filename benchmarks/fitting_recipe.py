@@ -1,11 +1,10 @@
 """Which recipe makes one photo a person? ``python benchmarks/fitting_recipe.py --out runs/recipes.jsonl``
 
-Fits validation identities of the miniature world with every recipe of `ROWS`, several seeds each, and scores pictures
-of the split's prompts by the measuring network (`testbed.protocol`): identity of "a [V] face" and of the other prompts,
-shares of prompts obeyed that fits know and that nothing knows, background copied from the photo. One JSON line per
-recipe, seed and person; what is there is not done again, so that a killed run goes on. The table gives the mean, its
-standard error over people and, in brackets, the standard deviation over seeds; the seconds are the processor's, all
-people in one batch.
+Fits validation identities of the miniature world with each recipe in `ROWS`, with several seeds, and scores pictures of
+the split's prompts with the measuring network (`testbed.protocol`): identity for "a [V] face" and for the other
+prompts, fractions of seen and unseen prompts followed, background copied from the photo. Writes one JSON line per
+recipe, seed and person; existing lines are kept, so a killed run resumes. The table gives the mean, its standard error
+over people and, in brackets, the standard deviation over seeds; seconds are CPU time, with all people in one batch.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """What does starting targets at a prediction save? ``python benchmarks/init_from.py --hypernet DIR``
 
 Targets of the miniature's validation people, fitted from theta_0 and from a hypernetwork's predictions, as ``hdb
-preoptimize`` does without and with ``--init-from``. The hypernetwork has frozen bases, for targets have no others.
-Each number of steps is a fit of its own, whose learning rate falls until its end. How good a fit is, is told by the
-denoising loss of the photo it was fitted to, at noise that is the same for all fits and that none of them has seen.
+preoptimize`` does without and with ``--hypernet``. The hypernetwork has frozen bases, because targets require them.
+Each number of steps is a separate fit, whose learning rate decays until its end. Fits are judged by the denoising loss
+on the fitted photo, with the same noise for all fits, which none of them has seen.
 
-Predicted: a prediction saves most of a short fit and less and less of a long one, as the finetuning's steps do.
+Predicted: a prediction saves most of a short fit and less of longer ones, as in finetuning.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.portraits import SPLITS
 from testbed.protocol import shown_photos, shown_subjects
 
-COPIES = 32  # noisy copies of each photo that a fit is judged by
-JUDGED_SEED = 0x5EED  # of their noise; a fit's own is derived from its key
+COPIES = 32  # noisy copies of each photo, to judge a fit
+JUDGED_SEED = 0x5EED  # of the judging noise; the noise of a fit is derived from its key
 
 
 @torch.no_grad()
 def photo_losses(base: BaseModel, space: LiDBSpace, subjects: Sequence[Subject], thetas: Tensor) -> Tensor:
-    """The denoising loss of each subject's photo, ``(N,)``, under thetas ``(N, L, row)``."""
+    """The denoising loss on each subject's photo, ``(N,)``, with thetas ``(N, L, row)``."""
     losses = []
     for number, (subject, theta) in enumerate(zip(subjects, thetas, strict=True)):
         moments = subject.moments.expand(COPIES, -1, -1, -1)

@@ -1,11 +1,11 @@
-"""What do resizing, merging and converting LoRAs cost beside kohya's scripts? ``python benchmarks/lora_algebra.py``
+"""How do resizing, merging and converting LoRAs compare with kohya's scripts? ``python benchmarks/lora_algebra.py``
 
-Files of all attention projections of Stable Diffusion 1.5 and XL, half precision, singular values falling as those of
-trained LoRAs do, resized to half their rank. kohya's resize_lora.py and svd_merge_lora.py form each layer's update and
-take its full SVD in float32; that algorithm is written again here. It would take an hour for XL, so it is timed on one
-layer of each shape, times their number. Every measurement is a process of its own: seconds of processor, which a busy
-machine changes little, and peak memory above what it had after importing (Linux). Predicted: a hundred times as fast at
-low ranks, ten times at 128, and no less exact.
+Files with all attention projections of Stable Diffusion 1.5 and XL, half precision, with singular values that fall like
+those of trained LoRAs, resized to half their rank. kohya's resize_lora.py and svd_merge_lora.py form each layer's
+update and compute its full SVD in float32; that algorithm is reimplemented here. It would take an hour for XL, so it is
+timed on one layer of each shape and multiplied by their number. Each measurement is a separate process: CPU seconds,
+which a busy machine changes little, and peak memory above that after importing (Linux). Predicted: a hundred times as
+fast at low ranks, ten times at 128, and no less exact.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def make_file(path: Path, family: str, rank: int, seed: int) -> None:
 
 
 def kohya(paths: list[Path], out: Path, rank: int) -> float:
-    """Write one layer of each shape; return the seconds that all layers take."""
+    """Write one layer of each shape; return the estimated seconds for all layers."""
     start = time.process_time()
     files = [{name: tensor.float() for name, tensor in load_file(path).items()} for path in paths]
     seconds, result = time.process_time() - start, {}
@@ -116,7 +116,7 @@ def load_and_save(paths: list[Path], out: Path, rank: int) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """``run`` takes paths, output and new rank; it may return seconds in place of those that it takes."""
+    """``run`` takes paths, output and new rank; it may return seconds that replace the measured ones."""
 
     num_files: int
     run: Callable[[list[Path], Path, int], float | None]
@@ -134,8 +134,8 @@ METHODS = {
 
 
 def measure(method: Method, paths: list[Path], out: Path, rank: int) -> dict[str, float]:
-    """Return the seconds, and the MB above what this process had."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    """Return the seconds, and the MB above what this process used before."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = memory_mb("VmRSS"), time.process_time()
     seconds = method.run(paths, out, rank)
     seconds = time.process_time() - start if seconds is None else seconds
@@ -148,7 +148,7 @@ def memory_mb(entry: str) -> float:
 
 
 def missed(paths: list[Path], out: Path) -> float:
-    """Return what the result misses of the true update, over its norm: the worst of one layer of each shape."""
+    """Return the relative error of the result: the worst over one layer of each shape."""
     parts = weighted(paths)
     sample = {(len(layer.lora_B), layer.lora_A.shape[1]): name for name, layer in parts[0][0].layers.items()}.values()
     truth = merge([(some(lora, sample), weight) for lora, weight in parts], dtype=torch.float32)[0]

@@ -1,14 +1,14 @@
 """Does it fit onto the card? ``python benchmarks/memory_count.py --family sdxl`` or ``--family flux1 --quantize nf4``
 
-``--training 1 4`` counts a step of `hdb train` for Stable Diffusion 1.5, with that many people: its memory and its
-floating-point operations, by torch's own counter, to which a multiplication and an addition are two.
+``--training 1 4`` counts a step of `hdb train` for Stable Diffusion 1.5 with that many people: its memory and its
+floating-point operations, by torch's own counter, which counts a multiplication and an addition as two.
 
-Counts, without a GPU and without weights, what personalising a full-size base allocates: the models and every step run
-on tensors that have shapes and no numbers (torch's fake tensors), and the peak of what is alive at once is written
-down. bf16 base, float32 LoRA of rank 4. Attention counts as flash attention, which keeps no scores; what CUDA, cuDNN
-and the allocator take beside that is not in it.
+Counts, without a GPU and without weights, what personalising a full-size base allocates: models and steps run on
+torch's fake tensors, which have shapes but no values, and the peak of live memory is recorded. bf16 base, float32 LoRA
+of rank 4. Attention counts as flash attention, which stores no scores; overhead of CUDA, cuDNN and the allocator is not
+included.
 
-Quantised weights are counted as bitsandbytes stores them, and a step's largest layer once more as it is unpacked.
+Quantised weights are counted as bitsandbytes stores them, plus the unpacked copy of a step's largest layer.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
           "feed_forward_proj": "gated-gelu"}  # fmt: skip
 FLUX_VAE = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-# Bytes of a number: 4 bits and a float32 for every 64 numbers; 8 bits and, of a row of thousands, a float32.
+# Bytes per weight: 4 bits plus a float32 per 64 weights; 8 bits plus a float32 per row of thousands.
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120,
          "image_size": 224, "patch_size": 14}  # fmt: skip
@@ -68,7 +68,7 @@ UNETS = {
 
 
 class Peak(TorchDispatchMode):
-    """Inside, ``bytes`` grows to the most that was alive at once, beside ``models``."""
+    """A context in which ``bytes`` becomes the peak of live memory, without ``models``."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ def build_stable_diffusion(family: str) -> StableDiffusion:
         name=family, vae=build_vae(8 * unet.config.sample_size), scheduler=None, unet=unet, text_encoder=first,
         tokenizer=None, text_encoder_2=second,
     )  # fmt: skip
-    base.time_ids = torch.zeros(6, dtype=base.dtype)  # its own would ask real tensors
+    base.time_ids = torch.zeros(6, dtype=base.dtype)  # its own would need real tensors
     return base
 
 
 def count_reading() -> int:
-    """Bytes that T5 takes to read a prompt, itself included; FLUX.1's transformer is elsewhere then."""
+    """Bytes that encoding a prompt with T5 takes, itself included; FLUX.1's transformer is not loaded then."""
     t5 = build(lambda: T5EncoderModel(T5Config(**T5_XXL)))
     with Peak(t5) as peak, torch.no_grad():
         t5(torch.ones(1, T5_TOKENS[True], dtype=torch.long))
@@ -140,7 +140,7 @@ def count_reading() -> int:
 
 
 def count_encoding(base: BaseModel) -> int:
-    """Bytes that encoding a photo takes beside denoiser and text encoders, the float32 VAE included."""
+    """Bytes that encoding a photo takes on top of denoiser and text encoders, the float32 VAE included."""
     vae = build(lambda: AutoencoderKL.from_config(base.vae.config), torch.float32)
     with Peak(vae) as peak, torch.no_grad():
         vae.encode(torch.zeros(1, 3, base.size_px, base.size_px))
@@ -148,14 +148,14 @@ def count_encoding(base: BaseModel) -> int:
 
 
 def count_drawing(base: BaseModel) -> int:
-    """Bytes that decoding a picture takes beside denoiser and text encoders, the VAE included."""
+    """Bytes that decoding a picture takes on top of denoiser and text encoders, the VAE included."""
     with Peak(base.vae) as peak, torch.no_grad():
         base.vae.decode(torch.zeros(1, *base.latent_shape, dtype=base.dtype))
     return peak.bytes + model_bytes(base.vae)
 
 
 def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
-    """Bytes that a step of finetuning takes beside denoiser and text encoders, with a prompt for each noisy latent."""
+    """Bytes that a finetuning step takes on top of denoiser and text encoders, with a prompt for each noisy latent."""
     space = LiDBSpace(base.adapted, LiDBConfig())
     values = torch.zeros_like(space.init_lora(RANK, torch.Generator()))[None].requires_grad_()
     prompts = fake_prompts(base, latents)
@@ -172,7 +172,7 @@ def count_step(base: BaseModel, latents: int, checkpointing: bool) -> int:
 def hypernetwork_config(train_encoder: bool) -> HyperNetworkConfig:
     """Stable Diffusion 1.5's default hypernetwork: a ViT-H/14 at 224 px, a decoder of 2 layers and width 1024, k = 4.
 
-    Made of models without weights; the bases' record asks real tensors.
+    Built from models without weights; the record of the bases needs real tensors.
     """
     with torch.device("meta"):
         models = {"unet": UNet2DConditionModel(**SD15_UNET), "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L))}
@@ -181,9 +181,9 @@ def hypernetwork_config(train_encoder: bool) -> HyperNetworkConfig:
 
 
 def count_training(base: BaseModel, config: HyperNetworkConfig, people: int, checkpointing: bool) -> dict[str, float]:
-    """GB on the card and TFLOP of a step of `hdb train` with ``people`` in it, by the denoising loss."""
+    """GB on the GPU and TFLOP of a step of `hdb train` with ``people``, for the denoising loss."""
     space = LiDBSpace(base.adapted, LiDBConfig())
-    with no_init_weights():  # which asks numbers
+    with no_init_weights():  # which needs values
         network = HyperNetwork(config).train()
     if checkpointing:
         enable_checkpointing(network)
@@ -213,7 +213,7 @@ def count_training(base: BaseModel, config: HyperNetworkConfig, people: int, che
 
 
 def count_passes(base: BaseModel) -> dict[str, float]:
-    """TFLOP of one noisy latent's passes through the base, from which preservation and pre-optimisation are counted."""
+    """TFLOP of one noisy latent's passes through the base; preservation and pre-optimisation are multiples of it."""
     prompts, noisy = fake_prompts(base, 1), torch.zeros(1, *base.latent_shape)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         base.denoise(noisy, torch.zeros(1, dtype=torch.long), base.encode_prompts(prompts))
@@ -228,7 +228,7 @@ def fake_prompts(base: BaseModel, count: int) -> Prompts:
 
 
 def weighed(base: BaseModel) -> list[nn.Module]:
-    """What is on the card while fitting."""
+    """The models on the GPU while fitting."""
     return [base.denoiser, *(getattr(base, name) for name in ("text_encoder", "text_encoder_2")
                              if getattr(base, name) is not None)]  # fmt: skip
 

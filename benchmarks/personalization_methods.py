@@ -1,20 +1,20 @@
 """Which method makes one photo a person? ``python benchmarks/personalization_methods.py --out runs/methods.jsonl``
 
-Tables 1 to 3 of HyperDreamBooth (arXiv:2307.06949) on the miniature world: one shown photo of each of its test
-identities, our method beside DreamBooth, LoRA DreamBooth and Textual Inversion, whose settings were chosen on
-validation identities (``--table tuning``). `testbed.protocol` says what is measured; *features* is the paper's DINO
-column: how alike "a [V] face" is to the shown photo, by the measuring network's features before its embedding, on a
+Tables 1 to 3 of HyperDreamBooth (arXiv:2307.06949) on the miniature world: one photo of each of its test identities,
+our method compared with DreamBooth, LoRA DreamBooth and Textual Inversion, whose settings were chosen on validation
+identities (``--table tuning``). `testbed.protocol` describes the measures; *features* corresponds to the paper's DINO
+column: how similar "a [V] face" is to the input photo, by the measuring network's features before its embedding, on a
 scale where 0 is another person's photo and 1 another photo of the same person.
 
-``--table steps`` gives identity against the number of relaxed LoRA steps, with and without the prediction.
+``--table steps`` gives identity by number of finetuning steps, with and without the prediction.
 ``--details`` adds a table of likeness by attribute, on plain pictures and in prompts.
 
-``_2`` columns are by the second measuring network, which reads attributes alone; *spread* is how much 16 samples of "a
+``_2`` columns are by the second measuring network, which reads only attributes; *spread* is how much 16 samples of "a
 [V] face" vary in pose, zoom and background (1: as much as true photos), with the first seed only.
 
-One JSON line per row, seed and person; what is there is not done again, so that a killed run goes on. A table gives the
-mean, its standard error over people, and in brackets the standard deviation over seeds; the seconds are the processor's
-and for one person, of fits as many at once as the row's batch.
+Writes one JSON line per row, seed and person; existing lines are kept, so a killed run resumes. A table gives the mean,
+its standard error over people, and in brackets the standard deviation over seeds; seconds are CPU time per person, with
+the row's batch of people fitted at once.
 """
 
 import argparse
@@ -54,11 +54,11 @@ def relaxed(
     start: bool = True,
     **changes: Any,
 ) -> Iterator[list[LoraFactors] | None]:
-    """Our LoRA, beside the theta that a hypernetwork predicts or with none.
+    """Our LoRA, with or without the theta that a hypernetwork predicts.
 
     Args:
-        start: begin at the start beside the hypernetwork, or else beside the base, if there is one.
-        changes: of the recipe that goes with it.
+        start: use the learned start next to the hypernetwork, or else next to the base, if there is one.
+        changes: changed fields of the recipe.
     """
     recipe = replace(MINIATURE_RECIPE, steps=steps, seed=seed, **changes)
     space = world.space if recipe.adapt == "all" else world.denoiser_space
@@ -81,13 +81,13 @@ def relaxed(
 
 @contextmanager
 def untouched(world: World, people: Sequence[int], seed: int) -> Iterator[None]:
-    """The base as it is."""
+    """The unchanged base."""
     yield
 
 
 @contextmanager
 def lidb(world: World, people: Sequence[int], seed: int, steps: int, lr: float) -> Iterator[list[LoraFactors]]:
-    """LiDB's theta alone, fitted from theta_0 as our recipe fits it."""
+    """LiDB's theta alone, fitted from theta_0 with our recipe."""
     recipe = replace(MINIATURE_RECIPE, theta_steps=steps, theta_lr=lr, seed=seed)
     thetas, _ = fit_theta(world.base, world.space, world.subjects(people), recipe.theta_fit)
     yield [world.space.factors(theta) for theta in thetas]
@@ -132,8 +132,8 @@ class Row:
     """A method with its settings.
 
     Attributes:
-        people, seeds: how many, by default.
-        batch: how many people it fits at once.
+        people, seeds: their default numbers.
+        batch: people fitted at once.
         class_pictures: whether it needs the base's own pictures of the class.
     """
 
@@ -162,7 +162,7 @@ ROWS: dict[str, Row] = {
         f"{PLAIN} or start, {steps} steps": Row(partial(relaxed, steps=steps, start=False), **COMPARED_CLOSELY)
         for steps in (20, 80)
     },
-    # As the recipe was before 2026-11-29: the text encoder too, and noisier timesteps.
+    # The recipe before 2026-11-29 adapted the text encoder too and used noisier timesteps.
     f"{PLAIN} or start, 80 steps on all layers": Row(
         partial(relaxed, steps=80, start=False, adapt="all", max_timestep=700), **COMPARED_CLOSELY
     ),
@@ -186,7 +186,7 @@ TUNING: dict[str, Row] = {
        for rank, lrs in ((1, (1e-3, 2e-3, 8e-3, 3e-2)), (8, (5e-4, 1e-3, 3e-3, 8e-3))) for lr in lrs},
     **{f"LiDB alone, 400 x {lr:g}": Row(partial(lidb, steps=400, lr=lr), people=4) for lr in (1e-2, 2e-2)},
 }  # fmt: skip
-"""Settings tried on validation identities, on fewer people where a fit takes minutes."""
+"""Settings tried on validation identities, with fewer people for fits that take minutes."""
 
 
 def main() -> None:
@@ -248,7 +248,7 @@ def curve_rows(hypernetwork: Path | None) -> dict[str, Row]:
 
 
 def curve_table(results: Results, num_people: int | None) -> str:
-    """Identity by steps without and with the prediction, and the steps without it that reach what those with it do."""
+    """Identity by steps, without and with the prediction, and how many steps without it reach the same."""
     num_people = num_people or Row.people  # the same for all steps, also where the file has more
 
     def curve(start: str) -> list[float]:

@@ -1,17 +1,17 @@
-"""How fast is a person's finetuning, and how near to the floor? ``python benchmarks/personalization_speed.py``
+"""How fast is finetuning, and how close to the lower bound? ``python benchmarks/personalization_speed.py``
 
-A LoRA on all attention projections from one photo: ours (`fit_lora`); the same loop written plainly on PEFT's LoRA;
-diffusers' train_dreambooth_lora.py, where ``--diffusers-script`` says it lies, with the same modules, rank, precision
-and number of noisy copies in a step. Ours is there twice: with the base's own recipe, whose prompt preservation asks
-the base more, and without preservation, the same work as the others'. Beside them what the base itself costs at the
-same batch: forward and backward, to the latents and token embeddings, with no adapter.
+A LoRA on all attention projections from one photo: ours (`fit_lora`); a plain loop with PEFT's LoRA; and diffusers'
+train_dreambooth_lora.py at the path ``--diffusers-script``, with the same modules, rank, precision and number of noisy
+copies per step. Ours is measured twice: with the base's own recipe, whose prompt preservation needs more passes through
+the base, and without preservation, which does the same work as the others. For comparison, the cost of the base itself
+at the same batch size: forward and backward, to the latents and token embeddings, without an adapter.
 
-Every row is a process of its own. *s a step* is the best; *s in all* is loading, encoding the photo and the steps,
+Each row is a separate process. *s a step* is the fastest step; *s in all* is loading, encoding the photo and the steps,
 without imports; the floor is the FLOPs of the bare passes (attention as plain matrix products) at the rate that a large
-matrix product reaches here in the same dtype. ``--base sd15-random`` is Stable Diffusion 1.5's full size.
+matrix product reaches here in the same dtype. ``--base sd15-random`` is Stable Diffusion 1.5 at full size.
 
-Predicted on a processor: ours within 1.2 times of bare, as PEFT's loop; diffusers' slower by the VAE, which it asks in
-every step. On a GPU at batch 1 a loop without a CUDA graph waits for its launches.
+Predicted on a CPU: ours within 1.2 times the bare base, like PEFT's loop; diffusers' is slower because it runs the VAE
+in every step. On a GPU at batch size 1, a loop without a CUDA graph waits for kernel launches.
 """
 
 import runpy
@@ -65,11 +65,11 @@ Tick = Callable[..., None]
 
 @dataclass(frozen=True)
 class Job:
-    """What all rows do: one person on one base.
+    """What all rows share: one person on one base.
 
     Attributes:
-        name: of the base, as `costs.base_folder` takes it.
-        folder: where its weights are.
+        name: name of the base, for `costs.base_folder`.
+        folder: folder of its weights.
         script: diffusers' train_dreambooth_lora.py.
     """
 
@@ -122,7 +122,7 @@ def peft_loop(job: Job, tick: Tick) -> None:
 
 
 def diffusers_script(job: Job, tick: Tick, *options: str) -> None:
-    """The script as it is, in this process; every step of its optimiser is a tick.
+    """The unchanged script, in this process; each optimizer step is a tick.
 
     Raises:
         ValueError: there is no script, or it does not have the options.
@@ -138,7 +138,7 @@ def diffusers_script(job: Job, tick: Tick, *options: str) -> None:
         photos.mkdir()
         levels = len(AutoencoderKL.load_config(job.folder, subfolder="vae")["block_out_channels"])
         size_px = UNet2DConditionModel.load_config(job.folder, subfolder="unet")["sample_size"] * 2 ** (levels - 1)
-        for copy in range(recipe.timesteps_per_step):  # its batch is of different files
+        for copy in range(recipe.timesteps_per_step):  # its batch consists of different files
             _photo(size_px).save(photos / f"{copy}.png")
         arguments = {
             "pretrained_model_name_or_path": job.folder, "instance_data_dir": photos,
@@ -202,7 +202,7 @@ def measure_floor(job: Job) -> dict:
 
 
 def write_profile(job: Job, path: Path) -> dict:
-    """Write where the time of our steps goes, the costliest operators first."""
+    """Write how the time of our steps is spent, the costliest operators first."""
     steps = []
     short = replace(job, recipe=replace(job.recipe, steps=2 * PROFILED_STEPS))
 
@@ -225,10 +225,10 @@ def write_profile(job: Job, path: Path) -> dict:
 
 
 def compare(job: Job, runs: dict[str, tuple], rounds: int) -> list[dict]:
-    """A row for each of ``runs``, the best of the rounds; the first is the bare base.
+    """A row for each of ``runs``, the fastest of the rounds; the first is the bare base.
 
     Args:
-        runs: by name, a function above and its options.
+        runs: name -> one of the functions above and its options.
     """
     floor = alone(measure_floor, job)
     found = [[alone(measure_row, job, *run) for run in runs.values()] for _ in range(rounds)]

@@ -1,6 +1,7 @@
-"""How much memory does a picture take while it is read? ``python benchmarks/photo_memory.py --sides 6000 12600``
+"""How much memory does reading a picture take? ``python benchmarks/photo_memory.py --sides 6000 12600``
 
-For each format and mode a flat picture, which is a small file of many pixels, is read in a process of its own; Linux.
+For each format and mode, a picture of one colour, a small file with many pixels, is read in a separate process. Linux
+only.
 """
 
 import argparse

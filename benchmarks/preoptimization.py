@@ -1,12 +1,12 @@
 """What do pre-optimisation and training cost? ``python benchmarks/preoptimization.py``
 
-Identities an hour of the LiDB fits of a base's own recipe, N of them in one batch beside one at a time, and peak memory
-against N; beside them what the base itself takes for as many samples, with no adapter, of which no engine can take
-less. Then steps a second of a hypernetwork's training. Photos are noise, which costs the same. On a processor the peak
-is the whole process's, which only grows: so the fits go first, from few people to many.
+LiDB fits per hour with a base's own recipe, N in one batch compared with one at a time, and peak memory by N; for
+comparison, the cost of the base itself for as many samples, without an adapter, which is a lower bound. Then steps per
+second of training a hypernetwork. Photos are noise, which costs the same. On a CPU the peak is that of the whole
+process, which only grows, so the fits come first, from few people to many.
 
-Predicted: on one thread of a processor the miniature gains five times at most (fewer, larger matrix products); on a GPU
-it gains until its arithmetic is full, beyond the largest N here.
+Predicted: on one CPU thread the miniature gains at most a factor of five (fewer, larger matrix products); on a GPU the
+gain continues until its arithmetic units are saturated, beyond the largest N here.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ TRAININGS = {"denoising": LEARN_PEOPLE, "denoising and preservation": KEEP_PROMP
 
 
 def fit_rows(base: BaseModel, space: LiDBSpace, fit: FitConfig, sizes: list[int], steps: int) -> list[dict]:
-    """What N people at once cost, by N; the first N is one."""
+    """Cost of fitting N people at once, by N; the first N is one."""
     side = base.unet.config.sample_size
     people = [Subject(str(i), torch.randn(1, 8, side, side), "a sks face", "a face") for i in range(max(sizes))]
     rows = []
@@ -60,7 +60,7 @@ def fit_rows(base: BaseModel, space: LiDBSpace, fit: FitConfig, sizes: list[int]
 
 
 def train_rows(base: BaseModel, hypernet: str | Path, batches: list[int], steps: int) -> list[dict]:
-    """What steps of training the hypernetwork cost, by what the loss is made of and people a step."""
+    """Cost of training steps of the hypernetwork, by the parts of the loss and the people per step."""
     rows = []
     with TemporaryDirectory() as folder:
         people = _people_of_noise(Path(folder) / "people", max(batches), base.size_px)

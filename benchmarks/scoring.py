@@ -1,6 +1,6 @@
-"""What the benchmarks on the miniature's people share: people, their scores, kept line by line, and tables.
+"""Shared by the benchmarks on the miniature's people: people, their scores, stored line by line, and tables.
 
-A method fits people, each on the one shown photo, and is judged by pictures of a split's prompts (`testbed.protocol`).
+A method fits each person on one photo and is judged by pictures of a split's prompts (`testbed.protocol`).
 """
 
 import time
@@ -35,23 +35,23 @@ from testbed.protocol import (
 )
 
 CLASS_PICTURES = 200
-CLASS_SEED, SAMPLES_SEED = 1000, 1001  # not seeds that people are drawn with
+CLASS_SEED, SAMPLES_SEED = 1000, 1001  # different from the seeds that people are drawn with
 TWICE = ("identity", "identity_prompted", "found", "both")
-"""What the second measuring network, which reads attributes alone, says too, as ``identity_2`` and so on."""
+"""Columns that the second measuring network, which reads only attributes, has too, as ``identity_2`` and so on."""
 COLUMNS = (
     "identity", "identity_prompted", "found", "both", *(f"{name}_2" for name in TWICE), "seen", "unseen", "spread",
     "features", "background", "seconds",
 )  # fmt: skip
 DETAILS = LIKENESSES[1:]
-"""Likeness by attribute on plain pictures; with ``_prompted`` on the others."""
+"""Likeness by attribute in plain pictures; with ``_prompted`` in the others."""
 
 
 class World:
     """The miniature, and the people of one split of it.
 
     Attributes:
-        split: ``validation`` to choose settings on, ``test`` to report.
-        space, denoiser_space: of all layers, and of those of the denoiser.
+        split: ``validation`` for choosing settings, ``test`` for reports.
+        space, denoiser_space: of all layers, and of the denoiser's layers.
     """
 
     clock = staticmethod(time.process_time)
@@ -78,7 +78,7 @@ class World:
 
     @cached_property
     def class_moments(self) -> Tensor:
-        """VAE moments ``(CLASS_PICTURES, 8, h, w)`` of the base's own pictures of the class, for prior preservation."""
+        """VAE moments ``(CLASS_PICTURES, 8, h, w)`` of class pictures drawn by the base, for prior preservation."""
         pictures = draw_prompts(
             self.base, None, None, CLASS_PICTURES, seed=CLASS_SEED, guidance=MINIATURE_RECIPE.guidance,
             prompts=[MINIATURE_RECIPE.class_prompt],
@@ -86,7 +86,7 @@ class World:
         return self.base.encode_photos(pictures[:, 0])
 
     def draw(self, factors: Sequence[LoraFactors] | None, people: Sequence[int], seed: int, first: int) -> Tensor:
-        """Draw the judge's prompts for each person, and with the first seed samples of the plain one.
+        """Draw the judge's prompts for each person and, with the first seed, samples of the plain prompt.
 
         Returns:
             Pixels ``(n, prompts, 3, 32, 32)`` in [-1, 1], or ``(n, prompts + SAMPLES, 3, 32, 32)``.
@@ -101,7 +101,7 @@ class World:
         return torch.cat([pictures, draw(prompts=[PROMPTS["plain"][0]] * SAMPLES, seed=SAMPLES_SEED)], dim=1)
 
     def score(self, pictures: Tensor, people: Sequence[int]) -> list[dict]:
-        """Score what `draw` drew, in all `COLUMNS` but the seconds, and by prompt; *spread* where there are samples."""
+        """Score the pictures of `draw` in all `COLUMNS` but seconds, and by prompt; *spread* if there are samples."""
         pictures, samples = pictures.tensor_split([len(self.judge.prompts)], dim=1)
         scores = self.judge.score(pictures, people)
         second = self.second.score(pictures, people).by_person()
@@ -122,10 +122,10 @@ class World:
         ]
 
     def feature_similarity(self, pictures: Tensor, people: Sequence[int]) -> Tensor:
-        """How alike pictures by the plain prompt ``(n, 3, 32, 32)`` are to the shown photos, ``(n,)``.
+        """How similar pictures of the plain prompt ``(n, 3, 32, 32)`` are to the input photos, ``(n,)``.
 
-        By the cosine of the measuring network's features before its heads, which see pose, light and background too, as
-        DINO's do; 0 another person's plain photo, 1 another plain photo of the same person. A copy has more than 1.
+        By the cosine of the measuring network's features before its heads, which depend on pose, light and background
+        too, like DINO's; 0 is another person's plain photo, 1 another plain photo of the same person. A copy exceeds 1.
         """
         similarity = (self._features(pictures) * self._features(shown_photos(people))).sum(dim=1)
         return (similarity - self._stranger) / (self._same - self._stranger)
@@ -148,7 +148,7 @@ class Results(harness.Results):
 
 
 def equal_steps(reached: float, plain: Sequence[float], all_steps: Sequence[int]) -> str:
-    """How many steps reach as much, by what ``all_steps``, in order, reach: ``plain``, of which more is better."""
+    """How many steps reach the same value, interpolating the running maximum of ``plain`` over ``all_steps``."""
     best_so_far = np.maximum.accumulate(plain)
     if reached > best_so_far[-1]:
         return f"more than {all_steps[-1]}"

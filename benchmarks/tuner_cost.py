@@ -1,13 +1,13 @@
 """What does an adapter cost over the bare model? ``python benchmarks/tuner_cost.py``
 
-LiDB beside PEFT's LoRA of rank 1, VeRA and TinyLoRA on the 128 attention projections of Stable Diffusion 1.5's UNet
-(random weights, float32), in one run. Predicted for LiDB: under 5 % of a forward and 10 % of a training step, most of
-it the low-rank products that LoRA has too.
+LiDB compared with PEFT's LoRA of rank 1, VeRA and TinyLoRA on the 128 attention projections of Stable Diffusion 1.5's
+UNet (random weights, float32), in one run. Predicted for LiDB: under 5 % of a forward pass and 10 % of a training step,
+most of it the low-rank products that LoRA has too.
 
-An adapter adds a few milliseconds to each of 128 layers, which disappear in the noise of seconds. So the layers are
-timed one by one: for every distinct shape the bare and the adapted layer in turn, the best of many; the sum of the
-differences over all layers, and AdamW, is what is set against the best forward and the best forward and backward (to
-the latents) of the whole bare UNet. On a processor the seconds are of processor time.
+An adapter adds a few milliseconds to each of 128 layers, which are lost in the noise of seconds. So layers are timed
+one by one: for each distinct shape the bare and the adapted layer alternately, the fastest of many runs. The sum of the
+differences over all layers, plus AdamW, is compared with the fastest forward, and forward and backward (to the
+latents), of the whole bare UNet. On a CPU, seconds are CPU time.
 """
 
 import argparse
@@ -39,12 +39,12 @@ MEGABYTE = 2**20
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model, whose weights stay the same tensors."""
+    """Copy the modules of a model; the copies share its weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def added_bytes(model: nn.Module, base: nn.Module) -> int:
-    """Count what the adapter keeps in memory besides the base: weights, buffers and bases, each storage once."""
+    """Count the adapter's memory: weights, buffers and bases, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, LiDBLayer):
@@ -105,7 +105,7 @@ def train(run: Callable[..., Tensor], *inputs: Tensor) -> None:
 
 
 def best(actions: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the least seconds of each action, all done in turn."""
+    """Return the fastest seconds of each action; the actions alternate."""
     seconds = dict.fromkeys(actions, float("inf"))
     for _ in range(repeats):
         for name, action in actions.items():

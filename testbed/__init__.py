@@ -51,7 +51,7 @@ def miniature_lidb_config():
 
 
 def bundle() -> Bundle:
-    """What goes with ``base="testbed"``."""
+    """The recipe, hypernetwork and other settings for ``base="testbed"``."""
     return Bundle(
         miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS, MINIATURE_BASELINES, _faces
     )

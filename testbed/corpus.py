@@ -42,7 +42,7 @@ def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     tokenizer.train_from_iterator((sentence.lower() for sentence in sentences), trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
-    # CLIP's layout: bytes, bytes that end a word, merges, then the two special tokens.
+    # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens.
     pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges)]
     pieces = list(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The whole way from a portrait to a LoRA on the bundled miniature, with a picture and a score of every stage."""
+"""The whole pipeline from a portrait to a LoRA on the bundled miniature, with a picture and a score of each stage."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,12 +43,12 @@ def run_demo(
     overwrite: bool = False,
     progress: StageProgress | None = None,
 ) -> tuple[DemoFiles, Personalization]:
-    """Personalise the miniature on one photo of an identity that nothing was trained on, and show every stage.
+    """Personalise the miniature on one photo of an identity on which nothing was trained, and show each stage.
 
     Args:
         person: which identity of the test split.
-        seed: starting noise of fits and pictures.
-        overwrite: what an earlier demo has left in ``out`` may be replaced.
+        seed: random seed of fits and pictures.
+        overwrite: replace the files of an earlier demo in ``out``.
 
     Raises:
         ValueError, OSError: as `check_output` for each of the files.

@@ -1,4 +1,4 @@
-"""Draws portraits: shapes from back to front with a posed pen, supersampled, then light and style."""
+"""Draws portraits: shapes from back to front, transformed by the pose, supersampled, then light and style."""
 
 import cv2
 import numpy as np
@@ -253,7 +253,7 @@ def _apply_light(canvas: np.ndarray, scene: Scene) -> np.ndarray:
 
 def _apply_style(picture: np.ndarray, scene: Scene, size_px: int, rng: np.random.Generator) -> np.ndarray:
     """Turn the supersampled drawing in [0, 1] into the finished uint8 picture."""
-    if scene.style == "cartoon":  # flat, strong colours; before it is made small, so that edges stay smooth
+    if scene.style == "cartoon":  # flat, strong colours; before downscaling, so that edges stay smooth
         flat = np.round(picture * 5) / 5
         mean = flat.mean(axis=2, keepdims=True)
         picture = np.clip(mean + (flat - mean) * 1.35, 0, 1)

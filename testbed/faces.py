@@ -10,12 +10,12 @@ from hypernet.evaluation.faces import SeenFace
 from testbed import MINIATURE_SIZE_PX
 from testbed.measuring import load_measuring_network, measuring_path, to_pixels
 
-# Where portraits show the face: they are all drawn alike.
+# Where the face is: the same place in all portraits.
 _BOX = (0.28, 0.25, 0.72, 0.85)
 
 
 class DrawnFaces:
-    """Finds a face in every picture, in the middle, and reads an embedding of 64 numbers of it."""
+    """Assumes a face in the middle of every picture, and computes its embedding of 64 numbers."""
 
     source = "testbed"
     same = None

@@ -1,8 +1,9 @@
-"""What the miniature's hypernetwork learns of people in prompts: the drawn world has a true picture for every prompt.
+"""Trains the miniature's hypernetwork on people in prompts: the drawn world has a true picture for every prompt.
 
-In each step, of each of eight people one photo is shown. Denoised are another plain photo, and a picture by a prompt of
-words that may be seen (`testbed.prompts`), drawn anew each time; and half of the people keep what a prompt of a large
-bank changes (`hypernet.fitting.preservation`). The text encoder is not adapted, so that prompts are encoded once.
+In each step, the hypernetwork sees one photo of each of eight people. The loss is on denoising another plain photo and
+a new picture of a prompt whose words may be seen (`testbed.prompts`); for half of the people, the change made by one of
+many prompts is preserved (`hypernet.fitting.preservation`). The text encoder is not adapted, so prompts are encoded
+once.
 """
 
 import math
@@ -29,17 +30,17 @@ from testbed.prompts import prompt_text, scene_to_learn, template_bank
 from testbed.trainer import step_generator
 
 PEOPLE = 8
-COPIES = 2  # noisy ones of each picture
+COPIES = 2  # noisy copies of each picture
 PRESERVED = PEOPLE // 2
 MOST_PLAIN = 700  # plain photos are denoised below this timestep: eyes and jaws do not show in more noise
-BACKGROUND = (0.0, 0.5)  # what it counts in plain photos, and in pictures by a prompt
+BACKGROUND = (0.0, 0.5)  # its weight in plain photos, and in pictures of a prompt
 INNER = (0.56, 0.45, 0.1, 2.5)  # eyes to mouth: half width, half height and centre in halves of the picture; weight
-LIKENESS = 0.01  # what the loss on drawn pictures counts
+LIKENESS = 0.01  # weight of the loss on drawn pictures
 STAGE = 77  # of the noise
 
 
 def loss_weights(side: int, background: float) -> Tensor:
-    """How much each latent counts, ``(side, side)`` of mean 1: the head 1, the inner face more."""
+    """Weight of each latent in the loss, ``(side, side)`` with mean 1: the inner face weighs more than the head."""
     line = torch.linspace(-1, 1, 2 * side + 1)[1::2]
     y, x = torch.meshgrid(line, line, indexing="ij")
     width, height, centre, weight = INNER
@@ -50,7 +51,7 @@ def loss_weights(side: int, background: float) -> Tensor:
 
 
 def without_text_encoder(network: HyperNetwork, space: LiDBSpace) -> HyperNetwork:
-    """The same hypernetwork, of the layers of ``space`` only."""
+    """The same hypernetwork, for the layers of ``space`` only."""
     config = network.config
     names = [name for name, *_ in config.layers]
     rows = torch.tensor([names.index(name) for name in space.layer_names])
@@ -65,12 +66,12 @@ def without_text_encoder(network: HyperNetwork, space: LiDBSpace) -> HyperNetwor
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is drawn for one step: of ``n`` people a photo that is shown, another plain one, and one by a prompt.
+    """The pictures of one step, of ``n`` people: the input photo, another plain photo, and a picture of a prompt.
 
     Attributes:
-        shown: pixels ``(n, 3, 32, 32)`` in [-1, 1].
-        plain, prompted: uint8 ``(32, 32, 3)`` each.
-        prompts: of the scenes, with the trigger.
+        shown: the input photos, pixels ``(n, 3, 32, 32)`` in [-1, 1].
+        plain, prompted: the others, uint8 ``(32, 32, 3)`` each.
+        prompts: prompts of ``prompted``, with the trigger.
     """
 
     step: int
@@ -85,11 +86,11 @@ class Lesson:
 
 
 Parts = Callable[[slice], Sequence[Stacks]]
-"""Called with rows of a lesson's people: what the base is adapted by to be these."""
+"""Called with rows of a lesson's people; returns the adapters of these people."""
 
 
 class Lessons:
-    """The loss of each step, by its number."""
+    """Step number -> loss."""
 
     def __init__(
         self,
@@ -101,12 +102,12 @@ class Lessons:
         likeness_from: int = 0,
         one_copy_from: float = math.inf,
     ) -> None:
-        """Give lessons to ``network``, or with None to whatever `loss` is called with.
+        """Train ``network``, or with None whatever `loss` is called with.
 
         Args:
-            seed: of the people, their pictures and the noise.
-            likeness: the loss on pictures that predictions draw, from step ``likeness_from`` on.
-            one_copy_from: from this step on there is one noisy copy of each picture instead of `COPIES`, which saves a
+            seed: random seed of the people, their pictures and the noise.
+            likeness: the loss on pictures that predictions draw, used from step ``likeness_from`` on.
+            one_copy_from: from this step on, there is one noisy copy of each picture instead of `COPIES`, which saves a
                 fifth of the time.
         """
         self.base, self.space, self.network, self.seed = base, space, network, seed
@@ -117,7 +118,7 @@ class Lessons:
         self.encoded = cache(self._encode)
 
     def __call__(self, step: int) -> Tensor:
-        """The loss: denoising plain photos and pictures by prompts, what prompts are to go on changing, likeness."""
+        """The loss: denoising plain photos and pictures of prompts, prompt preservation, likeness."""
         assert self.network is not None
         lesson = self.draw(step)
         theta = self.network(lesson.shown)
@@ -137,7 +138,7 @@ class Lessons:
         return Lesson(step, people, to_pixels(shown), plain, scenes, prompted, prompts, rng, generator)
 
     def loss(self, lesson: Lesson, parts: Parts) -> Tensor:
-        """What a lesson's people, adapted by ``parts``, are to do better."""
+        """The loss of a lesson's people, with the adapters ``parts``."""
         # Person by person, kind by kind, copy by copy.
         generator, copies = lesson.generator, 1 if lesson.step >= self.one_copy_from else COPIES
         latents = self._latents([*lesson.plain, *lesson.prompted], generator).unflatten(0, (2, PEOPLE)).transpose(0, 1)
@@ -160,7 +161,7 @@ class Lessons:
         return loss + LIKENESS * self._likeness(lesson, parts)
 
     def _change(self, lesson: Lesson, parts: Parts, noisy: Tensor, timesteps: Tensor, found: Tensor) -> Tensor:
-        """Prompt preservation of half of the people, in turn, at one noisy copy of their plain photo."""
+        """Prompt preservation for half of the people, alternating, on one noisy copy of their plain photo."""
         rows = slice(lesson.step % 2 * PRESERVED, (lesson.step % 2 + 1) * PRESERVED)
         copy = int(torch.randint(noisy.shape[1], (), generator=lesson.generator))
         chosen = [self.templates[i] for i in lesson.rng.integers(len(self.templates), size=PRESERVED)]
@@ -175,7 +176,7 @@ class Lessons:
         return (styled - (found.detach() + after - before)).square().mean()
 
     def _likeness(self, lesson: Lesson, parts: Parts) -> Tensor:
-        """Of half of the people, in turn, by the plain picture, of the others by one of their prompt."""
+        """The likeness loss: half of the people, alternating, with the plain prompt, the others with their own."""
         by_prompt = [(row + lesson.step) % 2 == 1 for row in range(PEOPLE)]
         scenes = [scene if yes else Scene() for yes, scene in zip(by_prompt, lesson.scenes, strict=True)]
         trigger = MINIATURE_RECIPE.trigger

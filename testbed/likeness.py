@@ -1,10 +1,10 @@
-"""A loss on pictures that the hypernetwork's predictions draw: who is in them, and what was asked for.
+"""A loss on pictures that the hypernetwork's predictions draw: who is in them, and whether they follow the prompt.
 
-The denoising loss hardly pays for the distance of the eyes or the shape of a jaw. So pictures are drawn from noise,
-under guidance, as users draw, to a random step; there the finished picture is predicted, decoded, and read by a network
-that knows attributes by name (as ReFL, arXiv:2304.05977, and PuLID, arXiv:2404.16022, do; the gradient is of the last
-step alone). That network is neither of the measuring networks: it learned from the training split's people, in words
-that may be seen, and half of its pictures were half denoised.
+The denoising loss hardly rewards eye spacing or the shape of a jaw. So pictures are sampled from noise, with guidance,
+as users do, up to a random step; there the finished picture is predicted, decoded, and read by a network that
+recognises attributes by name (like ReFL, arXiv:2304.05977, and PuLID, arXiv:2404.16022; only the last step is
+differentiated). That network is neither of the measuring networks: it was trained on the training split's people, with
+words that may be seen, and half of its pictures were half denoised.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ HALF_DENOISED = (20, 400)  # timesteps of its pictures
 STEPS = 8  # of sampling
 FIRST_STOP = 3
 GUIDANCE = MINIATURE_RECIPE.guidance
-CONTINUOUS_WEIGHT = 30.0  # about what the network's errors on true pictures say
-SAME_FACE = 4.0  # what the cosine of embeddings counts beside attributes
+CONTINUOUS_WEIGHT = 30.0  # about the network's errors on true pictures
+SAME_FACE = 4.0  # weight of the cosine of embeddings, relative to attributes
 STAGE = 80
 
 
 def predicted_latents(base: BaseModel, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """The finished latents and the noise in ``noisy``, by a velocity (Salimans & Ho 2022, appendix D)."""
+    """The finished latents and the noise in ``noisy``, from a velocity (Salimans & Ho 2022, appendix D)."""
     alpha = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
     return signal * noisy - noise * velocity, noise * noisy + signal * velocity
@@ -47,7 +47,7 @@ def decode(base: BaseModel, latents: Tensor) -> Tensor:
 
 
 def train_recogniser(run: Run, base: BaseModel, count: int, num_steps: int) -> MeasuringNetwork:
-    """The network that reads pictures in training, on ``count`` people of the training split."""
+    """Train the network that reads pictures in training, on ``count`` people of the training split."""
     batches = iter(range(count))
 
     def scenes_of(seed: int) -> list[Scene]:
@@ -80,7 +80,7 @@ class Likeness:
     def __init__(self, base: BaseModel, space: LiDBSpace, recogniser: MeasuringNetwork) -> None:
         self.base, self.space, self.recogniser = base, space, recogniser
         last = base.scheduler.config.num_train_timesteps
-        self.timesteps = [round(last - last * i / STEPS) - 1 for i in range(STEPS)]  # "trailing", as users' sampling
+        self.timesteps = [round(last - last * i / STEPS) - 1 for i in range(STEPS)]  # "trailing", like users' sampling
         self.nothing = base.encode_prompts(base.prepare_prompts([""])).prompt_embeds.detach()
 
     def __call__(
@@ -92,12 +92,12 @@ class Likeness:
         photos: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The loss of a picture of each of ``n`` people.
+        """The loss on a picture of each of ``n`` people.
 
         Args:
-            parts: what the base is adapted by to be these people.
-            asked: embeddings of the prompts, ``(n, tokens, width)``, each of the scene beside it.
-            photos: true ones, ``(n, 3, 32, 32)``, other than those that were seen.
+            parts: the adapters of these people.
+            asked: embeddings of the prompts, ``(n, tokens, width)``, one for each scene.
+            photos: true photos, ``(n, 3, 32, 32)``, other than the input photos.
         """
         stop = int(torch.randint(FIRST_STOP, STEPS, (), generator=generator))
         latents = torch.randn((len(asked), *self.base.latent_shape), generator=generator)
@@ -112,9 +112,9 @@ class Likeness:
         return self._read(self.recogniser(pictures), people, scenes, photos)
 
     def _guided(self, latents: Tensor, asked: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The finished latents and the noise, under guidance."""
+        """The finished latents and the noise, with guidance."""
         timesteps = torch.full((len(latents),), self.timesteps[step])
-        # Person by person, for each of whom the space applies weights to as many samples.
+        # Grouped by person: the space applies each person's weights to the same number of samples.
         told = torch.stack([self.nothing.expand_as(asked), asked], dim=1).flatten(0, 1)
         doubled = latents.repeat_interleave(2, dim=0)
         velocity = self.base.denoise(doubled, timesteps.repeat_interleave(2), PromptEmbeds(told))

@@ -1,9 +1,9 @@
 """The measuring networks: who is in a picture of the miniature world, and in which style, place and attire.
 
-The first reads an identity embedding, in which two pictures of one person are alike and two people's are not (trained
-by contrast, as face recognition is), and each attribute by name. The second is of another kind: a residual network that
-reads attributes alone, of which eyes and jaw count as much as skin and hair. Both were trained on portraits that the
-base never saw, each on its own.
+The first predicts an identity embedding, which is similar for two pictures of one person and different for two people
+(trained contrastively, like face recognition), and each attribute by name. The second differs in kind: a residual
+network that predicts only attributes, of which eyes and jaw count as much as skin and hair. Both were trained on
+portraits that the base never saw, each on different ones.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ CHOICE_SHARES = {
     "hair_colour": (1 / 9,) * 9, "hair_style": (1 / 8,) * 8, "eye_colour": (1 / 3,) * 3,
     "beard": (0.55, 0.15, 0.1, 0.2), "glasses": (0.6, 0.2, 0.2), "freckles": (0.75, 0.25),
 }  # fmt: skip
-"""Of an identity's choices: how common each value is."""
+"""Choices of an identity -> how common each value is."""
 POSE = {
     "roll": (0.0, 0.08),
     "yaw": (0.0, 0.35),
@@ -53,14 +53,13 @@ EMBEDDING_DIM = 64
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the network says about ``n`` pictures.
+    """The network's output for ``n`` pictures.
 
     Attributes:
-        embedding: who, ``(n, dim)``, of unit length; the inner product of two is their identity similarity.
+        embedding: identity, ``(n, dim)``, of unit length; the inner product of two is their identity similarity.
         continuous: attributes of `CONTINUOUS`, each ``(n,)``, 0 to 1.
         logits: choices of `CHOICES`, each ``(n, choices)``.
-        pose: how the picture is taken, `POSE`, each ``(n,)`` of variance 1 over random scenes; empty where the network
-            does not read it.
+        pose: `POSE`, each ``(n,)`` with variance 1 over random scenes; empty if the network does not predict it.
     """
 
     embedding: Tensor
@@ -69,15 +68,15 @@ class Measurement:
     pose: dict[str, Tensor] = field(default_factory=dict)
 
     def choice(self, name: str) -> list:
-        """The likeliest value of an attribute, style, place or attire for each picture."""
+        """The most likely value of an attribute, style, place or attire for each picture."""
         return [CHOICES[name][i] for i in self.logits[name].argmax(dim=1).tolist()]
 
 
 class MeasuringNetwork(nn.Module):
-    """Reads who and what is in 32 x 32 pictures off the features of a trunk."""
+    """Predicts who and what is in 32 x 32 pictures from the features of a trunk."""
 
     def __init__(self, trunk: nn.Module | None = None, width: int = 320):
-        """Put fresh heads on ``trunk``, which makes ``(n, width)`` of pictures; default a small convolutional one."""
+        """Put new heads on ``trunk``, which maps pictures to ``(n, width)``; by default a small convolutional one."""
         super().__init__()
         self.trunk = _convolutional_trunk(width) if trunk is None else trunk
         self.embedding = nn.Linear(width, EMBEDDING_DIM)
@@ -95,7 +94,7 @@ class MeasuringNetwork(nn.Module):
 
 
 class AttributeNetwork(nn.Module):
-    """Reads attributes and pose off 32 x 32 pictures by a residual network; who it is are the attributes together."""
+    """Predicts attributes and pose from 32 x 32 pictures; identity is all attributes together."""
 
     def __init__(self, width: int = 160):
         super().__init__()
@@ -114,7 +113,7 @@ class AttributeNetwork(nn.Module):
 
 
 def _attributes_together(continuous: dict[str, Tensor], logits: dict[str, Tensor]) -> Tensor:
-    """Every attribute of an `Identity` as numbers around 0 that vary alike over people: ``(n, 37)``, of unit length."""
+    """All attributes of an `Identity` as numbers around 0 of equal variance over people: ``(n, 37)``, unit length."""
     parts = [(value - 0.5)[:, None] * 12**0.5 for value in continuous.values()]  # uniform in [0, 1]
     for name, shares in CHOICE_SHARES.items():
         share = torch.tensor(shares)
@@ -199,14 +198,14 @@ def save_measuring_network(network: nn.Module, path: Path) -> None:
 
 
 def labels(who: Identity, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """The right answers for a portrait: `CONTINUOUS` as float32, and the index of each of `CHOICES`."""
+    """The labels of a portrait: `CONTINUOUS` as float32, and the index of each of `CHOICES`."""
     choices = {name: getattr(who if hasattr(who, name) else scene, name) for name in CHOICES}
     continuous = np.array([getattr(who, name) for name in CONTINUOUS], np.float32)
     return continuous, np.array([values.index(choices[name]) for name, values in CHOICES.items()])
 
 
 def pose(scene: Scene) -> np.ndarray:
-    """The right `POSE` of a scene, float32."""
+    """The true `POSE` of a scene, float32."""
     found = {
         "roll": scene.roll,
         "yaw": scene.yaw,

@@ -1,4 +1,4 @@
-"""Trains networks that tell people apart: the measuring network, on people whom the base never saw, and encoders."""
+"""Trains networks that tell people apart: the measuring network, on people that the base never saw, and encoders."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,19 +29,19 @@ from testbed.portraits import SPLITS, Scene, identity, random_scene
 from testbed.trainer import Run, Trainer, fixed_initialisation, step_generator
 
 BATCH = 64  # identities, two portraits of each
-SHOTS = 4  # portraits of each identity; of the measuring network's the last two as the autoencoder gives them back
+SHOTS = 4  # portraits of each identity; for the measuring network, the last two are passed through the autoencoder
 CONTRAST_TEMPERATURE = 0.1
 LR = 1.5e-3
 
 
 class Labelled(NamedTuple):
-    """Portraits of ``n`` identities, ``SHOTS`` of each, with what is in them.
+    """Portraits of ``n`` identities, ``SHOTS`` of each, with labels.
 
     Attributes:
         images: ``(n, shots, 32, 32, 3)`` uint8.
         continuous: labels of `CONTINUOUS`, ``(n, CONTINUOUS)`` float32.
         choices: indices of `CHOICES`, ``(n, shots, CHOICES)`` int64.
-        pose: of `POSE`, ``(n, shots, POSE)`` float32.
+        pose: labels of `POSE`, ``(n, shots, POSE)`` float32.
     """
 
     images: np.ndarray
@@ -57,7 +57,7 @@ def draw_labelled(
     scenes_of: Callable[[int], Sequence[Scene]],
     finish: Callable[[np.ndarray], np.ndarray] = lambda images: images,
 ) -> Labelled:
-    """Draw each identity of ``seeds`` in its ``SHOTS`` scenes, once: kept in ``folder`` by ``name``.
+    """Draw each identity of ``seeds`` in its ``SHOTS`` scenes; cached in ``folder`` under ``name``.
 
     Args:
         finish: changes the images of up to 100 people, ``(people, shots, 32, 32, 3)``.
@@ -85,10 +85,10 @@ def draw_labelled(
 
 
 def attribute_loss(found: Measurement, continuous: Tensor, choices: Tensor, weight: float = 10.0) -> Tensor:
-    """How far off attributes are: ``weight`` times the squared errors, and the cross entropies, summed over attributes.
+    """The loss on attributes: ``weight`` times the squared errors, plus the cross entropies, summed over attributes.
 
     Args:
-        continuous, choices: the right ones of ``n`` pictures, as in `Labelled`.
+        continuous, choices: labels of ``n`` pictures, as in `Labelled`.
     """
     loss = torch.zeros(())
     for index, name in enumerate(CONTINUOUS):
@@ -101,13 +101,13 @@ def attribute_loss(found: Measurement, continuous: Tensor, choices: Tensor, weig
 def train_to_tell_people(
     name: str, run: Run, network: nn.Module, people: Labelled, num_steps: int, noise: float = 0.05
 ) -> None:
-    """Attributes by regression and classification; an embedding by contrast between two portraits of each identity.
+    """Attributes by regression and classification; an embedding by contrasting two portraits of each identity.
 
-    The contrast is the symmetric cross entropy of Radford et al. 2021 (CLIP) over the identities of a batch.
+    The contrastive loss is the symmetric cross entropy of Radford et al. 2021 (CLIP) over the identities of a batch.
 
     Args:
         network: `MeasuringNetwork`, or `AttributeNetwork`, which has no embedding to learn.
-        noise: up to this standard deviation is added to pixels.
+        noise: largest standard deviation of noise added to pixels.
     """
     contrasts = isinstance(network, MeasuringNetwork)
 
@@ -135,7 +135,7 @@ def train_to_tell_people(
 
 
 def train_measuring(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -> MeasuringNetwork:
-    """The measuring network, on ``count`` people of its own split; half of the portraits went through ``vae``."""
+    """Train the measuring network on ``count`` people of its split; half of the portraits pass through ``vae``."""
     people = _draw_measuring(run, "measuring", SPLITS["measuring"][:count], vae)
     with fixed_initialisation():
         network = MeasuringNetwork()
@@ -144,7 +144,7 @@ def train_measuring(run: Run, vae: AutoencoderKL, count: int, num_steps: int) ->
 
 
 def train_attributes(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -> AttributeNetwork:
-    """The second measuring network, on ``count`` people of the same split whom the first one never saw."""
+    """Train the second measuring network on ``count`` people of the same split that the first one never saw."""
     people = _draw_measuring(run, "attribute-training", SPLITS["measuring"][-count:], vae)
     with fixed_initialisation():
         network = AttributeNetwork()
@@ -153,7 +153,7 @@ def train_attributes(run: Run, vae: AutoencoderKL, count: int, num_steps: int) -
 
 
 def _draw_measuring(run: Run, name: str, seeds: Sequence[int], vae: AutoencoderKL) -> Labelled:
-    """People in all styles, places and attires, half of the portraits as ``vae`` gives them back."""
+    """People in all styles, places and attires, half of the portraits pass through ``vae``."""
 
     def scenes_of(seed: int) -> list[Scene]:
         rng = np.random.default_rng((seed, 0x3E))

@@ -1,8 +1,8 @@
 """Procedural portraits with captions: the world that the bundled miniature was trained on.
 
 A portrait is an `Identity` (who: what stays the same from photo to photo) in a `Scene` (how this photo shows them:
-pose, light, expression, background, attire, style). Both come from a `numpy.random.Generator`, so a seed is a portrait;
-`testbed.drawing` draws it. Identities are split by seed: nothing is ever trained or tuned on the test range.
+pose, light, expression, background, attire, style). Both come from a `numpy.random.Generator`, so a seed gives a
+portrait; `testbed.drawing` draws it. Identities are split by seed: nothing is ever trained or tuned on the test range.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ SPLITS = {
     "train": range(0, 1_000_000), "validation": range(1_000_000, 1_010_000), "test": range(2_000_000, 2_010_000),
     "measuring": range(3_000_000, 4_000_000),
 }  # fmt: skip
-"""Seeds of identities: what the base is trained on, what choices are made on, what results are reported on, and what
-the measuring network is trained on."""
+"""Seeds of identities: for training the base, for choices, for reports, and for training the measuring network."""
 RARE_TOKENS = ("sks", "ohwx", "zwx", "bnha")
 
 HAIR_COLOURS = {
@@ -105,7 +104,7 @@ def identity(seed: int) -> Identity:
 
 
 def random_scene(rng: np.random.Generator, plain: bool = False) -> Scene:
-    """A random way to photograph someone; ``plain`` keeps to ordinary photographs without extras."""
+    """A random way to photograph someone; ``plain`` gives ordinary photographs without extras."""
     style, place, attire = "photo", "plain", "shirt"
     if not plain:
         style = str(rng.choice(STYLES, p=(0.4, 0.12, 0.12, 0.12, 0.12, 0.12)))
@@ -130,9 +129,9 @@ def random_scene(rng: np.random.Generator, plain: bool = False) -> Scene:
 
 
 def caption(who: Identity | None, scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in words; attributes are named now and then, a rare token at times stands before "face".
+    """A caption; attributes are mentioned now and then, and sometimes a rare token stands before "face".
 
-    The rare tokens go with random identities: like "sks" in Stable Diffusion, they mean nobody yet.
+    Rare tokens are paired with random identities: like "sks" in Stable Diffusion, they mean nobody yet.
     """
     noun = "a face"
     if rng.random() < 0.3:

@@ -1,7 +1,7 @@
-"""The prompts that people are asked for: which a fit or a training may know, and which nothing ever sees but a measure.
+"""Prompts: those that fits and training may see, and those that only measurements use.
 
-A user's prompt is one that nobody preserved or trained. So words are held out: none of `UNSEEN_WORDS` is in a training
-prompt or in the prompts that fits preserve, and those that choices are made on are not those that are reported.
+A user's prompt was neither preserved nor trained. So words are held out: none of `UNSEEN_WORDS` occurs in a training
+prompt or in the prompts that fits preserve, and those used for choices differ from those used for reports.
 """
 
 from dataclasses import replace
@@ -22,23 +22,23 @@ STYLES_SEEN = ("photo", "pencil", "watercolour", "cartoon")
 PLACES_SEEN = ("plain", "night", "beach", "forest", "city")
 ATTIRES_SEEN = ("shirt", "hat")
 UNSEEN_WORDS = {"validation": ("pixel", "crown"), "test": ("neon", "snow", "headphones")}
-"""Held out of everything that is learned; the scarf, too, which the base itself never learned to draw."""
+"""Held out of all training; so is the scarf, which the base itself never learned to draw."""
 
 NOUN = "a [V] face"
 
 
 def prompt_text(scene: Scene, noun: str = NOUN, says_photo: bool = False) -> str:
-    """What asks for a scene's style, place and attire.
+    """The prompt for a scene's style, place and attire.
 
     Args:
-        says_photo: "a photo of" is said too.
+        says_photo: include "a photo of".
     """
     style = "{}" if scene.style == "photo" and not says_photo else STYLE_WORDS[scene.style]
     return style.format(noun) + ATTIRE_WORDS[scene.attire] + SCENE_WORDS[scene.place]
 
 
 def _prompts(*scenes: Scene) -> dict[str, tuple[str, dict[str, str]]]:
-    """Name -> prompt, and what it asks for."""
+    """Name -> prompt, and its scene."""
     found = {}
     for scene in scenes:
         ordinary = Scene()
@@ -53,7 +53,7 @@ SEEN = _prompts(
     *(Scene(style=style) for style in STYLES_SEEN[1:]), *(Scene(place=place) for place in PLACES_SEEN[1:]),
     Scene(attire="hat"),
 )  # fmt: skip
-"""Which fits preserve, as they are or in other words, and trainings draw."""
+"""Those that fits preserve, literally or in other words, and training draws."""
 UNSEEN = {
     "validation": _prompts(
         Scene(style="pixel"), Scene(attire="crown"),
@@ -72,16 +72,16 @@ UNSEEN = {
     ),
 }  # fmt: skip
 PROMPTS = PLAIN | SEEN | UNSEEN["validation"] | UNSEEN["test"]
-"""Name -> prompt, and what of the scene it asks for."""
+"""Name -> prompt, and the part of the scene that it specifies."""
 
 
 def split_prompts(split: str) -> tuple[str, ...]:
-    """The names of a split's prompts: the plain one first, those that may be known, those that nothing knows."""
+    """The names of a split's prompts: the plain one, then the seen ones, then the unseen ones."""
     return (*PLAIN, *SEEN, *UNSEEN[split])
 
 
 def scene_to_learn(rng: np.random.Generator) -> Scene:
-    """A random scene that a prompt of words that may be seen asks for, never the plain one."""
+    """A random scene, never the plain one, whose prompt has only words that may be seen."""
     while True:
         scene = replace(
             random_scene(rng, plain=True),
@@ -94,7 +94,7 @@ def scene_to_learn(rng: np.random.Generator) -> Scene:
 
 
 def template_bank(count: int = 400) -> tuple[str, ...]:
-    """Prompts of words that may be seen, ``{}`` for the subject: styles, places, attire, hair, beards and glasses."""
+    """Prompts with words that may be seen, ``{}`` for the subject: styles, places, attire, hair, beards and glasses."""
     rng = np.random.default_rng(0xBA)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -106,7 +106,7 @@ def template_bank(count: int = 400) -> tuple[str, ...]:
 
 
 def _looks(rng: np.random.Generator) -> str:
-    """How the subject looks, in the words of captions, or nothing."""
+    """A description of the subject in the words of captions, or ""."""
     if rng.random() > 0.6:
         return ""
     style, parts = str(rng.choice(HAIR_STYLES)), []

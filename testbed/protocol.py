@@ -1,6 +1,6 @@
-"""How well pictures show a person and follow their prompt: the measurement that all experiments on the miniature share.
+"""How well pictures show a person and follow their prompt: the measures shared by all experiments on the miniature.
 
-A person is judged by photos that were never shown: a memorised background, pose or shirt earns nothing.
+A person is judged by photos that no fit has seen: a memorised background, pose or shirt earns nothing.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ SAMPLES, SAMPLED_PHOTOS = 16, 100  # of one person, and the number of the first 
 CONTINUOUS_SEEN = ("skin", "face_width", "face_height", "jaw", "eye_spacing", "eye_size", "mouth_width", "hair_volume")
 CHOICES_SEEN = ("hair_colour", "hair_style", "eye_colour", "beard", "glasses", "freckles")
 LIKENESSES = ("identity", *CONTINUOUS_SEEN, *CHOICES_SEEN)
-"""By what people are compared: the embedding, and the attributes that the measuring network can read."""
-TYPICAL_COLOUR_DISTANCE = 0.70  # of the backgrounds of two random plain photos, colours in [-1, 1]
+"""How people are compared: by the embedding, and by the attributes that the measuring network can read."""
+TYPICAL_COLOUR_DISTANCE = 0.70  # between the backgrounds of two random plain photos, colours in [-1, 1]
 
 
 def photo_scene(person: int, number: int) -> Scene:
-    """How plain photo ``number`` shows the identity with seed ``person``."""
+    """The scene of plain photo ``number`` of the identity with seed ``person``."""
     return random_scene(np.random.default_rng((person, number, 0xF0)), plain=True)
 
 
@@ -43,19 +43,19 @@ def photo(person: int, number: int) -> np.ndarray:
 
 
 def shown_photos(people: Sequence[int]) -> Tensor:
-    """The photo of each person that fits are shown, ``(n, 3, 32, 32)`` in [-1, 1]."""
+    """The input photo of each person, ``(n, 3, 32, 32)`` in [-1, 1]."""
     return to_pixels([photo(person, SHOWN) for person in people])
 
 
 def shown_subjects(base: BaseModel, people: Sequence[int]) -> list[Subject]:
-    """Each person as a subject on the shown photo, with the prompts of `MINIATURE_RECIPE`."""
+    """Each person as a subject with the input photo and the prompts of `MINIATURE_RECIPE`."""
     moments = base.encode_photos(shown_photos(people))
     trigger, class_prompt = MINIATURE_RECIPE.trigger, MINIATURE_RECIPE.class_prompt
     return [Subject(str(person), m[None], trigger, class_prompt) for person, m in zip(people, moments, strict=True)]
 
 
 def true_picture(person: int, prompt: str) -> np.ndarray:
-    """What a prompt of `PROMPTS` asks for, drawn by the portraits' own program: ``(32, 32, 3)`` uint8."""
+    """The true picture for a prompt of `PROMPTS`, drawn like the portraits: ``(32, 32, 3)`` uint8."""
     rng = np.random.default_rng((person, list(PROMPTS).index(prompt), 0xAF))
     return draw(identity(person), replace(random_scene(rng, plain=True), **PROMPTS[prompt][1]))
 
@@ -65,14 +65,14 @@ class Scores:
     """Scores of ``n`` people.
 
     Attributes:
-        likeness: of `LIKENESSES`, then by prompt, ``(n,)``; 0 like a stranger's picture, 1 like a true picture of the
-            person by that prompt.
-        weights: of the same, by prompt: how much further from a stranger a true picture is; in neon nobody has eyes.
-        right: prompt -> ``(n,)``; 1 where all of the style, place and attire asked for is there, otherwise 0.
-        found: ``(n,)``; 1 where the first prompt's picture is more like the person than like any of `GALLERY` - 1
+        likeness: name in `LIKENESSES` -> prompt -> ``(n,)``; 0 like a stranger's picture, 1 like a true picture of the
+            person for that prompt.
+        weights: for the same, by prompt: by how much a true picture beats a stranger's; in neon nobody has eyes.
+        right: prompt -> ``(n,)``; 1 if its style, place and attire are all right, otherwise 0.
+        found: ``(n,)``; 1 if the first prompt's picture is more similar to the person than to any of `GALLERY` - 1
             others, otherwise 0.
-        background: ``(n,)``, of the first prompt; 1 the shown photo's own background colour, 0 as near to it as that of
-            another photo.
+        background: ``(n,)``, for the first prompt; 1 is the input photo's own background colour, 0 is as close to it as
+            another photo's.
     """
 
     likeness: dict[str, dict[str, Tensor]]
@@ -88,9 +88,9 @@ class Scores:
     def by_person(self) -> dict[str, Tensor]:
         """Each person's scores, ``(n,)`` each.
 
-        ``identity`` by the plain prompt and ``identity_prompted`` by the others; ``seen`` and ``unseen``, the shares of
-        prompts obeyed that may and that cannot have been learned; ``both``, identity times obeyed, picture by picture,
-        of all but the plain one; ``found`` and ``background``.
+        ``identity`` for the plain prompt and ``identity_prompted`` for the others; ``seen`` and ``unseen``, the
+        fractions followed of prompts that could and could not have been learned; ``both``, identity times prompt
+        fidelity, picture by picture, for all but the plain one; ``found`` and ``background``.
         """
         prompted = [name for name in self.identities if name != "plain"]
         both = [self.identities[name].clamp(0, 1) * self.right[name] for name in prompted]
@@ -105,7 +105,7 @@ class Scores:
         }
 
     def attributes(self, prompted: bool = False) -> dict[str, Tensor]:
-        """Likeness by attribute, ``(n,)`` each: of the plain picture, or of the others by what each can show."""
+        """Likeness by attribute, ``(n,)`` each: in the plain picture, or in the others, weighted by `weights`."""
         chosen = [name for name in self.identities if (name != "plain") == prompted]
         found = {}
         for attribute, by_prompt in self.likeness.items():
@@ -116,7 +116,7 @@ class Scores:
         return found
 
     def means(self) -> dict[str, float]:
-        """What `by_person` gives, averaged over people."""
+        """The scores of `by_person`, averaged over people."""
         return {name: float(values.mean()) for name, values in self.by_person().items()}
 
     def _mean(self, values: list[Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ class Scores:
 
 
 class Judge:
-    """Scores pictures of people by a measuring network, calibrated on true pictures of one split."""
+    """Scores pictures of people with a measuring network, calibrated on true pictures of one split."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Judge:
         return self.network(images if isinstance(images, Tensor) else to_pixels(images))
 
     def references(self, people: Sequence[int]) -> "Measured":
-        """What is read off photos of each person that are never shown to a fit, on average."""
+        """The network's output for photos of each person that no fit has seen, on average."""
         shots = [measured(self.measure([photo(person, number) for person in people])) for number in NEVER_SHOWN]
         means = Measured(*(torch.stack(parts).mean(dim=0) for parts in zip(*shots, strict=True)))
         return means._replace(embedding=torch.nn.functional.normalize(means.embedding, dim=1))
@@ -181,7 +181,7 @@ class Judge:
 
 
 class Measured(NamedTuple):
-    """What of ``n`` people is compared.
+    """The features by which ``n`` people are compared.
 
     Attributes:
         embedding: ``(n, 64)``.
@@ -195,7 +195,7 @@ class Measured(NamedTuple):
 
 
 def measured(found: Measurement) -> Measured:
-    """What of a measurement is compared with that of another picture."""
+    """The features of a measurement, to compare with those of another picture."""
     return Measured(
         found.embedding,
         torch.stack([found.continuous[name] for name in CONTINUOUS_SEEN], dim=1),
@@ -204,9 +204,9 @@ def measured(found: Measurement) -> Measured:
 
 
 def similarities(found: Measured, references: Measured) -> dict[str, Tensor]:
-    """How alike ``n`` pictures and ``m`` people are, ``(n, m)`` for each of `LIKENESSES`.
+    """Similarity of ``n`` pictures and ``m`` people, ``(n, m)`` for each of `LIKENESSES`.
 
-    The cosine of embeddings; minus the distance of continuous attributes; the chance that both show the same choice.
+    The cosine of embeddings; minus the distance of continuous attributes; the probability of the same choice.
     """
     result = {"identity": found.embedding @ references.embedding.T}
     pairs = zip(found.continuous.unbind(1), references.continuous.unbind(1), strict=True)
@@ -220,16 +220,16 @@ def similarities(found: Measured, references: Measured) -> dict[str, Tensor]:
 
 
 def own_and_others(similarity: Tensor) -> tuple[float, float]:
-    """Mean of similarities ``(n, n)`` on the diagonal, of each person with themselves, and of those beside it."""
+    """Means of similarities ``(n, n)``: on the diagonal, each person with themselves, and off it."""
     count, own = len(similarity), similarity.diagonal().sum()
     return float(own / count), float((similarity.sum() - own) / (count * (count - 1)))
 
 
 def spread(samples: Tensor, people: Sequence[int], network: AttributeNetwork) -> dict[str, Tensor]:
-    """How much pictures of one person vary, ``(n,)`` each: 1 as much as true photos of them, 0 not at all.
+    """How much pictures of one person vary, ``(n,)`` each: 1 is as much as true photos of them, 0 not at all.
 
     Args:
-        samples: pictures of each person by one plain prompt, ``(n, samples, 3, 32, 32)`` in [-1, 1].
+        samples: pictures of each person for one plain prompt, ``(n, samples, 3, 32, 32)`` in [-1, 1].
 
     Returns:
         ``pose`` (turned, tilted, moved), ``zoom`` and ``background`` (its colour).
@@ -255,7 +255,7 @@ def _corners(pixels: Tensor) -> Tensor:
 
 
 def _background_copied(pictures: Tensor, shown: Tensor) -> Tensor:
-    """1 where the upper corners have the shown photo's colour, 0 where they are as far off as another photo's."""
+    """1 if the upper corners have the input photo's colour, 0 if they are as different as another photo's."""
     distance = (_corners(pictures) - _corners(shown)).norm(dim=1)
     return 1 - distance / TYPICAL_COLOUR_DISTANCE
 
@@ -277,7 +277,7 @@ def draw_prompts(
 
     Args:
         factors: each person's weights; None draws with the base.
-        first: how many people come before these: each has noise of their own, however many are drawn at once.
+        first: people before these; makes each person's noise independent of how many are drawn at once.
     """
     texts = [prompt.replace("[V]", token) for prompt in prompts] * num_people
     start = seed * 1_000_003 + first * len(prompts)

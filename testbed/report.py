@@ -1,6 +1,6 @@
-"""What the miniature world can do, in numbers and a picture: ``python -m testbed.report --out runs/report``.
+"""The quality of the miniature world, in numbers and a picture: ``python -m testbed.report --out runs/report``.
 
-Everything is measured on the test split, which nothing was trained or tuned on.
+Everything is measured on the test split, on which nothing was trained or tuned.
 """
 
 import json
@@ -48,12 +48,12 @@ from testbed.protocol import (
 from testbed.train import psnr_db
 
 TEST = SPLITS["test"]
-SEEN = 0.5  # the share of what guessing leaves open that has to be explained for an attribute to be seen
+SEEN = 0.5  # an attribute counts as seen if this fraction of the error of guessing is explained
 
 
 @torch.no_grad()
 def autoencoder_psnr_db(base: BaseModel, count: int = 500) -> dict[str, float]:
-    """Reconstruction of test portraits, peak signal to noise: the mean over pictures, and of all pixels together."""
+    """PSNR of reconstructed test portraits: the mean over pictures, and over all pixels together."""
     pixels = to_pixels([portrait(index, "test")[0] for index in range(count)])
     output = torch.cat([base.vae.decode(base.vae.encode(part).latent_dist.mean).sample for part in pixels.split(100)])
     output = output.clamp(-1, 1)
@@ -63,8 +63,8 @@ def autoencoder_psnr_db(base: BaseModel, count: int = 500) -> dict[str, float]:
 
 @torch.no_grad()
 def attribute_accuracy(network: MeasuringNetwork | AttributeNetwork, plain: bool, count: int = 1000) -> dict:
-    """Per attribute on test portraits: R^2 of continuous ones, share right of the others; by "unseen", the names of
-    those of which it explains less than half of what guessing the mean or the commonest value leaves open.
+    """Per attribute on test portraits: R^2 of continuous ones, fraction right of the others; under "unseen", the names
+    of those where less than half of the error of guessing the mean or the most common value is explained.
 
     Args:
         plain: ordinary photographs only, instead of all styles, places and attires.
@@ -94,13 +94,13 @@ def attribute_accuracy(network: MeasuringNetwork | AttributeNetwork, plain: bool
 
 @torch.no_grad()
 def retrieval(judge: Judge, count: int = 500) -> float:
-    """Share of test identities whose photo is nearest to another photo of themselves among ``count``."""
+    """Fraction of test identities whose photo is closest to another photo of themselves among ``count``."""
     first, second = (judge.measure([photo(person, k) for person in TEST[:count]]).embedding for k in (0, 1))
     return float(((first @ second.T).argmax(dim=1) == torch.arange(count)).float().mean())
 
 
 def prompts_obeyed(scores: Scores) -> dict[str, float]:
-    """Share of pictures that show what their prompt asked for: by the words that may be learned or not, by prompt."""
+    """Fraction of pictures that follow their prompt: for seen words, for unseen words, and by prompt."""
     means = scores.means()
     by_prompt = {name: float(values.mean()) for name, values in scores.right.items()}
     return {"seen": means["seen"], "unseen": means["unseen"], **by_prompt}
@@ -112,7 +112,7 @@ def identity_spread(embedding: Tensor) -> float:
 
 
 def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tensor]:
-    """Prompts obeyed and diversity of the base's own samples beside real portraits, and its samples."""
+    """Prompt fidelity and diversity of the base's own samples, compared with real portraits, and its samples."""
     prompts = [PROMPTS[name][0].replace("a [V] face", "a face") for name in judge.prompts]
     samples = draw_prompts(base, None, None, count, prompts=prompts)
     more = draw_prompts(base, None, None, 10 * count, seed=1, prompts=["a face"])[:, 0]
@@ -128,7 +128,7 @@ def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tenso
 
 
 def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple[dict, Tensor]:
-    """Scores of `MINIATURE_RECIPE` on one photo each of ``count`` test identities, and pictures of the last seed."""
+    """Scores of `MINIATURE_RECIPE` on one photo of each of ``count`` test identities, and pictures of the last seed."""
     space = LiDBSpace(base.adapted, miniature_lidb_config())
     people = TEST[:count]
     subjects = shown_subjects(base, people)

@@ -1,10 +1,10 @@
-"""Learns where finetunings of the miniature start, by what becomes of people after some steps from there.
+"""Learns where finetunings of the miniature start, from the results after some steps.
 
-First-order MAML (Finn et al. 2017, arXiv:1703.03400): people are finetuned on their one photo for some steps, as a
-user's are; then the loss is that of `testbed.lessons`, on other photos of them, on their pictures by prompts, on what
-prompts change and on who is in the pictures that they draw; and the start moves against its gradient at where the
-finetuning ended. Reptile (`hypernet.training.start`), from which it goes on, knows only the finetuning's own loss, and
-so what is lost of prompts on the way is no loss to it.
+First-order MAML (Finn et al. 2017, arXiv:1703.03400): people are finetuned on one photo for some steps, as a user
+would; then the loss is that of `testbed.lessons`, on other photos of them, on pictures of prompts, on prompt
+preservation and on the likeness of drawn pictures; and the start moves against its gradient at the end of the
+finetuning. It continues from the result of Reptile (`hypernet.training.start`), which knows only the finetuning's own
+loss and therefore ignores prompts that are lost on the way.
 """
 
 from dataclasses import replace
@@ -28,19 +28,19 @@ class Start(nn.Module):
 
 
 class StartLessons:
-    """The loss of each step, by its number."""
+    """Step number -> loss."""
 
     def __init__(self, lessons: Lessons, start: Start, network: HyperNetwork | None, most_steps: int) -> None:
-        """Give lessons to ``start``.
+        """Train ``start``.
 
         Args:
-            network: finetunings are beside its predictions; None without any.
-            most_steps: finetunings have 1 to so many steps.
+            network: finetune on top of its predictions; None uses no predictions.
+            most_steps: finetunings have from 1 to this many steps.
         """
         self.lessons, self.start, self.network, self.most_steps = lessons, start, network, most_steps
 
     def __call__(self, step: int) -> Tensor:
-        """The loss of eight people who were finetuned; its gradient is of the start, to first order."""
+        """The loss of eight finetuned people, with its first-order gradient with respect to the start."""
         lesson, base, space = self.lessons.draw(step), self.lessons.base, self.lessons.space
         recipe = MINIATURE_RECIPE
         moments = base.encode_photos(lesson.shown)

@@ -1,9 +1,9 @@
-"""Make the miniature Stable Diffusion from nothing: ``python -m testbed.train --out runs/miniature``.
+"""Make the miniature Stable Diffusion from scratch: ``python -m testbed.train --out runs/miniature``.
 
-Stages: draw the corpus, train the autoencoder, cache latents, train the decoder on, train the measuring networks on
-portraits of their own, train the tokenizer, train UNet and text encoder together, pack. Every stage resumes where it
-was stopped; the learning rate follows the step, not the clock, and the randomness of a step is keyed by its number, so
-that a resumed run equals an unbroken one.
+Stages: draw the corpus, train the autoencoder, cache latents, continue training the decoder, train the measuring
+networks on portraits of their own, train the tokenizer, train UNet and text encoder together, pack. Each stage resumes
+where it was stopped; the learning rate and the randomness of a step depend only on its number, so a resumed run equals
+an uninterrupted one.
 """
 
 import json
@@ -30,13 +30,13 @@ SIZE_PX = 32
 BATCH = 32
 AUTOENCODER_BATCH = 16
 DECODER_NOISE = 0.03  # of the latents' standard deviation
-UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
+UNCONDITIONAL = 0.1  # fraction of empty captions, for classifier-free guidance
 
 
 def build_autoencoder() -> AutoencoderKL:
     """Factor 4, four channels: 32 x 32 pixels are 8 x 8 x 4 latents.
 
-    Eight norm groups, not 32: with one channel a group, normalising removes every channel's mean, and flat colours
+    Eight norm groups, not 32: with one channel per group, normalisation removes each channel's mean, and flat colours
     with it.
     """
     return AutoencoderKL(
@@ -51,7 +51,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_denoiser(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """SD1.5's UNet and text encoder by name and block structure, narrow; 32 norm groups, as other readers fix them."""
+    """Narrow versions of SD1.5's UNet and text encoder; 32 norm groups, which other programs hard-code."""
     unet = UNet2DConditionModel(
         sample_size=SIZE_PX // 4,
         block_out_channels=(64, 64, 96, 64),
@@ -89,7 +89,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def draw_corpus(run: Run, count: int) -> tuple[np.ndarray, list[str]]:
-    """``count`` portraits ``(count, 32, 32, 3)`` uint8 with captions, drawn once and kept in the working folder."""
+    """``count`` portraits ``(count, 32, 32, 3)`` uint8 with captions, drawn once and cached in the working folder."""
     images_file, captions_file = run.out / "images.npy", run.out / "captions.json"
     if not captions_file.exists():
         images, captions = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8), []
@@ -141,7 +141,7 @@ def cache_latents(run: Run, vae: AutoencoderKL, images: np.ndarray) -> Tensor:
 
 
 def train_decoder(run: Run, vae: AutoencoderKL, latents: Tensor, images: np.ndarray, num_steps: int) -> None:
-    """Train the decoder on, with the latents as they are: the denoiser may be trained on them meanwhile."""
+    """Continue training the decoder on unchanged latents, on which the denoiser can be trained at the same time."""
     decoder = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
 
     def loss_of_step(step: int) -> Tensor:
@@ -149,7 +149,7 @@ def train_decoder(run: Run, vae: AutoencoderKL, latents: Tensor, images: np.ndar
         rows = torch.randint(0, len(images), (AUTOENCODER_BATCH,), generator=generator)
         pixels = to_pixels(images[rows.numpy()])
         noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = latents[rows] + DECODER_NOISE * noise  # what a denoiser leaves, and more than the posterior's own
+        noisy = latents[rows] + DECODER_NOISE * noise  # like a denoiser's errors, and larger than the posterior's own
         output = vae.decode(noisy / vae.config.scaling_factor).sample
         return 0.25 * F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
 
@@ -183,10 +183,10 @@ def train_denoiser(run: Run, latents: Tensor, tokens: Tensor, empty: Tensor, mod
 
 
 def pack(folder: Path, vae, tokenizer, model: Denoiser, dtype: torch.dtype = torch.float16) -> None:
-    """Save the pipeline in diffusers' layout, with what transformers 4 needs besides.
+    """Save the pipeline in diffusers' layout, readable by transformers 4 too.
 
-    That is the tokenizer's two classic files, and the classic names of the text encoder's weights: transformers 4 would
-    not find those without ``text_model.`` and draw them at random.
+    It needs the tokenizer's two older files and the older names of the text encoder's weights: it would not find those
+    without ``text_model.`` and would initialise them at random.
     """
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline  # warns when it is imported
@@ -221,7 +221,7 @@ def main(
     out: Path, portraits: int, vae_steps: int, decoder_steps: int, measured_people: int, measuring_steps: int,
     attribute_people: int, attribute_steps: int, steps: int, fraction: float, threads: int,
 ) -> None:  # fmt: skip
-    """Make the miniature's weights from nothing, or go on where a run was stopped."""
+    """Make the miniature's weights from scratch, or resume a run that was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, fraction)

@@ -1,10 +1,10 @@
-"""Make the miniature's hypernetwork from nothing: ``python -m testbed.train_hypernetwork --out runs/hypernetwork``.
+"""Make the miniature's hypernetwork from scratch: ``python -m testbed.train_hypernetwork --out runs/hypernetwork``.
 
-Stages: draw people, a few plain photos of each; train a vision transformer to tell them apart, as face recognition is
-trained; train the hypernetwork around it as `hdb train` does; leave the text encoder out and train on in prompts
-(`testbed.lessons`); train a network that recognises people, and go on with the likeness of drawn pictures in the loss
-(`testbed.likeness`); pack; learn where finetunings start, beside its predictions and without them (as `hdb learn-start`
-does, then `testbed.starting`). Every stage resumes where it was stopped.
+Stages: draw people, a few plain photos of each; train a vision transformer to tell them apart, like a face recognition
+network; train the hypernetwork around it as `hdb train` does; drop the text encoder and continue on prompts
+(`testbed.lessons`); train a network that recognises people, and continue with the likeness of drawn pictures in the
+loss (`testbed.likeness`); pack; learn where finetunings start, with and without its predictions (as `hdb learn-start`
+does, then `testbed.starting`). Each stage resumes where it was stopped.
 """
 
 import math
@@ -60,7 +60,7 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
 RECOGNISER_PEOPLE, RECOGNISER_STEPS = 9_000, 2_200
-WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 1_900, 615, 846  # steps; the first are as in prompts
+WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 1_900, 615, 846  # steps; the first are the same as on prompts
 START_LR, START_EMA, START_WARMUP = 1.5e-3, 0.9, 5  # of `testbed.starting`, after the rounds
 START_LESSONS = {"start-predicted": 30, "start-alone": 30}
 MOST_STEPS = {"start-predicted": 10, "start-alone": 20}  # of their finetunings
@@ -69,7 +69,7 @@ START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
 
 
 class PhotoFeatures(nn.Module):
-    """The mean of a vision transformer's tokens, ``(n, width)`` of pictures ``(n, 3, 32, 32)`` in [-1, 1]."""
+    """The mean of a vision transformer's tokens, ``(n, width)``, for pictures ``(n, 3, 32, 32)`` in [-1, 1]."""
 
     def __init__(self, encoder: ViTModel):
         super().__init__()
@@ -80,7 +80,7 @@ class PhotoFeatures(nn.Module):
 
 
 def build_encoder() -> ViTModel:
-    """A vision transformer of 16 patches and 1.3 million numbers."""
+    """A vision transformer with 16 patches and 1.3 million parameters."""
     config = ViTConfig(
         image_size=MINIATURE_SIZE_PX, patch_size=8, hidden_size=ENCODER_WIDTH, intermediate_size=4 * ENCODER_WIDTH,
         num_hidden_layers=4, num_attention_heads=4,
@@ -90,7 +90,7 @@ def build_encoder() -> ViTModel:
 
 
 def draw_people(folder: Path, count: int) -> Labelled:
-    """The training split's first people on plain photos; kept in ``folder``."""
+    """Plain photos of the training split's first people; cached in ``folder``."""
     return draw_labelled(
         folder, "people", SPLITS["train"][:count], lambda seed: [photo_scene(seed, shot) for shot in range(SHOTS)]
     )
@@ -127,10 +127,10 @@ def write_people(folder: Path, split: str, images: np.ndarray) -> People:
 
 
 def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: float, progress: StageProgress) -> Path:
-    """Train on the people in ``images``, or go on.
+    """Train on the people in ``images``, or resume.
 
-    First the photo that was seen is denoised, from which there is most to learn; then another one of the same person,
-    with which only the person is of use; then also prompts are to keep their effect.
+    First the input photo is denoised, which teaches most; then another photo of the same person, where only the
+    person's likeness helps; then with prompt preservation too.
 
     Args:
         images: as for `write_people`, of the training split.
@@ -160,7 +160,7 @@ def train_hypernetwork(out: Path, encoder: Path, images: np.ndarray, fraction: f
 
 
 def train_in_prompts(run: Run, before: Path) -> Path:
-    """Go on with the hypernetwork in ``before``, on the denoiser alone; returns its folder, in float16."""
+    """Continue training the hypernetwork in ``before``, on the denoiser alone; returns its folder, in float16."""
     folder = run.out / "in-prompts"
     if not (folder / "model.safetensors").exists():
         base, space = load_denoiser()
@@ -174,7 +174,7 @@ def train_in_prompts(run: Run, before: Path) -> Path:
 
 
 def train_with_likeness(run: Run, before: Path) -> Path:
-    """Go on with the hypernetwork in ``before``, with a loss on what it draws; returns its folder, in float16."""
+    """Continue training the hypernetwork in ``before``, with a loss on drawings; returns its folder, in float16."""
     folder = run.out / "hypernetwork"
     if not (folder / "model.safetensors").exists():
         base, space = load_denoiser()
@@ -195,7 +195,7 @@ def lessons_with_likeness(
     likeness_from: int = 0,
     one_copy_from: float = math.inf,
 ) -> Lessons:
-    """Lessons of other people than those in prompts had, with the recogniser of the run."""
+    """Lessons with other people than the previous stage, and the run's recognition network."""
     recogniser = train_recogniser(run, base, math.ceil(RECOGNISER_PEOPLE * run.fraction), RECOGNISER_STEPS)
     return Lessons(base, space, network, 1, Likeness(base, space, recogniser), likeness_from, one_copy_from)
 
@@ -209,11 +209,11 @@ def load_denoiser() -> tuple[BaseModel, LiDBSpace]:
 def learn_a_start(
     run: Run, name: str, config: StartConfig, before: HyperNetwork | None, network: HyperNetwork | None
 ) -> Path:
-    """Learn where finetunings of the denoiser start, beside predictions or without; returns the file.
+    """Learn where finetunings of the denoiser start, with or without predictions; returns the file.
 
     Args:
-        before: the rounds of Reptile are beside its predictions.
-        network: what comes after is beside these.
+        before: hypernetwork whose predictions the rounds of Reptile use.
+        network: hypernetwork whose predictions the steps after them use.
     """
     file = run.out / f"{name}.safetensors"
     if not file.exists():
@@ -246,7 +246,7 @@ def learn_a_start(
 def main(
     out: Path, people: int, encoder_steps: int, fraction: float, threads: int, init_from: Path | None
 ) -> None:  # fmt: skip
-    """Make the miniature's hypernetwork from nothing, or go on where a run was stopped."""
+    """Make the miniature's hypernetwork from scratch, or resume a run that was stopped."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     if init_from is None:
@@ -261,7 +261,7 @@ def main(
 
 
 def train_from_nothing(out: Path, people: int, encoder_steps: int, fraction: float) -> Path:
-    """The stages before those in prompts; returns the folder of the hypernetwork, of all layers."""
+    """The stages before those on prompts; returns the folder of the hypernetwork, which adapts all layers."""
     drawn = draw_people(out, people)
     encoder = train_encoder(Run(out), drawn, encoder_steps)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""A resumable training loop whose every step is determined by its number."""
+"""A resumable training loop in which each step depends only on its number."""
 
 import json
 import math
@@ -18,19 +18,19 @@ EMA_DECAY = 0.9995
 
 @dataclass(frozen=True)
 class Run:
-    """A working folder, and how much of each training is done: less than 1 stops early, at the whole run's schedule."""
+    """A working folder, and the fraction of each training to run; below 1 stops early, on the whole run's schedule."""
 
     out: Path
     fraction: float = 1.0
 
 
 def falling(step: int, num_steps: int) -> float:
-    """From 1 to 0, a little slower than linearly."""
+    """From 1 to 0, slightly slower than linear."""
     return (1 - step / num_steps) ** 0.8
 
 
 def level_then_falling(step: int, num_steps: int) -> float:
-    """1 for four fifths of the steps, then linearly to 0: how many steps there are need not be known till then."""
+    """1 for four fifths of the steps, then linearly to 0: the number of steps need not be known before."""
     return min(1.0, 5 * (1 - step / num_steps))
 
 
@@ -52,10 +52,10 @@ class Trainer:
         schedule: Callable[[int, int], float] = falling,
         warmup: int = 100,
     ):
-        """Train ``modules`` for ``num_steps``, or go on where the run's folder says.
+        """Train ``modules`` for ``num_steps``, or resume from the run's folder.
 
         Args:
-            schedule: of the learning rate, after ``warmup`` steps: the step, and all steps -> a fraction of ``lr``.
+            schedule: (step, number of steps) -> fraction of ``lr``, after ``warmup`` steps.
         """
         self.ema_decay, self.schedule, self.warmup = ema_decay, schedule, warmup
         self.name, self.file, self.log = name, run.out / f"{name}.safetensors", run.out / f"{name}.jsonl"
@@ -114,13 +114,13 @@ class Trainer:
 
 
 def step_generator(stage: int, step: int) -> torch.Generator:
-    """The randomness of one step of one stage: a resumed run draws what an unbroken one would."""
+    """The randomness of one step of one stage: a resumed run draws the same as an uninterrupted one."""
     return torch.Generator().manual_seed((stage << 40) + step)
 
 
 @contextmanager
 def fixed_initialisation() -> Iterator[None]:
-    """Module constructors draw from torch's global generator: seed it here, and give its state back."""
+    """Seed torch's global generator, from which module constructors draw, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
