@@ -58,7 +58,7 @@ def loss_curve(losses: Mapping[str, Tensor]) -> Image.Image:
                 x, y = place(first + number, value)
                 pen.ellipse([x - 1.5, y - 1.5, x + 1.5, y + 1.5], fill=_PALE)
         pen.line(line, fill=_STRONG, width=2, joint="curve")
-        label = f"{name}: {means[name][-1]:.3f} in the end"
+        label = f"{name}: {means[name][-1]:.3f} at the end"
         place_of_label = (place(first, high)[0] + 4, _TOP - 6)
         pen.text(place_of_label, label, fill="black", font=font, anchor="lb")
         first += len(values)

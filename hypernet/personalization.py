@@ -112,7 +112,7 @@ class Personalization:
             if last > first and len(values) >= _FEWEST_STEPS:
                 rose = "; it rose, so the weights are overcooked: lower the learning rate, or take fewer steps"
             if len(values):
-                notes.append(f"{stage}: loss {first:.3f} at first, {last:.3f} in the end{rose}")
+                notes.append(f"{stage}: loss {first:.3f} at first, {last:.3f} at the end{rose}")
         return notes
 
     def draw(

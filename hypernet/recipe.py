@@ -171,7 +171,7 @@ class PersonalizeConfig:
         preservation: weight of prompt preservation; 0 is off. See `hypernet.fitting.preservation`.
         preserved: prompt whose effect is preserved; ``{}`` stands for the person.
         max_grad_norm: each person's gradient is clipped to this norm.
-        optimizer: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        optimizer: optimizer to use: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
         gradient_checkpointing: save memory at the cost of speed; ``auto`` turns it on if a step would not fit into GPU
             memory.
         graph: replay steps as a CUDA graph, which is faster; ``auto`` turns it on wherever possible.
@@ -380,7 +380,7 @@ class TrainConfig:
         lr_scheduler: how the learning rate decays to zero, ``cosine`` or ``linear``.
         batch_size: people per process in each forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
-        optimizer: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
+        optimizer: optimizer to use: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.
         weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: decay of the exponential moving average of the weights, such as 0.9999; the average is then what is

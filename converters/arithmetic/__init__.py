@@ -1,1 +1,1 @@
-"""Computing with updates: sums and nearest ones of lower rank, of LoRAs, of whole models, and as LiDB weights."""
+"""Arithmetic on updates: sums, lower ranks and LiDB projections, of LoRAs and of whole models."""

@@ -1,7 +1,7 @@
 """LoRA arithmetic: merge, scale, resize, and how far one LoRA is from another.
 
-An update is never formed as the ``(out, in)`` matrix that it is: QR of both factors leaves an r x r core with the same
-singular values, which is small however wide the layer. All of it in float64, one layer at a time.
+An update is never formed as a full ``(out, in)`` matrix: QR of both factors leaves an r x r core with the same singular
+values, which is small however wide the layer. Everything is computed in float64, one layer at a time.
 """
 
 import math
@@ -19,7 +19,7 @@ from converters.lora import Lora, has_alpha_of_its_own, layer_to_dtype
 
 Parts = Sequence[tuple[Lora, float]]
 LayerParts = Sequence[tuple[LoraLayer, float]]
-# What is no longer true of a LoRA that was computed from others; readers take its name from the file then.
+# Metadata that no longer hold for a computed LoRA; programs then use its file name.
 _STALE_METADATA = frozenset(
     {"ss_output_name", "modelspec.title", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
 )
@@ -31,16 +31,17 @@ def merge(
     """Return the weighted sum of LoRAs, ``[(lora, weight), ...]``, and each layer's error over its norm, 0 to 1.
 
     Factors are concatenated: a layer's rank is the sum of its ranks, and there is no error, unless it is cut to the
-    nearest update of a rank (Eckart-Young). A layer that one part alone has, of weight 1 and narrow enough, keeps its
-    bits. Alphas are those of the parts where readers heed them, else the commonest. Of the metadata stays what all
-    parts agree on.
+    nearest update of a rank (Eckart-Young). A layer that only one part has, with weight 1 and low enough rank, stays
+    identical bit by bit. Alphas are those of the parts if programs heed them, else the most common one. Metadata are
+    kept if all parts agree on them.
 
     Args:
-        rank: at most so much in every layer, or a rule for each.
-        dtype: of the result; None takes the widest of the parts. Rounding to it is not part of the error.
+        rank: largest rank of a layer, or a rule for each.
+        dtype: dtype of the result; None uses the widest of the parts. Rounding to it is not part of the error.
 
     Raises:
-        ValueError: no parts, other families or shapes, DoRA in a sum, a weight that is not finite, a rank below 1, a
+        ValueError: no parts, differing families or shapes, DoRA in a sum, a weight that is not finite, a rank below 1,
+            a
             value beyond ``dtype``.
     """
     if not parts:
@@ -67,7 +68,7 @@ def merge(
 def resize(lora: Lora, rank: RankRule | int, dtype: torch.dtype | None = None) -> tuple[Lora, dict[str, float]]:
     """Return the nearest LoRA of lower ranks, and each layer's error over its norm; see `merge`. DoRA stays DoRA.
 
-    Layers keep their alphas, and those that are narrow enough their bits.
+    Layers keep their alphas, and those of low enough rank stay identical bit by bit.
 
     Raises:
         ValueError: a rank below 1, or a value beyond ``dtype``.
@@ -78,7 +79,7 @@ def resize(lora: Lora, rank: RankRule | int, dtype: torch.dtype | None = None) -
 def relative_errors(lora: Lora, reference: Lora) -> dict[str, float]:
     """Return, for each layer of either, the norm of the difference of the two updates over that of the reference's.
 
-    It is infinite for a layer that changes nothing in the reference.
+    It is infinite for a layer without an update in the reference.
     """
     errors = {}
     for name in dict.fromkeys([*reference.layers, *lora.layers]):
@@ -137,7 +138,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def _merge_full_updates(parts: Parts, rule: RankRule | None) -> dict[str, SumOfUpdates]:
-    """Return the sums on layers where some part has an update that is no LoRA."""
+    """Return the sums for layers where some part has an update other than a LoRA."""
     sums = {}
     for name in dict.fromkeys(name for lora, _ in parts for name in lora.full_updates):
         if rule is not None:
@@ -154,7 +155,7 @@ def _merge_full_updates(parts: Parts, rule: RankRule | None) -> dict[str, SumOfU
 
 
 def _merge_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the embeddings that come with any of the LoRAs, and what reading those and this took."""
+    """Return the embeddings bundled with any of the LoRAs, and the notes of reading and merging."""
     embeddings: dict[str, Tensor] = {}
     notes = [note for lora in loras for note in lora.notes]
     for lora in loras:

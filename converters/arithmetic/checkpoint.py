@@ -30,13 +30,13 @@ from lidb_peft.naming import layer_name
 from lidb_peft.outputs import FOLDER, check_output
 from lidb_peft.safe_read import count, examples, read_header
 
-# Hashes of what the file held before.
+# Hashes of the file's previous content.
 _STALE_METADATA = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
-# How a diffusers UNet's weights are called in a file of its own.
+# File names of a diffusers UNet's weights.
 _UNET_ALONE = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 # What kohya adds to the layers that it trains by default where convolutions have a rank.
 _CONVOLUTIONAL = (".resnets.", ".downsamplers.", ".upsamplers.")
-_HALF = 0.51  # of a unit in the last place, for numbers that were rounded twice
+_HALF = 0.51  # in units in the last place, for numbers that were rounded twice
 _COMPONENTS = {
     name: [part for family in FAMILIES.values() for part in family.components if part.name == name]
     for name in COMPONENTS
@@ -45,10 +45,10 @@ _COMPONENTS = {
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a model keeps a layer's weight: a tensor, or one of several that are stacked in it along axis 0.
+    """Where a model stores a layer's weight: a tensor, or one of several stacked in it along axis 0.
 
     Args:
-        part: which of them.
+        part: index among the stacked weights.
         widths: their numbers of rows, relative to each other.
         is_transposed: the tensor is ``(in, out)``, as OpenCLIP's projection is.
     """
@@ -71,10 +71,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A LoRA out of two models.
+    """A LoRA extracted from two models.
 
     Args:
-        errors: for each layer, the norm of what the LoRA misses over that of the difference.
+        errors: relative error of the LoRA, for each layer.
         left_out: layers that differ and are not in the LoRA.
         rounded: layers of the kind that is extracted which differ by no more than the rounding of a dtype.
         in_one_model: layers that only one of the models has.
@@ -116,9 +116,9 @@ def find_weights(model: str | os.PathLike) -> dict[str, Weight]:
 
 
 def find_family(weights: Mapping[str, Weight]) -> str:
-    """Return the family of a model by what its denoiser reads.
+    """Return the family of a model by the input widths of its denoiser.
 
-    A model of another width, such as a miniature, is the first family's to its readers.
+    A model of another width, such as a miniature, counts as the first family's.
     """
     widths = {file: read_header(file).tensors for file in {weight.file for weight in weights.values()}}
     shapes = ((name, widths[weight.file][weight.tensor].shape) for name, weight in weights.items())
@@ -129,7 +129,7 @@ def find_family(weights: Mapping[str, Weight]) -> str:
 def check_model_output(
     out: str | os.PathLike, model: str | os.PathLike, inputs: Sequence[str | os.PathLike] = (), overwrite: bool = False
 ) -> None:
-    """Raise now what writing ``out``, a changed ``model``, would raise: a file of a file, a new folder of a folder.
+    """Raise early what writing ``out``, a changed ``model``, would raise: a file for a file, a new folder for a folder.
 
     Raises:
         ValueError, OSError: as `check_output`; ``inputs`` are what is read besides.
@@ -140,11 +140,11 @@ def check_model_output(
 def merge_into(model: str | os.PathLike, lora: Lora, out: str | os.PathLike, overwrite: bool = False) -> None:
     """Write ``model`` with a LoRA, DoRA too, added to its weights, each in its own dtype and one in memory at a time.
 
-    Sums are float32 before they are rounded. A folder becomes a folder, with everything else that is in it.
+    Sums are computed in float32 and then rounded. A folder becomes a folder, including all its other files.
 
     Raises:
-        ValueError: a layer that the model lacks or has in another shape, a sum beyond its dtype, or as `find_weights`.
-        ValueError, OSError: as `check_model_output`.
+        ValueError: a layer that the model lacks or that has another shape there, a sum beyond its dtype, or as
+            `find_weights`. ValueError, OSError: as `check_model_output`.
     """
     model, out = Path(model), Path(out)
     check_model_output(out, model, overwrite=overwrite)
@@ -195,7 +195,7 @@ def extract(
 
     It holds the linear layers and 1x1 convolutions of attention blocks and text encoders that differ by more than
     rounding, with a ``conv_rank`` those and the convolutions of residual blocks and samplers too; their truncated SVDs
-    are computed in float64. Other layers may be of other shapes, as those of an inpainting model or with added tokens.
+    are computed in float64. Other layers may differ in shape, like those of an inpainting model or with added tokens.
 
     Args:
         rank: of each layer, or a rule.
@@ -263,7 +263,7 @@ def differences(
 def _is_rounding(first: Tensor, second: Tensor, difference: Tensor) -> bool:
     """Whether two weights differ by no more than half a unit in the last place of the coarser of their dtypes.
 
-    A dtype counts that holds all of a tensor's numbers, for models are widened after they were rounded.
+    A tensor counts as the narrowest dtype that holds its numbers, because models are widened after rounding.
     """
     dtype = max((_narrowest_dtype(tensor) for tensor in (first, second)), key=lambda dtype: torch.finfo(dtype).eps)
     info = torch.finfo(dtype)
@@ -282,9 +282,9 @@ def _narrowest_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Copy a safetensors file, with each ``(name, tensor)`` changed on the way but for its dtype and shape.
+    """Copy a safetensors file, changing each ``(name, tensor)`` on the way, but not its dtype and shape.
 
-    One tensor is in memory at a time. Metadata stay, but for hashes of what the file held before.
+    One tensor is in memory at a time. Metadata are kept, except hashes of the previous content.
     """
     header = read_header(source)
     metadata = {key: value for key, value in header.metadata.items() if key not in _STALE_METADATA}

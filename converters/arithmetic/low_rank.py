@@ -1,4 +1,4 @@
-"""LoRAs out of updates that are none: LoHa, LoKr and whole differences, by truncated SVD."""
+"""LoRAs from other updates, that is LoHa, LoKr and whole differences, by truncated SVD."""
 
 from dataclasses import replace
 from statistics import median
@@ -16,12 +16,12 @@ from lidb_peft.safe_read import count, examples
 
 
 def to_low_rank(lora: Lora, rank: int, dtype: torch.dtype | None = None) -> Lora:
-    """Return a LoRA whose full updates are replaced by their nearest ones of ``rank``; its notes say what that took.
+    """Return a LoRA whose full updates are replaced by their nearest ones of ``rank``; its notes report the errors.
 
     One layer's update is in memory at a time. Norms and biases, which no LoRA holds, are left out and named.
 
     Args:
-        dtype: of the new layers; None takes that of the numbers that they come from.
+        dtype: dtype of the new layers; None uses that of the original numbers.
 
     Raises:
         ValueError: a layer has both a LoRA and another update, a rank below 1, or a value beyond ``dtype``.
@@ -59,7 +59,7 @@ def to_low_rank(lora: Lora, rank: int, dtype: torch.dtype | None = None) -> Lora
 
 
 def _in_shape(layer: str, delta: Tensor) -> tuple[int, ...]:
-    """The shape of what a layer's ``lora_A`` reads; LyCORIS flattens a convolution's kernel."""
+    """The input shape of a layer's ``lora_A``; LyCORIS flattens a convolution's kernel."""
     side = kernel_side(layer) or 0
     if delta.dim() == 2 and side > 1 and delta.shape[1] % side**2 == 0:
         return delta.shape[1] // side**2, side, side

@@ -1,6 +1,6 @@
-"""LiDB weights out of what was trained without LiDB: the theta nearest to a LoRA, or to the difference of two models.
+"""LiDB weights from what was trained without LiDB: the theta nearest to a LoRA, or to the difference of two models.
 
-So that collections of LoRAs can be what a hypernetwork learns to predict.
+So a hypernetwork can learn to predict existing LoRAs.
 """
 
 import os
@@ -28,9 +28,9 @@ class Projected:
     """The nearest theta.
 
     Args:
-        theta: float32 ``(L, row_size)``; rows of layers that were not given are theta_0's, the identity.
-        errors: for each layer that was given, the norm of what theta misses over that of the update, 0 to 1.
-        left_out: layers that were given and have no row: feed-forward and convolution layers; and bundled embeddings.
+        theta: float32 ``(L, row_size)``; rows of other layers are those of theta_0, a zero update.
+        errors: relative error of theta, 0 to 1, for each given layer.
+        left_out: given layers without a row: feed-forward and convolution layers; and bundled embeddings.
     """
 
     theta: Tensor
@@ -46,15 +46,15 @@ def project_to_file(
     config: LiDBConfig | None = None,
     overwrite: bool = False,
 ) -> Projected:
-    """Write the theta nearest to a LoRA, or to what the model ``source`` has that the model ``minus`` has not.
+    """Write the theta nearest to a LoRA, or to the difference of the models ``source`` and ``minus``.
 
     Args:
         models: component -> model of the base, whose fingerprint is recorded; None takes ``source``'s architecture.
-        config: the bases; None takes the default ones.
-        overwrite: a file ``out`` may be replaced.
+        config: the bases; None uses the default ones.
+        overwrite: replace an existing ``out``.
 
     Raises:
-        ValueError: a source that cannot be read, or that does not tell its architecture.
+        ValueError: a source that cannot be read, or whose architecture cannot be determined.
         ValueError, OSError: as `check_output`.
     """
     check_output(out, [source, minus], overwrite=overwrite)
@@ -74,7 +74,7 @@ def project_to_file(
 def family_models(family: str, source: str) -> dict[str, nn.Module]:
     """Return component -> a model of the layers that LiDB adapts in a family, without weights."""
     if family not in FAMILIES:
-        raise ValueError(f"{source} does not say its model family; name the base model it was made for")
+        raise ValueError(f"{source} does not say its model family; pass the base model that it was made for (--base)")
     return skeleton_models(FAMILIES[family].shapes, "meta")
 
 

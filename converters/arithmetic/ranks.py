@@ -1,4 +1,4 @@
-"""Which rank a layer is given: a fixed one, or the lowest at which enough of its update stays.
+"""The rank of a layer: a fixed one, or the lowest that keeps enough of its update.
 
 The measures are those of kohya's ``resize_lora.py``, whose ``sv_fro`` is the square root of the energy.
 """
@@ -27,18 +27,18 @@ MEASURES = tuple(_LOWEST_RANK)
 
 @dataclass(frozen=True)
 class RankRule:
-    """The rank of each layer: no more than it may have, and no more than it needs.
+    """The rank of each layer: no more than allowed, and no more than it needs.
 
     Args:
-        rank: at most so much.
-        conv_rank: at most so much where the kernel is larger than 1x1; None is ``rank``.
+        rank: largest rank.
+        conv_rank: largest rank of kernels larger than 1x1; None is ``rank``.
         measure: one of ``MEASURES``: the share of the squared norm (``energy``), of the norm (``sv_fro``) or of the sum
             of the singular values (``sv_cumulative``) that every layer keeps; or the largest singular value over the
-            smallest that is kept (``sv_ratio``). "" takes the highest rank allowed.
-        amount: of the measure: a share above 0 and at most 1, or a ratio of 1 or more.
+            smallest that is kept (``sv_ratio``). "" uses the highest rank allowed.
+        amount: value of the measure: a fraction above 0 and at most 1, or a ratio of 1 or more.
 
     Raises:
-        ValueError: nothing is asked for, or a number is out of range.
+        ValueError: no option is given, or a number is out of range.
     """
 
     rank: int | None = None

@@ -1,7 +1,7 @@
-"""How much of a LoRA is taken, by part and by block, as A1111's prompts and kohya's merge scripts say it.
+"""Weights of a LoRA by part and by block, in the syntax of A1111's prompts and kohya's merge scripts.
 
-``0.8:te=0.5:unet=1:lbw=1,0,0,...`` is what A1111 has behind a LoRA's name: ``te`` and ``unet`` stand in place of the
-weight of the whole, what a block has is multiplied with it. Lists of blocks are those of sd-webui-lora-block-weight and
+A1111 writes ``0.8:te=0.5:unet=1:lbw=1,0,0,...`` after a LoRA's name: ``te`` and ``unet`` replace the weight of the
+whole, and weights of blocks are multiplied with it. Lists of blocks are those of sd-webui-lora-block-weight and
 of kohya's ``svd_merge_lora.py``.
 """
 
@@ -16,7 +16,7 @@ from lidb_peft.families import FAMILIES, Family
 from lidb_peft.safe_read import printable
 
 _LIST = "lbw"
-_MIDDLE = ("MID", "M00")  # kohya's scripts call by the first what others call by the second
+_MIDDLE = ("MID", "M00")  # kohya's name -> everybody else's
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class LoraWeight:
     """The weight of a LoRA's layers: that of its part, or else of the whole, times that of its block.
 
     Args:
-        whole: of layers whose part has none of its own.
+        whole: weight of layers whose part has none of its own.
         parts: ``te`` for all text encoders, ``unet`` for the denoiser, or a component's name -> weight.
-        blocks: a block (``IN04``), or how several begin (``OUT``) -> factor; of two that fit, the later counts.
+        blocks: a block (``IN04``) or a prefix of several (``OUT``) -> factor; if two match, the later counts.
         block_list: a factor for each block of one of the family's ``block_lists``; ``blocks`` count more.
 
     Raises:
@@ -46,7 +46,7 @@ class LoraWeight:
 
     @classmethod
     def parse(cls, text: str) -> "LoraWeight":
-        """Read ``0.8``, ``0.8:te=0.5:IN04=0``, or ``lbw=1,0,...``; what stands between colons comes in any order.
+        """Read ``0.8``, ``0.8:te=0.5:IN04=0``, or ``lbw=1,0,...``; the pieces between colons may be in any order.
 
         Raises:
             ValueError: a piece that is none of these.
@@ -116,7 +116,7 @@ def weigh(lora: Lora, weight: LoraWeight, family: str = "") -> list[tuple[Lora, 
     """Return a LoRA as parts for `merge`, each of one weight; layers of weight 0 are left out.
 
     Args:
-        family: the LoRA's, where it does not tell.
+        family: the LoRA's family, if it cannot be detected.
 
     Raises:
         ValueError: the family is not known and needed, the weight does not fit it, or leaves nothing.

@@ -34,7 +34,7 @@ from lidb_peft.theta import ThetaFile, load_theta, save_theta
 # layer name -> (in_features, out_features)
 Shapes = dict[str, tuple[int, int]]
 _BASE_NAME = "name_or_path"  # the attribute of a model that PEFT writes down as its base
-_WHICH_BASE = "name the base model that it was made for"
+_WHICH_BASE = "pass the base model that it was made for (--base)"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
             if layers_hash(shapes) == file.layers_hash:
                 return family.name, shapes
     of = f" of {printable(file.base_model_name)}" if file.base_model_name else ""
-    raise ValueError(f"{path} belongs to layers{of} that are none of {', '.join(FAMILIES)}'s; {_WHICH_BASE}")
+    raise ValueError(f"{path} belongs to layers{of} that no family has ({', '.join(FAMILIES)}); {_WHICH_BASE}")
 
 
 def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
@@ -204,7 +204,7 @@ def _shapes_by_bases(path: Path, folders: Collection[_Folder]) -> tuple[str, Sha
         if all(_fits(shapes, folder) for folder in folders):
             fitting[family.name] = shapes
     if not fitting:
-        raise ValueError(f"{path} has layers or bases that are none of {', '.join(FAMILIES)}'s; {_WHICH_BASE}")
+        raise ValueError(f"{path} has layers or bases that no family has ({', '.join(FAMILIES)}); {_WHICH_BASE}")
     first = next(iter(fitting))
     return first if len(fitting) == 1 else "", fitting[first]
 

@@ -19,8 +19,8 @@ class BaseConfig:
         compile: compile the denoiser on first use, which takes minutes and pays off only for thousands of people.
         components: diffusers folder with the components that the base file lacks, for a file that holds only
             a transformer.
-        prediction: prediction type of a Stable Diffusion; ``auto`` reads it from the base's config or metadata, or
-            measures it if they do not say.
+        prediction: prediction type of a Stable Diffusion model; ``auto`` reads it from the base's config or metadata,
+            or measures it if they do not say.
         quantize: quantize FLUX.1's transformer to ``nf4`` or ``int8``, which requires bitsandbytes.
         train_text_encoder: adapt FLUX.1's CLIP too; Stable Diffusion's is always adapted.
         guidance_scale: guidance input of FLUX.1 dev, a guidance-distilled model, while fitting; default 1.

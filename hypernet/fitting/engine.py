@@ -1,9 +1,9 @@
 """The fitting engine: N identities at once on one frozen base, each with weights of its own.
 
-Pre-optimising thousands, personalising one and personalising a folder are this call with different N. What is fitted is
-either LiDB's theta (paper, section 4.1) or, beside a frozen theta, LoRA factors of rank r > 1 (section 4.3).
-The result for one identity does not depend on who shares the batch: noise is keyed by identity, losses are summed,
-gradients are clipped per identity and Adam works number by number.
+Pre-optimising thousands, personalising one and personalising a folder are the same call with different N. It fits
+either LiDB's theta (paper, section 4.1) or, on top of a frozen theta, LoRA factors of rank r > 1 (section 4.3). The
+result for one identity does not depend on who shares the batch: noise is keyed by identity, losses are summed,
+gradients are clipped per identity and Adam works elementwise.
 """
 
 import warnings
@@ -38,7 +38,7 @@ class Subject:
     """One identity to fit.
 
     Attributes:
-        key: names the identity; its noise and timesteps follow from the key and the seed.
+        key: identifies the person; noise and timesteps follow from the key and the seed.
         moments: VAE moments of its photos, ``(photos, 2 * c, h, w)``.
         prompt: what the photos show, e.g. ``a sks face``.
         class_prompt: the same without the subject, ``a face``; prompt preservation needs it.
@@ -55,7 +55,7 @@ class DivergedError(ValueError):
 
     Attributes:
         failed: row -> reason.
-        fitted, losses: what the fit returns; the rows that are not in ``failed`` are right.
+        fitted, losses: what the fit returns; rows that are not in ``failed`` are valid.
     """
 
     def __init__(self, failed: dict[int, str], fitted: Tensor, losses: Tensor) -> None:
@@ -65,10 +65,11 @@ class DivergedError(ValueError):
 
 @dataclass
 class KeptStep:
-    """The step of the last fit, for the next people of as many photos and the same prompts, with its CUDA graph.
+    """The step of the last fit with its CUDA graph, for reuse by the next people with as many photos and the same
+    prompts.
 
-    Capturing takes three steps kernel by kernel and as long as some 40 replayed ones. The graph keeps the memory of
-    the step's activations, so drop this before something else needs that, such as drawing.
+    Capturing takes three eager steps and as long as about 40 replayed ones. The graph holds the memory of the step's
+    activations, so drop this before something else, such as drawing, needs it.
     """
 
     key: tuple = ()
@@ -95,11 +96,12 @@ def fit_theta(
 
     Args:
         start: ``(N, L, row)`` or ``(L, row)``; default ``space.theta_0``.
-        bases: learned ones, by label, that theta is fitted in; None takes the frozen ones.
-        failed: takes the subjects whose fit diverged, row -> reason; their results are not finite. None raises instead.
-        kept: of the fit before, and for the next one; None keeps nothing.
-        observe: called with the `RunningFit` after each step; True ends the fit with what there is.
-        resume: the state of a fit that ended early, see `RunningFit.state`, to go on from.
+        bases: learned bases by label; None uses the frozen ones.
+        failed: filled with the subjects whose fit diverged, row -> reason; their results are not finite. None raises
+            instead.
+        kept: step of the previous fit, reused and replaced; None keeps nothing.
+        observe: called with the `RunningFit` after each step; True ends the fit early.
+        resume: the state of a fit that ended early, see `RunningFit.state`, to continue.
 
     Returns:
         theta ``(N, L, row)`` and losses ``(steps, N)``, both float32 on the CPU.
@@ -131,13 +133,13 @@ def fit_lora(
     observe: Observer | None = None,
     resume: Mapping[str, Any] | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
-    """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject beside its frozen theta.
+    """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject on top of its frozen theta.
 
     Args:
         theta: ``(N, L, row)`` or ``(L, row)``, frozen; None fits a plain LoRA.
-        bases: learned ones, by label, that theta is expanded with; None takes the frozen ones.
+        bases: learned bases by label; None uses the frozen ones.
         start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
-            draws each subject a fresh one, which changes nothing yet.
+            initialises each subject's at random, with a zero update.
         failed, kept, observe, resume: as for `fit_theta`.
 
     Returns:
@@ -210,7 +212,7 @@ class _Trained(NamedTuple):
         start: one flat buffer of parameters, ``(N, ...)``.
         to_factors: maps it to the factors to apply.
         bases: learned ones that ``to_factors`` reads.
-        frozen: factors that are applied beside.
+        frozen: further factors that are applied.
     """
 
     start: Tensor
@@ -220,7 +222,7 @@ class _Trained(NamedTuple):
 
 
 _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""By denoiser, the size of a step that did not fit into memory without checkpointing: it is not tried again."""
+"""Denoiser -> the size of a step that did not fit into memory without checkpointing, so that it is not tried again."""
 
 
 def _fit(
@@ -235,10 +237,10 @@ def _fit(
     observe: Observer | None,
     resume: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Optimise; returns what became of ``trained.start``, and losses ``(steps, N)``, on the CPU."""
+    """Optimise; returns the trained ``trained.start`` and losses ``(steps, N)``, on the CPU."""
     is_auto = config.gradient_checkpointing == "auto"
     size = len(subjects) * config.timesteps_per_step
-    # An Apple GPU's memory is the machine's own, which swaps long before anything fails.
+    # An Apple GPU shares the machine's memory, which swaps long before an allocation fails.
     at_once = base.device.type == "mps" or size >= _too_large.get(base.denoiser, size + 1)
     attempts = (True,) if at_once else (False, True)
     for recomputes in attempts if is_auto else (config.gradient_checkpointing == "on",):
@@ -253,10 +255,10 @@ def _fit(
                 raise
         else:
             if kept is None and base.device.type == "cuda":
-                torch.cuda.empty_cache()  # drawing, and other programs, take it from here
+                torch.cuda.empty_cache()  # leaves memory for drawing and other programs
             _note_failures(base, subjects, config, fitted, losses, failed)
             return fitted, losses
-        release_memory(base.device)  # only here has the failed attempt let go of its tensors
+        release_memory(base.device)  # only here has the failed attempt released its tensors
         _too_large[base.denoiser] = size
         warnings.warn(
             f"a step of {len(subjects)} identities does not fit into the memory of {base.device}; gradient "
@@ -302,7 +304,7 @@ def _note_failures(
     losses: Tensor,
     failed: dict[int, str] | None,
 ) -> None:
-    """Say whose fit has diverged and why; nobody's numbers reach another's, so that the others' are right."""
+    """Find the fits that diverged, and why; fits do not affect each other, so the others are valid."""
     is_good = torch.isfinite(fitted).flatten(1).all(dim=1) & torch.isfinite(losses).all(dim=0)
     bad = (~is_good).nonzero().flatten().tolist()
     reasons = {row: _why_not_finite(base, subjects[row], config, losses[:, row]) for row in bad}
@@ -335,12 +337,12 @@ def _take_step(
     recomputes: bool,
     kept: KeptStep | None,
 ) -> "_Step":
-    """A new step, or the kept one if it reads and writes the very same tensors."""
+    """A new step, or the kept one if it reads and writes exactly the same tensors."""
     if kept is None:
         return _Step(base, space, subjects, config, trained, recomputes)
     key = _key(base, space, subjects, config, trained, recomputes)
     if kept.step is None or kept.key != key:
-        kept.release()  # before another takes as much memory
+        kept.release()  # before another one allocates as much memory
         kept.step = _Step(base, space, subjects, config, trained, recomputes)
         kept.key = key if kept.step.steps_inside else ()  # the state of bitsandbytes' optimiser is its own
     else:
@@ -356,7 +358,7 @@ def _key(
     trained: _Trained,
     recomputes: bool,
 ) -> tuple:
-    """All that a step is made for: shapes, texts and settings, and the addresses of weights, which may have moved."""
+    """Everything that a step depends on: shapes, texts, settings, and addresses of weights, which may have moved."""
     weights = [tensor for model in base.adapted.values() for tensor in (*model.parameters(), *model.buffers())]
     weights += list((trained.bases or {}).values())
     return (
@@ -375,8 +377,8 @@ def _key(
 class _Step:
     """One step of N identities.
 
-    What is random is drawn on the CPU and copied to where `_compute` reads it, which works on tensors that stay in
-    place, so that it can be replayed.
+    Random numbers are drawn on the CPU and copied to where `_compute` reads them; it works on tensors at fixed
+    addresses, so that it can be replayed.
     """
 
     def __init__(
@@ -410,7 +412,7 @@ class _Step:
 
     @torch.no_grad()
     def restart(self, subjects: Sequence[Subject], config: FitConfig, trained: _Trained) -> None:
-        """Begin anew with other people, in the tensors that are there."""
+        """Start again with other people, in the existing tensors."""
         self._begin(subjects, config.seed)
         self.moments.copy_(torch.cat([subject.moments for subject in subjects]))
         self.parameters.copy_(trained.start)
@@ -431,7 +433,7 @@ class _Step:
         return losses
 
     def _draw(self) -> list[Tensor]:
-        """What is random in a step, on the CPU: photos by row, noise, and what is preserved."""
+        """The random part of a step, on the CPU: photos by row, noise, and preserved prompts."""
         copies, most, photos, first = self.config.timesteps_per_step, self.config.max_timestep, [], 0
         for generator, count in zip(self.generators, self.num_photos, strict=True):
             photos.append(first + torch.randint(0, count, (copies,), generator=generator))
@@ -477,7 +479,7 @@ def _tensors(stacks: Stacks) -> tuple[Tensor, ...]:
 
 
 def _prepare_prompts(base: BaseModel, subjects: Sequence[Subject]) -> Prompts:
-    """Each subject's prompt; a text that many have is read once."""
+    """Each subject's prompt; a text shared by many is encoded once."""
     places = {text: place for place, text in enumerate(dict.fromkeys(subject.prompt for subject in subjects))}
     rows = torch.tensor([places[subject.prompt] for subject in subjects], device=base.device)
     return base.prepare_prompts(list(places)).rows(rows)
@@ -520,7 +522,7 @@ def _check_thetas(space: LiDBSpace, theta: Tensor, num_subjects: int) -> None:
 
 
 def _generator(seed: int, key: str, purpose: str) -> torch.Generator:
-    """An identity's own stream, on the CPU so that every device draws the same numbers."""
+    """An identity's own generator, on the CPU so that the numbers are the same for every device."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, key))
 
 

@@ -1,8 +1,8 @@
 """The target store: a folder with the pre-optimised thetas of many people, in shards that are written whole.
 
-`manifest.json` says what the thetas belong to and how they were fitted. A shard is what became of ``batch`` rows of the
-data set, one safetensors file: ``theta`` ``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its metadata,
-keys, names, and what was skipped. Nothing is known of a shard but what its file says, so processes share no state.
+`manifest.json` records what the thetas belong to and how they were fitted. A shard holds the results of ``batch`` rows
+of the data set in one safetensors file: ``theta`` ``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its
+metadata, keys, names, and what was skipped. All state is in the files, so processes share none.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ from lidb_peft.safe_read import printable, read_json_object
 from lidb_peft.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION = 2
-_UNSEALED_FORMAT = 1  # its shards have neither a checksum nor what tells their run
+_UNSEALED_FORMAT = 1  # its shards have neither a checksum nor a record of their run
 SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
-# Which manifests did not say when there was no other.
+# Fields that manifests omitted while they had only one possible value.
 _EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade"}
 _REMEDY = "delete it and run hdb preoptimize again to make it again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What became of some consecutive rows of a data set.
+    """The results of some consecutive rows of a data set.
 
     Attributes:
-        rows: names of all of them.
-        keys, names: of those that were fitted.
+        rows: names of all rows.
+        keys, names: keys and names of those that were fitted.
         skipped: the photos and people that were left out.
-        photos: a digest of the photos of each of ``rows``; none in shards of before they were noted.
+        photos: a digest of the photos of each of ``rows``; empty in shards written before it was recorded.
     """
 
     rows: tuple[str, ...]
@@ -55,12 +55,12 @@ class Shard:
 
 
 def detector_fit(crop: bool, detector: str) -> dict[str, str]:
-    """What a store notes of the detector by which photos were cropped: what ``detector`` means here."""
+    """What a store records about the face detector that cropped the photos: the resolved ``detector``."""
     return {"face_detector": choose_detector(detector)} if crop else {}
 
 
 def has_targets(folder: str | Path) -> bool:
-    """Tell whether there is a store in ``folder``, be it without shards yet."""
+    """Return whether there is a store in ``folder``, even one without shards."""
     return (Path(folder) / _MANIFEST).exists()
 
 
@@ -70,9 +70,9 @@ def create_targets(
     """Make ``folder`` an empty store.
 
     Args:
-        base_model_name: for people to read, as ``source`` is, which says where the photos come from.
-        fit: everything that the targets depend on besides the space, as JSON has it.
-        batch: how many rows of the data set make a shard.
+        base_model_name: information for users, like ``source``, the origin of the photos.
+        fit: everything that the targets depend on besides the space, as JSON values.
+        batch: rows of the data set per shard.
 
     Raises:
         ValueError: there are shards without a manifest.
@@ -91,8 +91,8 @@ class TargetStore:
     """A folder of targets.
 
     Attributes:
-        manifest: its manifest; ``space`` is the record of its space, ``fit`` what the fits have in common, ``batch``
-            the number of people in a shard.
+        manifest: its manifest; ``space`` is the record of its space, ``fit`` the settings of the fits, ``batch``
+            the number of people per shard.
     """
 
     def __init__(self, folder: str | Path, space: LiDBSpace) -> None:
@@ -119,12 +119,12 @@ class TargetStore:
 
     @property
     def run(self) -> str:
-        """A digest of what all shards of the store have in common, which each of them says."""
+        """A digest of what all shards of the store have in common, which each of them records."""
         common = [self.manifest["space"], _EARLIER_FIT | self.manifest["fit"], self.manifest["batch"]]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:32]
 
     def check_fit(self, fit: Mapping) -> None:
-        """Raise ValueError unless the targets were fitted as ``fit`` says."""
+        """Raise ValueError unless the targets were fitted with the settings ``fit``."""
         theirs, fit = _EARLIER_FIT | self.manifest["fit"], json.loads(json.dumps(dict(fit)))
         differing = [name for name in fit if theirs.get(name) != fit[name]]
         if differing:
@@ -136,14 +136,14 @@ class TargetStore:
 
     @property
     def batch(self) -> int:
-        """How many rows of the data set make a shard."""
+        """Rows of the data set per shard."""
         return self.manifest["batch"]
 
     def path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
     def shards(self) -> list[int]:
-        """The numbers of the shards that are there, in order."""
+        """The numbers of the existing shards, in order."""
         found = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
@@ -154,7 +154,7 @@ class TargetStore:
         write_sealed(self.path(index), {"theta": thetas, "losses": losses}, text | {"run": json.dumps(self.run)})
 
     def read(self, index: int) -> Shard:
-        """Read what a shard says, without its thetas; they are checked too, when it is read for the first time.
+        """Read a shard without its thetas, which are checked too when it is read for the first time.
 
         Raises:
             ValueError: it is damaged, no shard, or of another run; the message names it.
@@ -188,12 +188,12 @@ class TargetStore:
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Where each person's theta is: key -> (shard, row), of the shards that were there at the first look."""
+        """Where each person's theta is: key -> (shard, row), for the shards that existed at first use."""
         return {key: (index, row) for index in self.shards() for row, key in enumerate(self.read(index).keys)}
 
     @property
     def fingerprint(self) -> str:
-        """A digest of whose targets these are and of how they were fitted."""
+        """A digest of the people and of how their targets were fitted."""
         return hashlib.sha256(json.dumps([self.manifest, list(self.places)]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -203,7 +203,7 @@ class TargetStore:
         return key in self.places
 
     def thetas(self, keys: Sequence[str]) -> Tensor:
-        """Return the targets of some people, ``(len(keys), L, row)``; check with ``in`` that they have one.
+        """Return the targets of some people, ``(len(keys), L, row)``; ``in`` tells whether there is one.
 
         Raises:
             ValueError: a shard holds values that are not finite.

@@ -20,10 +20,10 @@ from hypernet.inputs.face import SMALLEST_FACE, Face, overlap
 if TYPE_CHECKING:
     import cv2
 
-_SMALLEST_FACE_PX = 24  # of the searched photo; the size of the cascades' own window
-_TILTS_DEG = (22, -22)  # a cascade follows a head to about 20 degrees either way
-_CONFIRMED = 6.0  # added to the first cascade's score where the second sees a face too
-_UPRIGHT_SCORE, _TILTED_SCORE = 8.0, 9.0  # so: confirmed and at least 2 and 3, or very sure alone
+_SMALLEST_FACE_PX = 24  # side of the searched photo; size of the cascades' window
+_TILTS_DEG = (22, -22)  # a cascade finds heads tilted by up to about 20 degrees
+_CONFIRMED = 6.0  # added to the first cascade's score if the second finds the face too
+_UPRIGHT_SCORE, _TILTED_SCORE = 8.0, 9.0  # that is: confirmed and at least 2 and 3, or very certain alone
 
 
 def unavailable() -> str:
@@ -42,7 +42,7 @@ def look(image: Image.Image, is_turned: bool = False) -> list[Face]:
     """Return the faces of a small RGB photo, each with its score.
 
     Args:
-        is_turned: the photo was turned, to try; heads that are tilted too, by up to some 40 degrees, are left then.
+        is_turned: the photo was already rotated; then heads tilted by up to about 40 degrees are not searched for.
     """
     grey = _stretched(image)
     cascades = _load_cascade("default"), _load_cascade("alt")
@@ -79,7 +79,7 @@ def _stretched(image: Image.Image) -> np.ndarray:
 
 
 def _look(grey: np.ndarray, cascades: "Sequence[cv2.CascadeClassifier]", degrees: float) -> list[Face]:
-    """Search the photo turned by ``degrees``; faces come back in coordinates of the photo as it was."""
+    """Search the photo rotated by ``degrees``; faces are returned in coordinates of the original photo."""
     import cv2
 
     height, width = grey.shape

@@ -1,6 +1,6 @@
 """Faces by YuNet (Wu, Peng and Yu 2023), which OpenCV runs as `FaceDetectorYN`: with eyes, nose and mouth.
 
-Its file of 233 KB comes from the Hugging Face hub at first use, from one revision, and is checked by its hash.
+Its file (233 KB) is downloaded from the Hugging Face hub on first use, at a fixed revision, and verified by its hash.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ OWN_COPY = "HDB_YUNET"
 """The environment variable that names a copy of `FILE`, for machines without the hub."""
 
 _LEAST_SCORE = 0.6
-_OVERLAP = 0.3  # of two boxes of one face, of which the weaker is dropped
-_SIDE_PER_EYES, _SIDE_PER_FACE = 2.6, 2.34  # from the brows to the chin, in distances of the eyes, of eyes and mouth
-_CENTRE = 0.3  # of the way from the eyes to the mouth
-_LARGEST_FACE_PX, _SECOND_LOOK = 320, 0.5  # larger ones may be missed, and are looked for at half of the size
-_STRAIGHT_DEG, _STRAIGHT_SCORE = 4, 0.92  # a head of less roll and more score is straight; another is looked at again
-_ROLLS_DEG = (-45.0, -22.5, 0.0, 22.5, 45.0)  # at which, beside the one that it was found at
-_PATCH, _FACE_PX = 3.2, 115  # what is looked at again: its side in faces, and how large the face is there
-_PER_DEGREE = 0.003  # of score, what a degree of roll that is left counts
-_UNDERSTATED = 1.2  # a head's roll, in what its points say
-_lock = threading.Lock()  # a network keeps what it is computing in itself
+_OVERLAP = 0.3  # of two boxes of one face; the weaker is dropped
+_SIDE_PER_EYES, _SIDE_PER_FACE = 2.6, 2.34  # from brows to chin, in distances between eyes, eyes and mouth
+_CENTRE = 0.3  # fraction of the way from the eyes to the mouth
+_LARGEST_FACE_PX, _SECOND_LOOK = 320, 0.5  # larger faces may be missed at full size; half the size is searched too
+_STRAIGHT_DEG, _STRAIGHT_SCORE = 4, 0.92  # a head with less roll and a higher score is not checked again
+_ROLLS_DEG = (-45.0, -22.5, 0.0, 22.5, 45.0)  # of these checks, besides the one at which it was found
+_PATCH, _FACE_PX = 3.2, 115  # their patch: its side in faces, and the size of the face in it
+_PER_DEGREE = 0.003  # score that a degree of remaining roll costs
+_UNDERSTATED = 1.2  # a head's roll, relative to what its points show
+_lock = threading.Lock()  # a network holds its intermediate results
 
 
 def unavailable() -> str:
@@ -57,7 +57,7 @@ def unavailable() -> str:
 
 
 def look(image: Image.Image) -> list[Face]:
-    """Return the faces of a small RGB photo, turned by whatever angle they are seen at, each with its score in [0, 1].
+    """Return the faces of a small RGB photo, rotated by any angle, each with its score in [0, 1].
 
     Raises:
         ValueError: `unavailable`.
@@ -69,14 +69,14 @@ def look(image: Image.Image) -> list[Face]:
 
 
 def straighten(image: Image.Image, face: Face, turn_deg: float) -> Face:
-    """Look at a tilted face again with the head upright, for its points say less than half of a large roll.
+    """Check a tilted face again with the head upright, because its points show less than half of a large roll.
 
     Args:
-        image: what the face was found in.
-        turn_deg: the roll that a face has that was upright when it was found.
+        image: the picture in which the face was found.
+        turn_deg: the roll of a face that was upright when it was found.
 
     Returns:
-        The face with the roll, place and size that it has in the best of these looks.
+        The face with the roll, place and size of the best check.
     """
     tilt = (face.roll_deg - turn_deg + 180) % 360 - 180
     if abs(tilt) < _STRAIGHT_DEG and face.score > _STRAIGHT_SCORE:
@@ -87,7 +87,7 @@ def straighten(image: Image.Image, face: Face, turn_deg: float) -> Face:
 
 
 def _look_again(image: Image.Image, face: Face, roll_deg: float) -> list[tuple[float, Face]]:
-    """The face as it is found in a patch that is turned back by ``roll_deg``, with the value of that look."""
+    """The face as found in a patch that is rotated back by ``roll_deg``, with the score of that check."""
     (x, y), step = face.centre, face.side / _FACE_PX
     middle = _PATCH * _FACE_PX / 2
     along, across = step * math.cos(math.radians(roll_deg)), step * math.sin(math.radians(roll_deg))
@@ -119,7 +119,7 @@ def _detect(image: Image.Image, scale: float) -> list[Face]:
 
 
 def _face(row: np.ndarray, scale: float) -> Face:
-    """A row of OpenCV's: a box, five points (the eyes, the nose, the corners of the mouth) and a score.
+    """A row of OpenCV's result: a box, five points (the eyes, the nose, the corners of the mouth) and a score.
 
     Side and centre follow from the points, so that they hold for a head at any angle: in profile the eyes come close,
     with an open mouth it goes away from them.
@@ -129,23 +129,21 @@ def _face(row: np.ndarray, scale: float) -> Face:
     across, down = other_eye - eye, mouth - eyes
     side = max(_SIDE_PER_EYES * math.hypot(*across), _SIDE_PER_FACE * math.hypot(*down))
     x, y = eyes + _CENTRE * down
-    # Both say how the head is turned; in profile the way down says it better, straight ahead the eyes do.
+    # Both show the roll; in profile eyes to mouth is more accurate, from the front the line of the eyes.
     roll_deg = math.degrees(math.atan2(across[1] - down[0], across[0] + down[1]))
     return Face(float(x - side / 2), float(y - side / 2), side, float(row[14]), roll_deg)
 
 
 @lru_cache(maxsize=1)
 def _detector(process: int) -> "cv2.FaceDetectorYN":
-    """One for each process: threads that OpenCV has started do not live on in a fork."""
+    """One for each process, because OpenCV's threads do not survive a fork."""
     import cv2
 
     content, reason = _fetch(os.environ.get(OWN_COPY))
     if content is None:
         raise ValueError(reason)
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(
-        cv2.utils.logging.LOG_LEVEL_ERROR
-    )  # OpenCV 5 warns that the network runs on the processor
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns that the network runs on the CPU
     try:
         network = np.frombuffer(content, dtype=np.uint8)
         nothing = np.empty(0, dtype=np.uint8)
@@ -156,7 +154,7 @@ def _detector(process: int) -> "cv2.FaceDetectorYN":
 
 @lru_cache(maxsize=1)
 def _fetch(own_copy: str | None) -> tuple[bytes | None, str]:
-    """The network, or None and why it cannot be had; asked once, for a hub that does not answer takes its time."""
+    """The network, or None and why it is not available; tried once, because an unreachable hub takes long."""
     if own_copy:
         path = Path(own_copy)
         if not path.is_file():
@@ -176,7 +174,7 @@ def _fetch(own_copy: str | None) -> tuple[bytes | None, str]:
 
 
 def _from_hub() -> Path:
-    """The file in the hub's cache, into which it is downloaded at first use.
+    """The file in the hub's cache, downloaded on first use.
 
     Raises:
         OSError: it is not there, and the hub cannot be reached.
@@ -189,6 +187,6 @@ def _from_hub() -> Path:
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set") from None
-    if not getproxies():  # the hub's library tries for half a minute, and tells of each try, where there is no network
+    if not getproxies():  # without a network, the hub's library retries for half a minute and reports each attempt
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
     return Path(hf_hub_download(REPOSITORY, FILE, revision=REVISION))

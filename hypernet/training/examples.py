@@ -1,7 +1,7 @@
-"""What a hypernetwork is trained on, step by step: which people, in which photos, cut and flipped how.
+"""The training examples of a hypernetwork, step by step: which people, which photos, how they are cropped and flipped.
 
-All of it follows from the seed, the number of the step and the person: not from the process or worker that prepares it,
-so a run is resumed by its step number alone, and processes that share a batch train as one would.
+They depend only on the seed, the step number and the person, not on the process or worker that prepares them. So the
+step number is enough to resume a run, and processes that share a batch train like a single one.
 """
 
 import warnings
@@ -21,10 +21,10 @@ from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed,
 from hypernet.recipe import TrainConfig
 
 BLANK = -1
-"""The row of nobody, which fills up a batch."""
+"""A placeholder row that fills up a batch."""
 
 Place = tuple[int, int]
-"""(step, row of the data set); what a data set of examples is indexed by."""
+"""(step, row of the data set): the index of an example."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Example:
     """One person in one step.
 
     Attributes:
-        name: empty if the row cannot be used; its pictures are grey then, and it counts nothing.
+        name: empty if the row cannot be used; its pictures are grey then, and its weight is zero.
         seen: the photo for the encoder, ``(3, size_px, size_px)`` in [-1, 1].
-        denoised: the photo that is denoised, cut and flipped as ``seen`` is.
-        photo: names ``denoised`` as it was before that.
-        target: the person's pre-optimised theta ``(L, row)``; None if nothing is compared.
-        drops_caption: whether the prompt is the empty one.
-        seed: of the person's noise in this step.
-        skipped: what could not be used.
+        denoised: the photo to denoise, cropped and flipped like ``seen``.
+        photo: identifies ``denoised`` before cropping and flipping.
+        target: the person's pre-optimised theta ``(L, row)``; None if there are no targets.
+        drops_caption: whether the prompt is empty.
+        seed: random seed of the person's noise in this step.
+        skipped: photos that could not be used.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Batch:
     copies: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, but for ``denoised``: photos whose latents are kept are not needed there."""
+        """The batch on a device, except ``denoised``: photos with cached latents are not needed there."""
         return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"), without=("denoised",))
 
     def pin_memory(self) -> "Batch":
-        """What a `DataLoader` calls, so that copies to a GPU wait for nothing."""
+        """Pin the tensors, as `DataLoader` asks, so that copies to a GPU are asynchronous."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor], without: Sequence[str] = ()) -> "Batch":
@@ -80,12 +80,12 @@ class Batch:
         return replace(self, **changed)
 
     def generators(self) -> list[torch.Generator]:
-        """Each person's own, always at the start of its stream."""
+        """Each person's own generator, newly seeded."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
 
 class Examples(Dataset):
-    """The people of a data set as examples; ``examples[step, row]`` is the same whoever asks for it."""
+    """The people of a data set as examples; ``examples[step, row]`` is the same in every process."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class Examples(Dataset):
         """Prepare ``people`` at ``size_px``.
 
         Args:
-            targets: given, only people who have one can be used.
-            theta_shape: of a target.
+            targets: if given, only people with a target can be used.
+            theta_shape: shape of a target.
             copies: see `Batch`.
-            is_validation: nothing is cut, flipped or dropped.
+            is_validation: do not crop, flip or drop anything.
         """
         self.people, self.size_px, self.config, self.targets = people, size_px, config, targets
         self.theta_shape, self.copies, self.is_validation = theta_shape, copies, is_validation
@@ -116,7 +116,7 @@ class Examples(Dataset):
         step, row = place
         if row == BLANK:
             return self._blank()
-        # Through People, which reads lazily: one row is decoded, not the data set.
+        # Through People, which decodes only this row.
         (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
         prepared, skipped = prepare_person(
             person, self.size_px, self.config.crop, self.config.face_detector, self._faces
@@ -168,20 +168,20 @@ class Examples(Dataset):
 
 
 def _choose_photos(count: int, same: bool, generator: torch.Generator) -> tuple[int, int]:
-    """Which photo the encoder sees and which one is denoised: two different ones where there are two."""
+    """The photo for the encoder and the one to denoise, two different ones if there are two."""
     order = torch.randperm(count, generator=generator).tolist()
     return order[0], order[0] if same or count == 1 else order[1]
 
 
 def augment(pixels: Tensor, flip: bool, jitter: float, generator: torch.Generator) -> Tensor:
-    """Mirror and cut pictures ``(n, 3, h, w)``, all of them alike, and bring them back to their size.
+    """Mirror and crop pictures ``(n, 3, h, w)``, all in the same way, and resize them to their original size.
 
-    Drawn apart for the picture that is denoised and for the one the encoder sees, this would teach the hypernetwork
-    that a photo does not tell where the face is, or which way it looks.
+    Independent choices for the denoised picture and the encoder's would teach the hypernetwork that a photo does not
+    show where the face is, or which way it looks.
 
     Args:
-        flip: mirror one in two.
-        jitter: up to this fraction of the side is cut off, at any side of the picture.
+        flip: mirror with probability 1/2.
+        jitter: crop up to this fraction of the side, from any side of the picture.
     """
     is_mirrored, cut, top, left = torch.rand(4, generator=generator).tolist()
     if flip and is_mirrored < 0.5:
@@ -196,9 +196,9 @@ def augment(pixels: Tensor, flip: bool, jitter: float, generator: torch.Generato
 
 
 def training_places(config: TrainConfig, count: int, step: int, rank: int, world: int) -> Iterator[list[Place]]:
-    """Yield the places of process ``rank``'s batches from ``step`` on, as many a step as passes are accumulated.
+    """Yield the places of process ``rank``'s batches from ``step`` on, one for each accumulated pass of a step.
 
-    The people are gone through in an order that is drawn anew for each epoch; an epoch may end amid a step.
+    People are shuffled in each epoch; an epoch may end in the middle of a step.
     """
     epoch, order = -1, np.arange(0)
     for now in range(step, config.steps):
@@ -214,7 +214,7 @@ def training_places(config: TrainConfig, count: int, step: int, rank: int, world
 
 
 def validation_places(config: TrainConfig, count: int, rank: int, world: int) -> Iterator[list[Place]]:
-    """Yield the places of process ``rank``'s share of all people, in batches that are filled up."""
+    """Yield the places of process ``rank``'s share of all people, in padded batches."""
     rows = list(range(rank, count, world))
     for first in range(0, len(rows), config.batch_size):
         chosen = rows[first : first + config.batch_size]
@@ -226,11 +226,11 @@ def choose_people(
 ) -> tuple[People, People | None]:
     """The people to train on, and those to validate on.
 
-    A name that comes again is left out, as is one without a target. Whom a fraction holds out depends on names alone.
+    Repeated names and people without a target are left out. Which people a fraction holds out depends only on names.
 
     Args:
-        targets: given, only people who have one are taken.
-        held_out: people to validate on instead of a fraction of ``people``; whether they have targets is the same.
+        targets: if given, only people with a target are used.
+        held_out: people to validate on instead of a fraction of ``people``; they need no targets.
 
     Raises:
         ValueError: nobody is left to train on, the data set is streamed, or a shard of the targets is gone.
@@ -257,7 +257,7 @@ def choose_people(
 
 
 def _rows(people: People, targets: TargetStore | None) -> dict[str, int]:
-    """The row of each name, of those who have a target."""
+    """Name -> row, for those with a target."""
     rows: dict[str, int] = {}
     for row, (name, _) in enumerate(people.roster):
         rows.setdefault(name, row)

@@ -1,6 +1,6 @@
-"""What a training needs to go on after an interruption, in one file that is whole or not there.
+"""The state that resumes an interrupted training, in one file that is either complete or absent.
 
-The order of people and all noise follow from the step number, so no generator's state is among it.
+The order of people and all noise follow from the step number, so it contains no generator state.
 """
 
 import json
@@ -19,14 +19,14 @@ from lidb_peft.sealed import read_tree, same_kind, write_tree
 STATE_FILE = "training.safetensors"
 FORMAT_VERSION = 2
 _EARLIER_FILE = "training.pt"  # of format 1, a pickle
-# They change how a run is watched or how fast it is, not what is learned.
+# They change how a run is monitored or how fast it is, not what is learned.
 _FREE = {
     "log_every", "checkpoint_every", "num_workers", "gradient_checkpointing", "batch_size",
     "gradient_accumulation_steps",
 }  # fmt: skip
-# Of which states did not say when there was no other.
+# Fields that states omitted while they had only one possible value.
 _EARLIER: dict[str, Any] = {"face_detector": "cascade", "ema_decay": 0.0}
-# How fields were called -> how they are.
+# Older names of fields -> current ones.
 _RENAMED = {
     "batch": "batch_size", "accumulation": "gradient_accumulation_steps", "schedule": "lr_scheduler",
     "workers": "num_workers", "weights": "target_distance",
@@ -38,9 +38,9 @@ class TrainingState:
     """Everything that changes from step to step.
 
     Attributes:
-        network: whose trainable parameters are saved.
-        data: fingerprints of what is trained on, by name.
-        parts: what else has ``state_dict`` and ``load_state_dict``, by name: optimizer, schedule, loss scaler, EMA.
+        network: its trainable parameters are saved.
+        data: name -> fingerprint of the training data.
+        parts: name -> other objects with ``state_dict`` and ``load_state_dict``: optimizer, schedule, loss scaler, EMA.
         step: steps done.
         best: the lowest validation loss so far.
     """
@@ -52,7 +52,7 @@ class TrainingState:
     best: float = float("inf")
 
     def save(self, folder: Path, config: TrainConfig, world: int) -> None:
-        """Write the state; the run is described by its config and number of processes."""
+        """Write the state; config and number of processes identify the run."""
         state = {
             "format": FORMAT_VERSION,
             "config": asdict(config),
@@ -66,7 +66,7 @@ class TrainingState:
         write_tree(folder / STATE_FILE, state)
 
     def load(self, folder: Path, config: TrainConfig, world: int) -> None:
-        """Take over the state that ``save`` has written.
+        """Restore the state that ``save`` wrote.
 
         Raises:
             FileNotFoundError: there is none.
@@ -103,7 +103,7 @@ def _trainable(network: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def has_state(folder: Path) -> bool:
-    """Tell whether there is a training in ``folder``, be it of an earlier format."""
+    """Return whether there is a training in ``folder``, even in an earlier format."""
     return any((folder / name).exists() for name in (STATE_FILE, _EARLIER_FILE))
 
 
@@ -132,7 +132,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load_part(path: Path, part: Any, theirs: Any) -> None:
-    """Load one of the parts; but for an optimizer's state it must look like what is there."""
+    """Load one of the parts; except for optimizer states, it must have the same structure as the current one."""
     ours = part.state_dict()
     fixed = [{key: value for key, value in own.items() if key != "state"} if isinstance(own, dict) else own
              for own in (ours, theirs)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The families of base models: one file each, and nothing that is keyed by family outside of this folder.
+"""The families of base models: one file each; nothing outside this folder is keyed by family.
 
 To add one, write its file and list it in ``FAMILIES``.
 """
@@ -37,17 +37,17 @@ def get_family(name: str) -> Family:
 
 
 def families_of_pipeline(class_name: str) -> tuple[Family, ...]:
-    """Return the families that a diffusers pipeline of that class may hold; none for a class that is not known."""
+    """Return the families that a diffusers pipeline of that class may hold; none for an unknown class."""
     return tuple(family for family in FAMILIES.values() if class_name in family.pipelines)
 
 
 def family_of_pipeline(class_name: str, denoiser_config: Mapping[str, object]) -> Family:
     """Return the family of a pipeline by its class and the config of its denoiser.
 
-    What has a family's architecture but none of its widths, such as a miniature, is the first family's to its readers.
+    A model with a family's architecture but other widths, such as a miniature, counts as the first family's.
 
     Raises:
-        ValueError: no family has pipelines of that class.
+        ValueError: no family has that pipeline class.
     """
     families = families_of_pipeline(class_name)
     if not families:

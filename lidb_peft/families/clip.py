@@ -30,7 +30,7 @@ OPENCLIP = tuple(
 )
 
 
-# (OpenCLIP's, ours) in the names of an encoder's tensors, but for what is stacked; all that a name holds are replaced.
+# (OpenCLIP's, ours) in the names of an encoder's tensors, except stacked ones; every occurrence is replaced.
 OPENCLIP_NAMES = (
     ("token_embedding.", "embeddings.token_embedding."),
     ("positional_embedding", "embeddings.position_embedding.weight"),
@@ -49,7 +49,7 @@ OPENCLIP_SETTINGS: dict[str, Any] = {"activation": "gelu", "pad_token": "!"}
 
 
 def path_prefixes(name: str) -> tuple[str, ...]:
-    """Return how ComfyUI's files, and OneTrainer's, begin layers of the encoder that they call ``name``."""
+    """Return the prefixes of layers of the encoder ``name`` in files of ComfyUI and OneTrainer."""
     return tuple(f"{start}{name}.{end}" for start in ("text_encoders.", "") for end in ("transformer.", ""))
 
 
@@ -64,7 +64,7 @@ def attention_shapes(num_layers: int, width: int) -> Shapes:
 
 
 def text_encoder(num_layers: int, width: int, **own: Any) -> Component:
-    """Return the component of an encoder; ``own`` is what its family alone says of it, and may replace what is shared.
+    """Return the component of an encoder; ``own`` holds what is specific to its family, and may replace what is shared.
 
     Args:
         num_layers, width: of the published model.

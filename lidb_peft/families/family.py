@@ -1,6 +1,6 @@
-"""What a family of base models is made of: everything that the rest of the package must know to work on one.
+"""The description of a family of base models: everything that the rest of the package must know about one.
 
-Data only, and light to import: what is computed with a family is elsewhere, and takes it as an argument.
+Data only, and light to import: functions that compute with a family are elsewhere, and take it as an argument.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Stacked:
-    """Layers of ours that are one in the first authors' model, their rows below each other.
+    """Several of our layers that are one layer in the original authors' model, with their rows stacked.
 
     Args:
         ours: paths, with ``{}`` for a block's number.
-        original: the one path, likewise.
+        original: the path of the one layer, likewise.
         widths: numbers of rows, relative to each other; () if they are equal.
     """
 
@@ -32,7 +32,7 @@ class Component:
 
     Args:
         name: the pipeline's attribute, the folder in diffusers' layout, and how our layer names begin.
-        title: how messages call it.
+        title: its name in messages.
         role: which of the two kinds of models it is.
         classes: names of its class in diffusers or transformers.
         targets: ends of the names of the linear layers that LiDB adapts, its default ``target_modules``.
@@ -44,23 +44,23 @@ class Component:
         trained: what is in the paths of the layers that kohya trains by default, and every reader loads.
         num_blocks: name of a list of blocks -> how many the published models have; for those with paths that other
             families' models have too.
-        level: how the paths of its layers begin in LoRA files, whatever the installed library calls them.
+        level: prefix of its layers' paths in LoRA files, whatever the installed library calls them.
         modules: regular expression of the paths of modules that an update may be on; "" takes any path of ``words``.
-        kohya_prefixes: how kohya's names of its layers begin: the first is written, all are read.
-        path_prefixes: how dotted names of its layers begin in files, besides its own name.
-        originals: pairs (ours, original) of path prefixes by which the model's first authors named its modules.
-        kohya_uses_originals: kohya's names are made of the original paths, not of diffusers'.
-        kohya_attribute: what the model has in sd-scripts, and no other family's of its role.
-        stacked: whole paths, likewise: where layers are stacked, or their names follow no such prefixes.
-        transposed: pairs (ours, original) of weights that the original has transposed, without ``.weight``.
-        checkpoint_prefixes: how its tensors begin in a single-file checkpoint.
+        kohya_prefixes: prefixes of kohya's names of its layers: the first is written, all are read.
+        path_prefixes: prefixes of dotted names of its layers in files, besides its own name.
+        originals: pairs (ours, original) of path prefixes, from the names that the original authors gave its modules.
+        kohya_uses_originals: kohya's names are built from the original paths, not from diffusers'.
+        kohya_attribute: an attribute that the model has in sd-scripts, and no other family's model of its role.
+        stacked: whole paths, likewise, of layers that are stacked or whose names follow no such prefixes.
+        transposed: pairs (ours, original) of weights that are transposed in the original, without ``.weight``.
+        checkpoint_prefixes: prefixes of its tensors in a single-file checkpoint.
         convolutions: last words of the names of its convolutions -> side of the kernel; all other layers are linear.
         kohya_convolutions: last words of the names of linear layers that are 1x1 convolutions in sd-scripts.
-        config: entries of its config that tell the published models of this family from others of the same classes.
-        is_adapted: whether it is adapted unless somebody asks for something else.
+        config: entries of its config that distinguish this family's published models from others of the same classes.
+        is_adapted: whether it is adapted by default.
         num_heads: of a denoiser's attentions; 0 for one to 64 channels.
-        activation: of a text encoder, as transformers calls it.
-        pad_token: what a text encoder's prompts are filled up with.
+        activation: activation function of a text encoder, by its name in transformers.
+        pad_token: token that pads a text encoder's prompts.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Component:
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """What people call it where they weigh the parts of a LoRA, as in A1111's ``<lora:name:te=0.5:unet=1>``."""
+        """Its name in weights for the parts of a LoRA, as in A1111's ``<lora:name:te=0.5:unet=1>``."""
         return (self.name, "unet" if self.role == "denoiser" else "te")
 
     @property
@@ -105,14 +105,15 @@ class Component:
 
 @dataclass(frozen=True)
 class Version:
-    """A published model of a family, by what LoRA files call it.
+    """A published model of a family, and its names in LoRA files.
 
     Args:
-        prediction_type: what its denoiser predicts, as diffusers' schedulers call it: ``epsilon``, ``v_prediction``; or
+        prediction_type: what its denoiser predicts, in the terms of diffusers' schedulers: ``epsilon``,
+            ``v_prediction``; or
             ``flow``, of flow matching.
         base_version: kohya's ``ss_base_model_version``.
         architecture: ModelSpec's, without the ``/lora`` behind it.
-        size_px: side of the square pictures that it was trained on.
+        size_px: side of its square training pictures.
     """
 
     prediction_type: str
@@ -123,13 +124,13 @@ class Version:
 
 @dataclass(frozen=True)
 class Mark:
-    """A layer that tells the family of an adapter.
+    """A layer that identifies the family of an adapter.
 
     Args:
         pattern: regular expression that is searched for in the layer's name, as it is in the file.
-        component: which the layer is of; "" for any.
-        in_features: width of what the layer reads; 0 for any.
-        is_certain: it counts more than what the file's metadata say, and not only where they say nothing.
+        component: component of the layer; "" for any.
+        in_features: input width of the layer; 0 for any.
+        is_certain: overrides the file's metadata; otherwise it counts only if they do not state the family.
     """
 
     pattern: str
@@ -143,31 +144,31 @@ class Family:
     """Base models of one architecture.
 
     Args:
-        name: how options, files and messages call it.
-        title: how people call it.
-        a1111_version: how Automatic1111 calls it, and Forge.
+        name: its name in options, files and messages.
+        title: its full name.
+        a1111_version: its name in Automatic1111 and Forge.
         components: the denoiser first, in the order in which spaces list them.
         pipelines: diffusers' classes whose folders hold such a model; the first one loads it.
-        pipeline_options: what that class is made with beside the models: nothing that censors or marks pictures.
+        pipeline_options: arguments of that class besides the models: nothing that censors or watermarks pictures.
         latent_channels, vae_scale_factor: channels of the latents, and pixels to a latent's side.
         versions: what was published; the first is the one meant where nothing says otherwise.
-        has_guidance_embeds: the denoiser is told a guidance scale, which it was distilled with.
+        has_guidance_embeds: the denoiser has a guidance input, because it is guidance-distilled.
         implementation: ModelSpec's.
         network_module: sd-scripts' module that trains its LoRAs, in their metadata.
         metadata: further kohya metadata of its LoRAs.
-        marks: layers that tell that an adapter is for this family.
-        stated_by: metadata key -> how its value may begin in adapters for this family.
+        marks: layers that identify an adapter for this family.
+        stated_by: metadata key -> possible prefixes of its value in adapters for this family.
         is_hidden_unless_stated: Automatic1111 takes a LoRA without such metadata for another family's.
-        checkpoint_markers: tensors of the denoiser, in its first authors' names, that a single-file checkpoint of this
-            architecture has and no other -> how many dimensions they have.
-        vae_prefixes: how the VAE's tensors begin in a whole checkpoint; () where single files hold a denoiser alone.
-        scaling_factor: what the VAE's latents are multiplied by.
-        scheduler: diffusers' class, and what it is made with, for a whole checkpoint, which has none.
-        reads_mixed_ranks: readers of its LoRAs take each layer's own rank and alpha; else one file has one of each.
+        checkpoint_markers: tensors of the denoiser, in the original authors' names, that only single-file checkpoints
+            of this architecture have -> their number of dimensions.
+        vae_prefixes: prefixes of the VAE's tensors in a whole checkpoint; () if single files hold only a denoiser.
+        scaling_factor: factor for the VAE's latents.
+        scheduler: diffusers' class and its arguments, for a whole checkpoint, which has none.
+        reads_mixed_ranks: programs accept a rank and alpha for each layer of its LoRAs; else a file has one of each.
         has_old_diffusers_names: diffusers had such models before 0.20.
         kohya_blocks: blocks of kohya's block-wise learning rates: those going down, and as many up, and in the middle.
         block_lists: the blocks of each list of block weights that sd-webui-lora-block-weight and kohya's
-            ``svd_merge_lora.py`` take, which its length tells.
+            ``svd_merge_lora.py`` accept; lists are told apart by their length.
     """
 
     name: str
@@ -202,7 +203,7 @@ class Family:
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
-        """The models that read the prompt."""
+        """The models that encode the prompt."""
         return self.components[1:]
 
     @property
@@ -217,7 +218,7 @@ class Family:
 
     @property
     def prediction_types(self) -> tuple[str, ...]:
-        """What its denoisers may predict; more than one where a model must say which."""
+        """The possible prediction types of its denoisers; if there are several, a model must state its own."""
         return tuple(dict.fromkeys(version.prediction_type for version in self.versions))
 
     def component(self, name: str) -> Component | None:
@@ -225,6 +226,6 @@ class Family:
         return next((component for component in self.components if component.name == name), None)
 
     def version(self, prediction_type: str = "") -> Version:
-        """Return the published model of that prediction type; the first one if there is none, or for ""."""
+        """Return the published model with that prediction type; the first one if there is none, or for ""."""
         fitting = (version for version in self.versions if version.prediction_type == prediction_type)
         return next(fitting, self.versions[0])

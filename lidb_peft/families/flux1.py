@@ -1,6 +1,6 @@
-"""FLUX.1: a transformer that reads CLIP's pooled prompt and T5's tokens, distilled from a guidance scale.
+"""FLUX.1: a guidance-distilled transformer conditioned on CLIP's pooled prompt and T5's tokens.
 
-kohya's names and the fused layers are those of the first authors' code (black-forest-labs/flux, ``src/flux``), which
+kohya's names and the fused layers are those of the original authors' code (black-forest-labs/flux, ``src/flux``), which
 sd-scripts' ``networks/lora_flux.py`` trains; diffusers' ``FluxTransformer2DModel`` has each projection by itself.
 """
 

@@ -4,7 +4,7 @@ from . import clip, unet
 from .family import Family, Mark, Version
 
 CROSS_KEY = r"attn2[._](processor[._])?to_k(_lora)?$"
-"""A layer that reads the prompt, whose width tells Stable Diffusion's families, by any name."""
+"""A cross-attention layer, by any name; its input width distinguishes Stable Diffusion's families."""
 
 SD1 = Family(
     name="sd1",
@@ -24,7 +24,7 @@ SD1 = Family(
             width=768,
             title="text encoder",
             path_prefixes=clip.path_prefixes("clip_l"),
-            # Files with lora_te1_ lose their text encoder in kohya without a word.
+            # kohya silently ignores the text encoder of files with lora_te1_.
             kohya_prefixes=("lora_te_", "lora_te1_"),
             checkpoint_prefixes=("cond_stage_model.transformer.",),
         ),

@@ -1,4 +1,4 @@
-"""The UNets of Stable Diffusion: their modules by diffusers' names, and by those of the first authors (sgm)."""
+"""The UNets of Stable Diffusion: their modules by diffusers' names, and by the original authors' names (sgm)."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ _ATTENTION = (
 _RESNET = "norm[12]|conv[12]|time_emb_proj|conv_shortcut"
 _BLOCK = rf"attentions\.\d+\.({_ATTENTION})|resnets\.\d+\.({_RESNET})|(down|up)samplers\.0\.conv"
 MODULES = rf"((down|up)_blocks\.\d+|mid_block)\.({_BLOCK})|conv_(in|out|norm_out)|(time|add)_embedding\.linear_[12]"
-# LyCORIS's, where it is told of no prefix.
+# LyCORIS's, if it is given no prefix.
 OTHER_KOHYA_PREFIXES = ("lycoris_unet_", "lycoris_")
 # ComfyUI's, and a checkpoint's.
 PATH_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
 CONVOLUTIONS = {"conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3, "conv_shortcut": 1}
-# What leads into an attention and out of it: linear layers in the newer UNets, 1x1 convolutions in the first.
+# Input and output projections of an attention block: linear layers in newer UNets, 1x1 convolutions in the first.
 PROJECTIONS = frozenset({"proj_in", "proj_out"})
 PATH = r"(^|\.)(down_blocks|mid_block|up_blocks|conv_in|conv_out)\."
 BLOCK_NAMES = (
@@ -34,7 +34,7 @@ BLOCK_NAMES = (
 )
 TRAINED = (".attentions.",)
 _LAYERS_A_LEVEL = 2
-# What else a checkpoint of a whole Stable Diffusion holds: the first authors' name of the VAE, and diffusers'.
+# The rest of a whole Stable Diffusion checkpoint: the original authors' name of the VAE, and diffusers'.
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # (diffusers, sgm) inside a ResNet block.
@@ -53,7 +53,7 @@ def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_w
 
     Args:
         channels: width of the levels, outermost first.
-        depths: transformer blocks of an attention on each level; 0 where there are no attentions.
+        depths: transformer blocks per attention block on each level; 0 for levels without attention.
         cross_width: width of the prompt embeddings.
     """
     levels = list(enumerate(zip(channels, depths, strict=True)))
@@ -61,7 +61,7 @@ def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_w
             for level, (width, depth) in levels for i in range(_LAYERS_A_LEVEL)]  # fmt: skip
     up = [(f"up_blocks.{len(channels) - 1 - level}.attentions.{i}", width, depth)
           for level, (width, depth) in reversed(levels) for i in range(_LAYERS_A_LEVEL + 1)]  # fmt: skip
-    # The middle has the depth of the deepest level that has attentions.
+    # The middle block has the depth of the deepest level with attention.
     middle = ("mid_block.attentions.0", channels[-1], next(depth for depth in reversed(depths) if depth))
     shapes: dict[str, tuple[int, int]] = {}
     for path, width, depth in (*down, middle, *up):
@@ -74,11 +74,11 @@ def attention_shapes(channels: tuple[int, ...], depths: tuple[int, ...], cross_w
 
 
 def denoiser(shapes: Shapes, cross_width: int, **own: Any) -> Component:
-    """Return the component of a UNet; ``own`` is what its family alone says of it.
+    """Return the component of a UNet; ``own`` holds what is specific to its family.
 
     Args:
-        shapes: of the published model, as `attention_shapes` gives them.
-        cross_width: width of the prompt embeddings, by which the published models are told.
+        shapes: shapes of the published model, from `attention_shapes`.
+        cross_width: width of the prompt embeddings, by which published models are identified.
     """
     return Component(
         name="unet", title="UNet", role="denoiser", classes=("UNet2DConditionModel",), targets=TARGETS, shapes=shapes,
@@ -89,7 +89,7 @@ def denoiser(shapes: Shapes, cross_width: int, **own: Any) -> Component:
 
 
 def sgm_names(num_levels: int, attended: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
-    """Pairs (diffusers, sgm) of path prefixes that cover a UNet: 2 layers a level going down, 3 going up.
+    """Pairs (diffusers, sgm) of path prefixes that cover a UNet: 2 layers per level going down, 3 going up.
 
     ``attended`` are the levels with attention, the widest being 0.
     """
