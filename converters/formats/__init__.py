@@ -1,1 +1,1 @@
-"""The formats that adapters are kept in: one module for each, and reading any of them as one kind of LoRA."""
+"""Adapter file formats: a module for each, and reading any of them into one representation of a LoRA."""

@@ -1,8 +1,8 @@
-"""diffusers' LoRA file, ``pytorch_lora_weights.safetensors``: module paths, scale 1, the components in one file.
+"""diffusers' LoRA file, ``pytorch_lora_weights.safetensors``: module paths, scale 1, all components in one file.
 
 Since 0.20 the names are PEFT's; before, an attention's LoRA belonged to its processor. Newer versions read old files
-too, and ComfyUI knows a UNet's layers by their old names only. ComfyUI and versions before 0.34 find no alpha here, so
-none is written.
+too, and ComfyUI knows only the old names of a UNet's layers. ComfyUI and versions before 0.34 do not read alpha here,
+so none is written.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def diffusers_tensors(lora: Lora) -> Tensors:
-    """Return the tensors of a LoRA of scale 1 by diffusers' names."""
+    """Return the tensors of a LoRA of scale 1 under diffusers' names."""
     return path_tensors(lora.layers, "diffusers", lambda layer: layer)
 
 
 def old_diffusers_tensors(lora: Lora) -> Tensors:
-    """Return the tensors of a LoRA of scale 1 by the names of diffusers 0.18 and 0.19.
+    """Return the tensors of a LoRA of scale 1 under the names of diffusers 0.18 and 0.19.
 
     Raises:
-        ValueError: a family that diffusers did not have then, or a layer that is DoRA, or none of a UNet's attention
-            projections.
+        ValueError: a family that diffusers did not support then, a DoRA layer, or a layer that is not an attention
+            projection of a UNet.
     """
     if lora.family and not FAMILIES[lora.family].has_old_diffusers_names:
         raise ValueError(f"{FAMILIES[lora.family].title} is newer than diffusers' old LoRA files; convert to diffusers")
@@ -58,7 +58,7 @@ def path_tensors(layers: dict[str, LoraLayer], spelling: str, name_of: Callable[
                 f"layer {layer_name} is DoRA with a magnitude for each input, as LyCORIS trains it, which diffusers and"
                 " PEFT do not have; convert to kohya"
             )
-        if magnitude:  # of a convolution PEFT keeps it in the shape that it multiplies
+        if magnitude:  # for a convolution, PEFT stores it in the shape in which it is multiplied
             shape = (-1,) if layer.lora_B.dim() == 2 else (1, -1, 1, 1)
             tensors[name + endings["dora"]] = magnitude[0].reshape(*shape)
     return tensors

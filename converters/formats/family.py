@@ -1,4 +1,4 @@
-"""Which base models an adapter is for: by its layers, or by what its metadata says."""
+"""Detecting the base model family of an adapter, from its layers or its metadata."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from converters.shapes import has_layer
 from lidb_peft.families import DENOISERS, FAMILIES, Family, Mark
 
-# Name in the file, our layer name or "" where that is not known, width of what the layer reads or 0.
+# Name in the file, our layer name or "" if unknown, input width or 0 if unknown.
 Layer = tuple[str, str, int]
-# What is uncertain tells a newer family from an older one, not the reverse: the older one's is written by default.
+# An uncertain statement counts for a newer family, not for an older one, whose value programs write by default.
 _NEWEST_FIRST = tuple(reversed(FAMILIES.values()))
 _STATING = ("ss_base_model_version", "modelspec.architecture")
 _REFINER = "stable-diffusion-xl-v1-refiner"
 _SD3 = "stable-diffusion-3"
 OTHER_MODELS = frozenset({_REFINER, _SD3})
-"""Models that have modules of a family's names, with other widths, and are none of it."""
-# Model -> (our layer name, widths of what it reads), which no published model of a family has.
+"""Models outside the families whose modules have the names of a family's, with other widths."""
+# Model -> (our layer name, its input widths), which no published model of a family has.
 _OTHER_LAYERS = {
-    # It reads OpenCLIP's bigG alone, and its levels with attentions are 768 and 1536 wide.
+    # It is conditioned on OpenCLIP's bigG alone, and its levels with attention are 768 and 1536 wide.
     _REFINER: ((re.compile(r"attn2\.to_[kv]$"), {1280}), (re.compile(r"attn1\.to_[qkv]$"), {768, 1536})),
     # Its blocks have the names of FLUX's double ones, which are 3072 wide.
     _SD3: ((re.compile(r"transformer\.transformer_blocks\.\d+\.attn\."), {1536, 2432}),),
@@ -25,10 +25,10 @@ _OTHER_LAYERS = {
 
 
 def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
-    """Return the family, another model's own name, or "" where nothing tells.
+    """Return the family, another model's own name, or "" if unknown.
 
-    Names tell, by the depth of the attentions and the blocks that there are; then widths, of what reads the prompt for
-    one; then the metadata.
+    Detected from names, by the depth of attention blocks and the blocks that exist; then from widths, such as those of
+    cross-attention; then from the metadata.
     """
     layers = list(layers)
     fitting = _fitting(layers)
@@ -53,9 +53,9 @@ def find_base(layers: Iterable[Layer], metadata: Mapping[str, str]) -> str:
 
 
 def marked_bases(layers: Iterable[Layer]) -> list[str]:
-    """Return the families of which some layer has a mark that is certain; more than one is none that a model has.
+    """Return the families for which some layer has a certain mark; more than one means that no model fits.
 
-    A width counts more than a spelling, which another family's layers may have too.
+    A width takes precedence over a spelling, which other families may share.
     """
     layers = list(layers)
     fitting = _fitting(layers)
@@ -70,7 +70,7 @@ def mixed_bases(layers: Iterable[Layer]) -> str:
 
 
 def _fitting(layers: Sequence[Layer]) -> list[Family]:
-    """The families that have all of the layers that are known."""
+    """The families that have all of the recognised layers."""
     return [
         family for family in FAMILIES.values() if all(has_layer(ours, family.name) for _, ours, _ in layers if ours)
     ]
@@ -85,9 +85,9 @@ def _has_any(layers: Iterable[Layer], marks: Iterable[tuple[re.Pattern[str], set
 
 
 def _could_be_sd3(layers: Iterable[Layer], metadata: Mapping[str, str]) -> bool:
-    """Whether nothing tells a LoRA from diffusers' of Stable Diffusion 3: attentions of blocks that both models have.
+    """Whether a LoRA could equally be diffusers' for Stable Diffusion 3: attention in blocks that both models have.
 
-    A width that neither has, and metadata that name no family, are not taken for ours: what we read wrongly is lost.
+    Unknown widths, and metadata that name no family, do not count for our family: misreading would lose data.
     """
     own = [(name, ours, width) for name, ours, width in layers if ours.partition(".")[0] in DENOISERS]
     shared = re.compile(r"[^.]+\.transformer_blocks\.\d+\.(attn|ff|ff_context|norm1|norm1_context)\.")
@@ -99,7 +99,7 @@ def _could_be_sd3(layers: Iterable[Layer], metadata: Mapping[str, str]) -> bool:
 
 
 def _has_widths(layers: Sequence[Layer], family: Family) -> bool:
-    """Whether the family's attention projections read as much as those among the layers."""
+    """Whether the family's attention projections have the input widths of those among the layers."""
     shapes = family.shapes
     return all(shapes[ours][0] == width for _, ours, width in layers if ours in shapes)
 
@@ -107,7 +107,7 @@ def _has_widths(layers: Sequence[Layer], family: Family) -> bool:
 def _marked(
     layers: Sequence[Layer], families: Iterable[Family], is_certain: bool, has_width: bool = False
 ) -> Iterator[str]:
-    """Yield the families of which some layer has a mark; ``has_width`` takes only marks with one."""
+    """Yield the families for which some layer has a mark; ``has_width`` accepts only marks with a width."""
     for family in families:
         marks = [mark for mark in family.marks if mark.is_certain == is_certain and (mark.in_features or not has_width)]
         if any(_has_mark(mark, *layer) for mark in marks for layer in layers):
@@ -134,5 +134,5 @@ def stated_base(metadata: Mapping[str, str]) -> str:
 
 
 def shown_base(base: str) -> str:
-    """Return a family as A1111 calls it; another model's name as it is."""
+    """Return A1111's name of a family; another model's name unchanged."""
     return FAMILIES[base].a1111_version if base in FAMILIES else base

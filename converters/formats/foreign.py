@@ -10,7 +10,7 @@ from lidb_peft.safe_read import printable
 
 _MAX_SHOWN = 3
 
-# What names of tensors tell, whatever stands in front of them and between their words -> the model; the first counts.
+# Patterns of tensor names, whatever their prefix and separators -> the model; the first match counts.
 _ADAPTERS = (
     (r"single_transformer_blocks|double_blocks.*(img|txt)_(attn_(qkv|proj)|mlp_|mod_)|double_blocks.*_attn\.qkv"
      r"|single_blocks.*(linear1|linear2|modulation)", "FLUX"),
@@ -32,7 +32,7 @@ _ADAPTERS = (
     (r"^(transformer|lora_transformer)[._]", "a diffusion transformer"),
 )  # fmt: skip
 _HAS_FACTORS = re.compile(r"lora_(A|B|down|up)\b|lora[._](down|up)\b|lora_linear_layer|hada_|lokr_|\.alpha$")
-# Names that begin so -> what the file is, and what to do.
+# Prefix of names -> what the file is, and what to do.
 _OTHERS = (
     (r"model\.diffusion_model\.", "a whole model, not an adapter: hdb merge --into adds LoRAs to it"),
     (r"(diffusion_model\.)?(input_blocks|double_blocks|joint_blocks)\.\d+\.|down_blocks\.\d+\.resnets|conv_in\.weight",
@@ -43,14 +43,14 @@ _OTHERS = (
     (r"emb_params$|clip_[lg]$|string_to_param", "a textual inversion embedding, not a LoRA: it goes to the embeddings"),
     (r"ip_adapter\.|image_proj", "an IP-Adapter, not a LoRA"),
 )  # fmt: skip
-# Anybody's names may be long and many; patterns are searched for in so much of them.
+# Names may be long and many; only this much of them is searched.
 _MAX_NAMES, _MAX_CHARS = 5000, 300
 
 
 def name_foreign(names: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """Return what a file is, "a LoRA of FLUX", by the names of its tensors and what it says of itself.
+    """Return what a file is, "a LoRA of FLUX", from the names of its tensors and its metadata.
 
-    It ends a sentence: what holds nothing that is known is said to, with the first names.
+    The text completes a sentence; for unknown content it lists the first names.
     """
     names = [name[:_MAX_CHARS] for name in islice(names, _MAX_NAMES)]
     shown = ", ".join(printable(name) for name in names[:_MAX_SHOWN]) or "no tensors"

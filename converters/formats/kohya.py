@@ -1,7 +1,7 @@
 """The kohya LoRA file, which A1111, ComfyUI, kohya sd-scripts and diffusers read.
 
-Every layer may have its own rank. The attentions of a UNet, and a text encoder, have one alpha: diffusers takes the
-commonest for theirs. FLUX's readers take each layer's own, and its attentions' projections are fused there.
+Each layer may have its own rank. The attention layers of a UNet, and a text encoder, have one alpha: diffusers uses the
+most common one. Programs use each layer's own for FLUX, whose attention projections are fused here.
 """
 
 import os
@@ -36,8 +36,8 @@ def write_lora(
 ) -> list[Path]:
     """Write a LoRA for A1111: the file, its sidecar with the activation text, and a preview; return what was written.
 
-    The LoRA comes last, so that where it is, all is. Sidecar and preview never overwrite another's file; see
-    :func:`save_kohya` for the rest.
+    The LoRA is written last, so that its presence means that all files exist. Sidecar and preview never overwrite other
+    files; see :func:`save_kohya` for the rest.
     """
     path = Path(path)
     tensors, entries = _prepare_kohya(path, factors, metadata, dtype)
@@ -57,9 +57,9 @@ def save_kohya(
 ) -> None:
     """Write LoRA factors, layer name -> (``lora_A`` (r, in), ``lora_B`` (out, r)), as a kohya safetensors file.
 
-    Narrower layers are padded with zeros to the file's one rank, where the family's readers need one, and the norms of
-    both factors are balanced by powers of two; either leaves every ``lora_B @ lora_A`` as it is, so that only the
-    rounding to ``dtype`` remains.
+    Layers of lower rank are padded with zeros to the file's common rank, if programs need one for the family, and the
+    norms of both factors are balanced by powers of two; neither changes ``lora_B @ lora_A``, so only the rounding to
+    ``dtype`` remains.
 
     Raises:
         ValueError: no layers, NaN or infinity, shapes that do not fit, a layer that the family does not have, a value
@@ -93,7 +93,7 @@ def load_kohya(path: str | os.PathLike) -> tuple[LoraFactors, dict[str, str]]:
 
 
 def lora_tensors(factors: LoraFactors, family: str, dtype: torch.dtype) -> tuple[Tensors, int]:
-    """Return the tensors of a kohya file that holds ``factors``, and its rank, which is its alpha too.
+    """Return the tensors of a kohya file with ``factors``, and its rank, which is also its alpha.
 
     Raises:
         ValueError: as `save_kohya`.
@@ -120,7 +120,7 @@ def kohya_tensors(lora: Lora, family: str) -> Tensors:
         lora_A, lora_B, *magnitude = loader.tensors(layer)
         tensors[name + endings["lora_A"]], tensors[name + endings["lora_B"]] = lora_A, lora_B
         alpha = torch.tensor(layer.alpha, dtype=layer.lora_B.dtype)
-        if alpha.item() != layer.alpha:  # bfloat16 counts exactly to 256 only
+        if alpha.item() != layer.alpha:  # bfloat16 represents integers exactly only up to 256
             alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         tensors[name + endings["alpha"]] = alpha
         if magnitude:
@@ -130,10 +130,10 @@ def kohya_tensors(lora: Lora, family: str) -> Tensors:
 
 
 def kohya_layers(lora: Lora, family: str) -> dict[str, LoraLayer]:
-    """Return a LoRA's layers as kohya has them, by kohya's names: what is one module there is stacked.
+    """Return a LoRA's layers in kohya's structure and names: layers that are one module there are stacked.
 
     Raises:
-        ValueError: a layer that the family does not have, or layers of one module that do not fit each other.
+        ValueError: a layer that the family does not have, or layers of one module with incompatible shapes.
     """
     places: dict[str, Place] = {}
     for layer in lora.layers:

@@ -1,6 +1,6 @@
-"""Which tensors of an adapter file belong to which layer, for every layout in use: kohya, diffusers old and new, PEFT.
+"""Assigning the tensors of an adapter file to layers, for every layout in use: kohya, diffusers old and new, PEFT.
 
-Only names are looked at here; what the tensors hold is :mod:`converters.inspection.describe`'s business.
+Only names are considered here; the contents are described by :mod:`converters.inspection.describe`.
 """
 
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from converters.key_maps import component_of_kohya_name, component_of_path, split_path_name
 
-# How each format ends the names of a layer's tensors; it is written so, and read so.
+# Endings of a layer's tensor names in each format, for writing and reading.
 SPELLINGS = {
     "kohya": {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", "alpha": ".alpha", "dora": ".dora_scale"},
     "diffusers": {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "dora": ".lora_magnitude_vector"},
@@ -18,7 +18,7 @@ SPELLINGS = {
         "lora_B": ".lora_linear_layer.up.weight",
     },
 }
-# Tensor-name ending -> what it is; the longest ending that fits counts.
+# Ending of tensor names -> role; the longest match counts.
 ENDINGS = {
     **{ending: role for spelling in SPELLINGS.values() for role, ending in spelling.items()},
     ".lora.down.weight": "lora_A",
@@ -41,19 +41,19 @@ ENDINGS = {
     ".lidb_down": "lidb",
     ".lidb_up": "lidb",
 }
-# The algorithm that a role tells, by how the role begins; the first that a file has counts.
+# Prefix of a role -> algorithm; the first one in a file counts.
 _ALGORITHMS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "ia3": "(IA)^3", "lidb": "LiDB",
                "dora": "DoRA", "diff": "full difference", "w_norm": "full difference",
                "b_norm": "full difference"}  # fmt: skip
-# The name of an adapter, which PEFT's models have in their tensors' names and its files do not.
+# The adapter name, which is part of tensor names in PEFT's models but not in its files.
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?$")
 STYLES = ("kohya", "PEFT", "ComfyUI", "diffusers")
-# How names end that have no adapter's name in them: most of all names.
+# Endings of names without an adapter name, which are most names.
 _WHOLE = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
-# Of LiDB's bases, or of what they are checked by; layers share them.
+# LiDB's bases, or their fingerprints; layers share them.
 BASIS_START = "lidb_basis."
 EMBEDDING_START = "bundle_emb."
-# What stands behind the last dot of a name -> the endings that it may have, the longest first.
+# Part after the last dot of a name -> possible endings, the longest first.
 _BY_LAST_WORD: dict[str, list[str]] = {}
 for _ending in sorted(ENDINGS, key=len, reverse=True):
     _BY_LAST_WORD.setdefault(_ending.rpartition(".")[2], []).append(_ending)
@@ -72,14 +72,14 @@ class AdapterModule:
 
 @dataclass
 class Layout:
-    """How a file lays its layers out.
+    """The layout of a file.
 
     Args:
-        style: one of ``STYLES``, or ``""`` where none is found.
+        style: one of ``STYLES``, or ``""`` if none is detected.
         algorithm: ``LoRA`` or another one that some of its layers have.
-        modules: module's name in the file -> its parts.
-        embeddings: names of textual inversions' tensors.
-        adapters: PEFT's names of adapters, of which a model may hold several.
+        modules: name of a module in the file -> its parts.
+        embeddings: names of tensors of textual inversions.
+        adapters: PEFT's adapter names; a model may hold several.
         unknown: names that fit no layout.
     """
 

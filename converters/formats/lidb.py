@@ -1,7 +1,7 @@
 """LiDB weights in files, a theta file or the folders that PEFT saves, and the exact LoRA of either.
 
-Neither holds the widths of its layers. They come from the families' tables (:mod:`lidb_peft.families`), or from a base
-model where it is another.
+Neither stores the widths of its layers. They come from the families' tables (:mod:`lidb_peft.families`), or from the
+base model if it belongs to no family.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class LiDBWeights:
 
     Args:
         models: component -> its LiDB adapter, on a model that has only the adapted layers, without weights.
-        family: name of one of ``lidb_peft.families``; "" where the layers do not tell.
+        family: name of one of ``lidb_peft.families``; "" if the layers do not determine it.
         base_model_name, base_fingerprint: as in a theta file.
     """
 
@@ -53,7 +53,7 @@ class LiDBWeights:
     base_fingerprint: str = ""
 
     def to_lora(self) -> Lora:
-        """Return the float32 LoRA of the same update; exact, of alpha = rank."""
+        """Return the float32 LoRA of the same update; exact, with alpha = rank."""
         factors = {name: pair for component, model in self.models.items()
                    for name, pair in peft_factors(model, component).items()}  # fmt: skip
         layers = {name: LoraLayer(lora_A, lora_B, float(len(lora_A))) for name, (lora_A, lora_B) in factors.items()}
@@ -70,7 +70,7 @@ class LiDBWeights:
         }
 
     def save_theta(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        """Write a theta file, in float16 where that holds every number, else in float32.
+        """Write a theta file, in float16 if that represents every number exactly, else in float32.
 
         Raises:
             ValueError: the models have different settings, or bases of their own, which a theta file cannot hold.
@@ -88,7 +88,7 @@ class LiDBWeights:
 
 @dataclass(frozen=True)
 class _Folder:
-    """What the files of one model's adapter say: its layers, by our names, and the labels of its bases."""
+    """The contents of one model's adapter files: its layers, by our names, and the labels of its bases."""
 
     path: Path
     config: LiDBConfig
@@ -104,10 +104,10 @@ def read_theta(path: Path, models: Mapping[str, nn.Module] | None = None) -> LiD
     """Read a theta file.
 
     Args:
-        models: the base model's, for a theta of none of ``FAMILIES``, and to check its weights.
+        models: models of the base, for a theta of no family in ``FAMILIES``, and to check its weights.
 
     Raises:
-        ValueError: no theta file, or of unknown layers.
+        ValueError: not a theta file, or unknown layers.
     """
     file = load_theta(path)
     models = models and recorded_models(models, file.base_fingerprint, str(path))
@@ -176,7 +176,7 @@ def _shapes_of(models: Mapping[str, nn.Module], config: LiDBConfig) -> Shapes:
 
 
 def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
-    """Return the architecture, and its layers, whose hash a theta file has."""
+    """Return the architecture whose layers have the hash in a theta file, and these layers."""
     for family in FAMILIES.values():
         for shapes in _choices(family.shapes, file.config):
             if layers_hash(shapes) == file.layers_hash:
@@ -186,7 +186,7 @@ def _shapes_by_hash(path: Path, file: ThetaFile) -> tuple[str, Shapes]:
 
 
 def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
-    """Yield what ``config`` adapts in every choice of an architecture's models."""
+    """Yield the layers that ``config`` adapts, for each combination of an architecture's models."""
     if config.target_modules is not None:
         shapes = {name: shape for name, shape in shapes.items()
                   if check_target_module_exists(config, name.partition(".")[2])}  # fmt: skip
@@ -197,7 +197,7 @@ def _choices(shapes: Shapes, config: LiDBConfig) -> Iterator[Shapes]:
 
 
 def _shapes_by_bases(path: Path, folders: Collection[_Folder]) -> tuple[str, Shapes]:
-    """Return the architecture that has the layers and, for them, needs just the bases that the adapters record."""
+    """Return the architecture that has the layers and needs exactly the bases that the adapters record for them."""
     fitting = {}
     for family in FAMILIES.values():
         shapes = family.shapes
@@ -217,7 +217,7 @@ def _fits(shapes: Shapes, folder: _Folder) -> bool:
 
 
 def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
-    """Return the settings of several adapters as one, on the layers of all of them."""
+    """Return the common settings of several adapters, for all of their layers."""
     names = ("r", "down_dim", "up_dim", "scale", "seed", "basis", "layers_to_transform", "layers_pattern")
     first = configs[0]
     differing = [name for name in names if len({repr(getattr(config, name)) for config in configs}) > 1]
@@ -227,7 +227,7 @@ def _one_config(configs: Sequence[LiDBConfig]) -> LiDBConfig:
     sets = [target for target in targets if isinstance(target, set)]
     if len(sets) == len(targets):
         union: set[str] = set().union(*sets)
-        # What every adapter names that was made without naming any.
+        # The base in adapters that were made without naming one.
         is_default = any(union == family.targets for family in FAMILIES.values())
         return dataclasses.replace(first, target_modules=None if is_default else union)
     if len({repr(target) for target in targets}) > 1:

@@ -1,4 +1,4 @@
-"""What PEFT's ``LoraConfig`` says of a layer's scale; PEFT keeps it beside the tensors, diffusers in their metadata."""
+"""A layer's scale from PEFT's ``LoraConfig``, which PEFT stores next to the tensors, diffusers in their metadata."""
 
 import json
 import math
@@ -10,21 +10,21 @@ from peft import LoraConfig
 from lidb_peft.patterns import find_pattern
 from lidb_peft.safe_read import printable
 
-# Where diffusers >= 0.34 keeps the configs of all components, as one JSON object with keys such as "unet.lora_alpha".
+# Where diffusers >= 0.34 stores the configs of all components, as one JSON object with keys such as "unet.lora_alpha".
 METADATA_KEY = "lora_adapter_metadata"
-# Read below, told by the tensors themselves, or without effect on the update.
+# Read below, implied by the tensors themselves, or without effect on the update.
 _UNDERSTOOD = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
      "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "exclude_modules",
      "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config", "eva_config"}
 )  # fmt: skip
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-# Starts that are found from the base model but leave it as it is; the others change it, and the update with it.
+# Initialisations derived from the base model that leave it unchanged; the others change it, and so the update.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def metadata_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict]:
-    """Return component -> ``LoraConfig`` fields of a diffusers file; "" stands for a model saved by itself.
+    """Return component -> ``LoraConfig`` fields of a diffusers file; "" stands for a model saved on its own.
 
     Raises:
         ValueError: the metadata is not what diffusers writes; the message begins with ``source``.
@@ -43,7 +43,7 @@ def metadata_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict
 
 
 def check_config(config: Mapping[str, object], source: str) -> None:
-    """Refuse what would change the update and is not carried.
+    """Refuse settings that would change the update and cannot be represented.
 
     Raises:
         ValueError: such a field is set; the message begins with ``source``.
@@ -62,10 +62,11 @@ def check_config(config: Mapping[str, object], source: str) -> None:
 
 
 def layer_alpha(config: Mapping[str, object], path: str, rank: int, source: str) -> float:
-    """Return the alpha of the layer at module ``path``, by PEFT's rules; the rank where the config says nothing.
+    """Return the alpha of the layer at module ``path``, by PEFT's rules; the rank if the config has none.
 
     Raises:
-        ValueError: the config's rank is not the tensors', or a number is none; the message begins with ``source``.
+        ValueError: the config's rank is not that of the tensors, or a value is not a number; the message begins with
+            ``source``.
     """
     stated, alpha = (stated_number(config, name, path, source) for name in ("r", "lora_alpha"))
     if stated not in (None, rank):
@@ -75,10 +76,10 @@ def layer_alpha(config: Mapping[str, object], path: str, rank: int, source: str)
 
 
 def stated_number(config: Mapping[str, object], name: str, path: str, source: str) -> float | None:
-    """Return ``r`` or ``lora_alpha`` of the layer at module ``path``, by PEFT's rules; None where nothing is said.
+    """Return ``r`` or ``lora_alpha`` of the layer at module ``path``, by PEFT's rules; None if it is not set.
 
     Raises:
-        ValueError: it is no finite number; the message begins with ``source``.
+        ValueError: it is not a finite number; the message begins with ``source``.
     """
     own = config.get(_PATTERNS[name]) or {}
     where = f"{source}: its {_PATTERNS[name]}"

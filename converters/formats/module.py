@@ -9,21 +9,21 @@ from torch import Tensor
 from converters.full_update import FullUpdate
 from converters.layer import LoraLayer, held
 
-# Roles of layout.ENDINGS -> the algorithm that they are of, by how they begin.
+# Prefix of roles in layout.ENDINGS -> their algorithm.
 _FULL = {"hada": "LoHa", "lokr": "LoKr"}
-# Differences of what the layer has: role -> what goes behind the layer's name.
+# Whole differences: role -> suffix of the layer's name.
 _DIFFERENCES = {"diff": "", "w_norm": "", "diff_b": ".bias", "b_norm": ".bias"}
 
 
 @dataclass(frozen=True)
 class Module:
-    """What a module's tensors are.
+    """The update held by a module's tensors.
 
     Args:
-        layer: its LoRA; None where it has another update, or one of rank 0.
-        full_updates: end of the layer's name, "" or ``.bias``, -> an update that is no LoRA.
-        is_tucker: a core was multiplied into the layer, which is float32 therefore.
-        was_float8: the layer was float8, and is float16 therefore.
+        layer: its LoRA; None if it has another update, or one of rank 0.
+        full_updates: suffix of the layer's name, "" or ``.bias`` -> an update that is not a LoRA.
+        is_tucker: a core was multiplied into the layer, which is therefore float32.
+        was_float8: the layer was float8, and is therefore float16.
     """
 
     layer: LoraLayer | None
@@ -37,11 +37,11 @@ def read_module(parts: Mapping[str, Tensor], magnitude_is_kohyas: bool, config_a
 
     Args:
         parts: role, as in ``layout.ENDINGS``, -> tensor.
-        magnitude_is_kohyas: DoRA's magnitudes are in the shape of kohya's ``dora_scale``, and not of PEFT's.
-        config_alpha: what the alpha is where no tensor says it; None if nothing does.
+        magnitude_is_kohyas: DoRA's magnitudes have the shape of kohya's ``dora_scale``, not of PEFT's.
+        config_alpha: alpha if no tensor holds it; None if it is unknown.
 
     Raises:
-        ValueError: the parts are incomplete, do not fit together, or hold what no update does.
+        ValueError: the parts are incomplete, do not fit together, or hold invalid values.
     """
     alpha = _stated_alpha(parts.get("alpha"), config_alpha)
     full = {end: FullUpdate("full difference", {role: parts[role]}) for role, end in _DIFFERENCES.items()
@@ -78,7 +78,7 @@ def _stated_alpha(alpha: Tensor | None, config_alpha: float | None) -> float | N
 
 
 def _of_one_kind(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Give both factors the dimensions of a convolution if one has them, as A1111 and ComfyUI read them."""
+    """Give both factors the dimensions of a convolution if one has them, as A1111 and ComfyUI expect."""
     if (lora_A.dim(), lora_B.dim()) == (4, 2):
         return lora_A, lora_B[:, :, None, None]
     if (lora_A.dim(), lora_B.dim()) == (2, 4) and lora_B.shape[2:] == (1, 1):
@@ -97,14 +97,14 @@ def _without_core(lora_A: Tensor, lora_B: Tensor, core: Tensor, alpha: float) ->
         )
     core = core if core.dim() == 4 else core[:, :, None, None]
     folded = torch.einsum("mnhw,ni->mihw", core.double(), lora_A.double().flatten(1)).float()
-    # Readers divide by the rank of the lora_A that was there.
+    # Programs divide by the rank of the original lora_A.
     return folded, lora_B.float().reshape(*lora_B.shape[:2], 1, 1), alpha * len(folded) / len(lora_A)
 
 
 def _magnitude(magnitude: Tensor, is_kohyas: bool, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """DoRA's magnitudes as ``(out,)`` or ``(1, in)``; PEFT has a convolution's on axis 1 of ``(1, out, 1, 1)``.
+    """DoRA's magnitudes as ``(out,)`` or ``(1, in)``; PEFT stores a convolution's on axis 1 of ``(1, out, 1, 1)``.
 
-    kohya's ``dora_scale`` has the axis of the outputs or, from LyCORIS, of the inputs at its place.
+    kohya's ``dora_scale`` has the axis of the outputs or, from LyCORIS, of the inputs in its place.
     """
     if not is_kohyas or magnitude.shape[:1] == lora_B.shape[:1]:
         return held(magnitude.flatten())

@@ -11,14 +11,14 @@ from converters.lora import Lora
 from lidb_peft.families import FAMILIES
 from lidb_peft.files import Tensors
 
-_CLIP = "CLIPTextModel"  # the one with a projection has the level still
+_CLIP = "CLIPTextModel"  # the one with a projection still has this level
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], Tensors]]:
-    """Return component -> what ``PeftModel.from_pretrained`` reads: its config, and tensors by its names.
+    """Return component -> config and tensors, by PEFT's names, for ``PeftModel.from_pretrained``.
 
-    Ranks and alphas that differ go into PEFT's patterns. Text encoders are named as the installed transformers does.
+    Differing ranks and alphas go into PEFT's patterns. Text encoders are named as in the installed transformers.
 
     Raises:
         ValueError: some layers of a component are DoRA and some are not.
@@ -33,9 +33,9 @@ def peft_folders(lora: Lora) -> dict[str, tuple[dict[str, object], Tensors]]:
 
 
 def check_magnitudes(lora: Lora) -> None:
-    """Raise ValueError if some layers of a component are DoRA and some are not, which no config of PEFT's can say.
+    """Raise ValueError if some layers of a component are DoRA and some are not, which PEFT's config cannot express.
 
-    Or if one is DoRA of a kind that PEFT does not have.
+    Also if one is a kind of DoRA that PEFT lacks.
     """
     path_tensors({name: layer for name, layer in lora.layers.items() if layer.has_input_magnitude}, "diffusers", str)
     for component in dict.fromkeys(name.partition(".")[0] for name in lora.layers):
@@ -63,7 +63,7 @@ def _peft_folder(component: str, layers: dict[str, LoraLayer], base: str | None)
         "target_modules": sorted(layers),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **({"use_dora": True} if is_dora else {}),  # older versions refuse settings that they do not know
+        **({"use_dora": True} if is_dora else {}),  # older versions refuse unknown settings
     }
     return config, path_tensors(layers, "diffusers", lambda path: f"base_model.model.{path}")
 

@@ -1,4 +1,4 @@
-"""Reading a LoRA of any author: kohya's, diffusers' and PEFT's differ in names, and in where they keep alpha."""
+"""Reading LoRAs from any program: kohya's, diffusers' and PEFT's differ in names, and in where they store alpha."""
 
 import os
 import re
@@ -38,22 +38,22 @@ from lidb_peft.safe_read import (
 # A LoRA of another model family has thousands of keys, all of them unknown.
 _MAX_KEYS_SHOWN = 3
 _READ_ALGORITHMS = ("", "LoRA", "DoRA", "LoHa", "LoKr", "full difference")
-# Roles that a file of such an algorithm may have, and that are not read: a text encoder's new words.
+# Roles that a file may have and that are not read: a text encoder's new words.
 _UNREAD = frozenset({"token lora_A", "token lora_B"})
 _SCALAR = torch.zeros(())
-# How the hub's libraries name the files of what is divided into several, and the list of what is in which.
+# File names of shards and of their index, by the hub's libraries.
 _PIECE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _INDEX = ".safetensors.index.json"
 _MAX_PIECES = 1000
-# What a format needs for itself, or computes anew.
+# Metadata that a format sets or computes itself.
 _OWN_METADATA = frozenset({"format", METADATA_KEY, "sshs_model_hash", "sshs_legacy_hash"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of tensors, PEFT's config beside it if there is one, and the component its folder is named for.
+    """One file of tensors, PEFT's config next to it if there is one, and the component that its folder is named after.
 
-    ``pieces`` are further files of what was divided into several, whose tensors are read as the one file's.
+    ``pieces`` are its further shards, whose tensors are read as if they were in the same file.
     """
 
     file: Path
@@ -67,7 +67,7 @@ class Source:
 
     @cached_property
     def header(self) -> Header:
-        """The file's, read once; of pieces, with the tensors and metadata of all."""
+        """The file's header, read once; with the tensors and metadata of all shards."""
         first, *others = (read_header(file) for file in self.files)
         for file, other in zip(self.pieces, others, strict=True):
             twice = sorted(first.tensors.keys() & other.tensors.keys())
@@ -82,7 +82,7 @@ class Source:
         return read_layout(list(self.header.tensors))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the file's, mapped from the disk."""
+        """All tensors, memory-mapped."""
         _ = self.header  # checked before the library looks at it
         return {name: tensor for file in self.files for name, tensor in iter_tensors(file)}
 
@@ -97,7 +97,7 @@ class Source:
 
 @dataclass
 class _Found:
-    """What reading an adapter has found so far; ``dropped`` and ``changed`` are layers, by what was done to them."""
+    """What reading an adapter has found so far; ``dropped`` and ``changed`` map reasons to layers."""
 
     layers: dict[str, LoraLayer] = field(default_factory=dict)
     full_updates: dict[str, FullUpdate] = field(default_factory=dict)
@@ -117,19 +117,19 @@ class _Found:
 def read_lora(
     path: str | os.PathLike, full_updates: bool = False, drop_nan: bool = False, alpha: float | None = None
 ) -> Lora:
-    """Read a LoRA of any author: kohya's file, diffusers' (old and new names), ComfyUI's, or a folder that PEFT saved.
+    """Read a LoRA from any program: files of kohya, diffusers (old and new names) or ComfyUI, or a folder of PEFT.
 
     A PEFT adapter of several models is a folder of such folders, named ``unet``, ``text_encoder``, ``text_encoder_2``.
-    Tucker's cores are multiplied into ``lora_A``, and layers of rank 0 left out; the notes of the LoRA say so.
+    Tucker cores are multiplied into ``lora_A``, and layers of rank 0 are left out; the LoRA's notes report both.
 
     Args:
-        full_updates: read LoHa, LoKr and whole differences too, which are no LoRA.
-        drop_nan: leave layers out that hold NaN or infinity.
-        alpha: of the layers of a PEFT adapter whose config is lost.
+        full_updates: read LoHa, LoKr and whole differences too, which are not LoRAs.
+        drop_nan: leave out layers that contain NaN or infinity.
+        alpha: alpha of a PEFT adapter whose config is missing.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a damaged file, or one that holds anything that a `Lora` cannot; what it is, is named.
+        ValueError: a damaged file, or one with content that a `Lora` cannot hold, which the message names.
     """
     return read_sources(path, find_sources(Path(path)), full_updates, drop_nan, alpha)
 
@@ -227,7 +227,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 
 def _pieces(folder: Path, check: bool = True) -> list[Path]:
-    """Return the files of a LoRA that was divided into several, if a folder holds those and no other; in order.
+    """Return the shards of a LoRA in order, if a folder holds those and no other files.
 
     Raises:
         ValueError: with ``check``, some are missing.
@@ -245,7 +245,7 @@ def _pieces(folder: Path, check: bool = True) -> list[Path]:
 
 def _peft_source(folder: Path) -> Source:
     config = read_json_object(folder / PEFT_CONFIG, "save the adapter again")
-    # What is pickled is named where it is refused.
+    # Pickled files are named when they are refused.
     names = [name for name in (PEFT_WEIGHTS, "adapter_model.bin") if (folder / name).is_file()] or [PEFT_WEIGHTS]
     return Source(folder / names[0], config, folder.name if folder.name in COMPONENTS else "")
 
@@ -253,7 +253,7 @@ def _peft_source(folder: Path) -> Source:
 def _read_modules(
     source: Source, layout: Layout, metadata: Mapping[str, str], alpha: float | None
 ) -> list[tuple[Place, AdapterModule]]:
-    """Return modules of what can be read, each with our layers; anything else is refused by name."""
+    """Return the readable modules, each with our layers; anything else is refused by name."""
     file = source.file
     if layout.style == "PEFT" and source.config is None and alpha is None:
         without = [module.name for module in layout.modules.values() if "alpha" not in module.parts]
@@ -294,7 +294,7 @@ def place_of(source: Source, module: AdapterModule) -> Place:
     """Return which layers of ours a module of a file is.
 
     Raises:
-        ValueError: it is none of a known family's model.
+        ValueError: it belongs to no known family.
     """
     if "." in module.name:
         return read_path_name(module.name, source.component)
@@ -323,7 +323,7 @@ def _read_layer(
         if not drop_nan:
             raise ValueError(f"{where} has {error}; hdb convert --drop-nan leaves such layers out") from error
         found.change("{} with NaN or infinity left out: {}", name)
-        found.widths.append((module.name, name, _width(parts)))  # which tells the family all the same
+        found.widths.append((module.name, name, _width(parts)))  # which identifies the family nevertheless
         return
     except ValueError as error:
         raise ValueError(f"{where} has {error}") from error
@@ -350,6 +350,6 @@ def _read_layer(
 
 
 def _width(parts: Mapping[str, Tensor]) -> int:
-    """The width of what a module reads, 0 where only its product tells."""
+    """The input width of a module, 0 if only its product determines it."""
     shape = parts.get("lora_A", _SCALAR).shape
     return shape[1] if len(shape) > 1 else 0
