@@ -36,7 +36,7 @@ from hypernet.inputs.photos import (
 )
 from hypernet.recipe import PersonalizeConfig, TrainConfig
 from lidb_peft.files import atomic_path
-from lidb_peft.safe_read import printable
+from lidb_peft.safe_read import printable, read_json_object
 
 if TYPE_CHECKING:
     import datasets
@@ -47,6 +47,8 @@ DETECTOR_NAMES = {"yunet": "YuNet", "cascade": "OpenCV's cascades"}
 _log = logging.getLogger(__name__)
 PREPARED_COLUMNS = ("name", "digest", "size_px", "photos")
 """Of a data set that `hypernet.inputs.prepared` has made."""
+PREPARED_MANIFEST = "prepared.json"
+"""Beside its shards; its ``people`` and ``shard`` tell how many there must be."""
 _WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going through 20 GB takes no minutes
 
 
@@ -189,7 +191,7 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
 
     Raises:
         FileNotFoundError: the source is neither here nor on the hub.
-        ValueError: it holds no images, or images in several of those forms.
+        ValueError: it holds no images, or images in several of those forms, or not all shards of a prepared data set.
     """
     path = Path(source)
     if not path.exists():
@@ -203,8 +205,29 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
     ((kind, files),) = found.items()
     if kind == "images":
         return _open_folder(path, files)
+    if (path / PREPARED_MANIFEST).is_file():
+        _check_shards(path)
     # `datasets` takes its data files for patterns.
     return _open_table(str(path), streaming, kind, data_files=[glob.escape(str(file.resolve())) for file in files])
+
+
+def prepared_shard(number: int) -> str:
+    """The name of a shard of a prepared data set."""
+    return f"people-{number:05}.parquet"
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ValueError unless all shards of a prepared data set are there: nobody is missed without a word."""
+    manifest = read_json_object(folder / PREPARED_MANIFEST, "prepare the images again")
+    people, shard = manifest.get("people"), manifest.get("shard")
+    if not isinstance(people, int) or not isinstance(shard, int) or shard < 1:
+        raise ValueError(f"{folder / PREPARED_MANIFEST} does not say how many people were prepared; prepare the images "
+                         f"again into another folder")  # fmt: skip
+    names = [prepared_shard(number) for number in range(-(-people // shard))]
+    gone = [name for name in names if not (folder / name).is_file()]
+    if gone:
+        raise ValueError(f"{folder} lacks {len(gone)} of its {len(names)} shards, {gone[0]} for one; run hdb prepare "
+                         f"again to make what is missing")  # fmt: skip
 
 
 def _find_files(path: Path) -> dict[str, list[Path]]:

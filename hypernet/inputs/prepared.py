@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypernet.inputs.people import PREPARED_COLUMNS, People, open_people, prepare_person, with_detector
+from hypernet.inputs.people import (
+    PREPARED_COLUMNS,
+    PREPARED_MANIFEST,
+    People,
+    open_people,
+    prepare_person,
+    prepared_shard,
+    with_detector,
+)
 from hypernet.recipe import PersonalizeConfig, StageProgress, changed
 from lidb_peft.files import atomic_path, locked_folder
 from lidb_peft.outputs import check_output_folder
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHARD = 256  # people; of 512 px about 100 MB
-MANIFEST = "prepared.json"
+MANIFEST = PREPARED_MANIFEST
 _GROUP = 16  # people that are read at once
 
 
@@ -88,7 +96,7 @@ def prepare(
     start, shards = time.perf_counter(), range(-(-len(opened.dataset) // SHARD))
     mine = shards[index::count]
     with locked_folder(out / f".part-{index}-of-{count}", "hdb prepare"):
-        _agree(out / MANIFEST, settings)
+        _agree(out / MANIFEST, settings | {"people": len(opened.dataset)})
         missing = [shard for shard in mine if not _file(out, shard).exists()]
         rows = [row for shard in missing for row in _rows(opened, shard)]
         left_out: dict[str, str] = {}
@@ -124,7 +132,7 @@ def _agree(manifest: Path, settings: dict[str, Any]) -> None:
 
 
 def _file(out: Path, shard: int) -> Path:
-    return out / f"people-{shard:05}.parquet"
+    return out / prepared_shard(shard)
 
 
 def _rows(people: People, shard: int) -> range:

@@ -31,7 +31,8 @@ from safetensors.torch import load
 
 PEOPLE_A_STEP = 4  # so many processes at most
 STEPS = 4
-NOTICED_S = 60.0  # in which the others end
+# In which the others end: at once; in a minute if they wait to meet it, in two if the main one dies as they meet.
+NOTICED_S = 120.0
 SLACK_S = 60.0  # on a machine that others use too
 SAYS = {
     "train": ("another process of this training has died or hangs", "resume from the last checkpoint with --resume"),
@@ -74,7 +75,7 @@ class Ranks:
 
     def together(self, folder: Path, arguments: tuple[str, ...], processes: int, victim: int = -1, after_s: float = 0.0,
                  ) -> Ended:  # fmt: skip
-        """Run `hdb` by so many processes; the victim is killed after a time, and then the others have two minutes."""
+        """Run `hdb` by so many processes; the victim is killed after a time, and then the others have a time to end."""
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])

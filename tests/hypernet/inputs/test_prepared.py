@@ -94,6 +94,19 @@ def test_other_images_settings_and_sizes_are_refused(folder, tmp_path):
         prepare(folder, out, 32, crop=False)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_shard_that_is_gone_is_named_and_made_again(folder, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(prepared, "SHARD", 2)
+    out = tmp_path / "out"
+    prepare(folder, out, 32, crop=False)
+    shard = out / f"people-0000{number}.parquet"
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"out lacks 1 of its 3 shards, {shard.name} for one; run hdb prepare again"):
+        open_people(out)
+    assert prepare(folder, out, 32, crop=False).found == 2
+    assert open_people(out).roster == open_people(folder).roster
+
+
 def test_a_shard_that_is_damaged_is_named(folder, tmp_path):
     prepare(folder, tmp_path / "out", 32, crop=False)
     (tmp_path / "out" / "people-00000.parquet").write_bytes(b"PAR1 and nothing else")
