@@ -56,12 +56,12 @@ def build(page: Page) -> Any:
     with gr.Blocks(title="lidb-peft", analytics_enabled=False, delete_cache=(3600, _UPLOADS_KEPT_S)) as page.blocks:
         gr.HTML('<h1>lidb-peft</h1><p class="hdb-sub">Photos in, a standard LoRA out.</p>', elem_id="head")
         consent = gr.Checkbox(False, label=_CONSENT, elem_id="consent")
-        with gr.Tab("Personalize", id="personalize"):
+        with gr.Tab("One person", id="personalize"):
             add_personalize_tab(page, consent)
-        with gr.Tab("LoRA files", id="files"):
-            add_files_tab(page)
         with gr.Tab("Many people", id="people"):
             add_people_tab(page, consent)
+        with gr.Tab("LoRA files", id="files"):
+            add_files_tab(page)
     page.blocks.queue(default_concurrency_limit=4, max_size=100)
     return page.blocks
 
@@ -94,7 +94,10 @@ def launch(
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]  # nothing is fetched
-    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=font, font_mono=["monospace"])
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=font, font_mono=["monospace"]).set(
+        checkbox_border_color="*neutral_400", input_border_width="1px", input_border_color="*neutral_300",
+        body_text_color_subdued="*neutral_500",
+    )  # fmt: skip
     _, address, _ = blocks.launch(
         server_name=host, server_port=port, inbrowser=in_browser, prevent_thread_lock=not wait, quiet=True,
         allowed_paths=[str(page.folder.path)], max_file_size=_LARGEST_UPLOAD, footer_links=["api"], ssr_mode=False,

@@ -9,6 +9,7 @@ from cli.convert import FORMATS
 from cli.inspect import as_text
 from cli.results import what_is_missed
 from cli.web.sentences import told
+from cli.web.status import HOW_TO_FILES
 
 if TYPE_CHECKING:
     from cli.web.app import Page
@@ -24,11 +25,12 @@ def add_files_tab(page: "Page") -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             loras = gr.File(label="LoRA files, whoever made them", file_count="multiple", file_types=[_SUFFIX],
-                            elem_id="loras", height=150)  # fmt: skip
+                            elem_id="loras", height=180)  # fmt: skip
             inspect = gr.Button("Inspect", variant="primary")
             with gr.Accordion("Convert", open=False):
-                to = gr.Dropdown(FORMATS, value="kohya", label="Into the format")
-                trigger = gr.Textbox("", label="Activation text", placeholder="empty: as it is", max_lines=1)
+                to = gr.Dropdown(FORMATS, value="kohya", label="To format",
+                                 info="kohya is what A1111, Forge and ComfyUI read")  # fmt: skip
+                trigger = gr.Textbox("", label="Activation text", placeholder="empty: unchanged", max_lines=1)
                 convert = gr.Button("Convert each")
             with gr.Accordion("Resize", open=False):
                 rank = gr.Slider(1, 128, value=8, step=1, label="Rank of each layer, at most")
@@ -41,16 +43,26 @@ def add_files_tab(page: "Page") -> None:
                 most = gr.Number(0, precision=0, minimum=0, label="Rank, at most", info="0: exact; ranks add up")
                 merge = gr.Button("Merge them into one")
         with gr.Column(scale=3, min_width=320):
-            text = gr.Textbox(label="What they hold", lines=14, max_lines=30, elem_id="holds", interactive=False)
-            norms = gr.BarPlot(x="block", y="norm", color="file", title="Norm of the update by block", height=300,
-                               x_label_angle=-45, sort=None, elem_id="norms", buttons=["fullscreen"])  # fmt: skip
-            made = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="made")
+            gr.HTML(HOW_TO_FILES)
+            with gr.Column(visible=False) as found:
+                text = gr.Textbox(label="What they hold", lines=6, max_lines=30, elem_id="holds", interactive=False)
+            with gr.Column(visible=False) as measured:
+                norms = gr.BarPlot(x="block", y="norm", color="file", title="How much each block is changed (norm)",
+                                   height=300, x_label_angle=-45, sort=None, elem_id="norms", buttons=["fullscreen"],
+                                   x_title="block of the model")  # fmt: skip
+            with gr.Column(visible=False) as ready:
+                made = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="made")
 
     actions = _Actions(page)
-    inspect.click(actions.inspect, loras, [text, norms], api_name="inspect")
-    convert.click(actions.convert, [loras, to, trigger], [made, text], api_name="convert")
-    resize.click(actions.resize, [loras, rank, energy], [made, text], api_name="resize")
-    merge.click(actions.merge, [loras, weights, most], [made, text], api_name="merge")
+    inspected = inspect.click(actions.inspect, loras, [text, norms], api_name="inspect")
+    inspected.success(lambda: [gr.Column(visible=True)] * 2, None, [found, measured], api_name=False)
+    for button, action, inputs in (
+        (convert, actions.convert, [loras, to, trigger]),
+        (resize, actions.resize, [loras, rank, energy]),
+        (merge, actions.merge, [loras, weights, most]),
+    ):
+        done = button.click(action, inputs, [made, text], api_name=action.__name__)
+        done.success(lambda: [gr.Column(visible=True)] * 2, None, [found, ready], api_name=False)
 
 
 class _Actions:

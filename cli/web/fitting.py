@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.web.jobs import Job
 from cli.web.presets import Preset
+from cli.web.sentences import in_words_of_the_page
 from cli.web.work_folder import file_name
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from hypernet.base_models.base import BaseModel
     from hypernet.watching import StepReport
 
+LORAS = "loras"
+"""The folder of many people's LoRAs, below that of the job."""
 _NUM_LOSSES = 200  # reading one waits for the device
 
 
@@ -103,23 +106,50 @@ def draw_loras(job: Job, wishes: Wishes, bases: Bases) -> None:
 
 
 def fit_people(job: Job, people: Path, base: str, bases: Bases, options: dict[str, Any]) -> None:
-    """Make a LoRA of everybody in a folder; fills ``loras``, and ``skipped`` with a sentence for each who has none."""
+    """Make a LoRA of everybody in a folder, below the job's folder.
+
+    Fills ``people``, everybody's name and that of their LoRA, and ``each``, whose `PersonalizedEach` grows meanwhile.
+    """
     from hypernet import personalize_each
+    from hypernet.inputs.people import open_people
+    from hypernet.personalization_each import PersonalizedEach, lora_name
 
     def report(stage: str, done: int, total: int | None) -> None:
         job.report(stage, done, total)
         job.check_stopped()
 
-    out = job.folder / "loras"
+    out, opened, result = job.folder / LORAS, open_people(people), PersonalizedEach()
+    job.report("look at the photos", 0, None)
+    job.results |= {"people": {person.name: lora_name(person) for person in opened}, "each": result}
     job.report("load the base", 0, None)
-    result = personalize_each(people, bases.get(base), out, progress=report, **options)
+    loaded = bases.get(base)
+    job.check_stopped()
+    personalize_each(
+        opened, loaded, out, progress=report, on_step=_watch(job), stop=job.stop.is_set, result=result, **options
+    )
     job.notes += result.notes
-    job.results |= {
-        "loras": [str(file) for file in (*result.kept, *result.made)],
-        "skipped": [f"{name}: {reason}" for name, reason in result.skipped],
+    if not result.made and result.stopped_at is None:
+        raise ValueError("no LoRA was made, because everybody was left out; the table says why")
+
+
+def outcomes(job: Job) -> dict[str, str]:
+    """Person -> what became of them so far, of a job of `fit_people`."""
+    people, result = job.results.get("people", {}), job.results.get("each")
+    if result is None:
+        return {}
+    skipped = {skip.name: in_words_of_the_page(skip.reason) for skip in result.skipped}
+    made = {file.stem for file in result.made}
+
+    def outcome(person: str, lora: str) -> str:
+        if lora in made:
+            return "LoRA is ready"
+        if person in skipped or job.is_over:
+            return skipped.get(person, "not made")
+        return "being fitted" if lora in result.fitting else "waiting"
+
+    return {person: outcome(person, lora) for person, lora in people.items()} | {
+        name: reason for name, reason in skipped.items() if name not in people
     }
-    if not job.results["loras"]:
-        raise ValueError(f"no LoRA was made, because all people were skipped: {'; '.join(job.results['skipped'])}")
 
 
 def _watch(job: Job) -> "Callable[[StepReport], None]":

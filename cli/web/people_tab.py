@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.web.bases import check_base, known_bases
-from cli.web.fitting import fit_people
+from cli.web.fitting import LORAS, fit_people, outcomes
 from cli.web.jobs import Job
 from cli.web.personalize_tab import NO_CONSENT
 from cli.web.sentences import told
-from cli.web.status import NOTHING, as_html
+from cli.web.status import HOW_TO_MANY, NO_SUCH_RUN, as_html, outcome_table
 from cli.web.work_folder import companions, file_name
 
 if TYPE_CHECKING:
@@ -24,21 +24,30 @@ def add_people_tab(page: "Page", consent: Any) -> None:
 
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
-            photos = gr.File(label="A photo of each person; the file's name becomes the LoRA's", file_count="multiple",
-                             file_types=["image"], elem_id="people", height=150)  # fmt: skip
+            photos = gr.File(label="1. A photo of each person", file_count="multiple", file_types=["image"],
+                             elem_id="people", height=180)  # fmt: skip
+            gr.Markdown("A file's name becomes the name of its LoRA.", elem_classes="hdb-hint")
             folder = gr.Textbox("", label="Or a folder on this machine", max_lines=1, visible=page.is_local,
-                                placeholder="with a photo, or a sub-folder of photos, of each person")  # fmt: skip
-            base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, label="Base model")
-            crop = gr.Checkbox(True, label="Find the faces", info="Unticked: the middle square of each photo is taken")
-            steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000, info="0: the recipe's")
+                                info="With a photo of each person, or a sub-folder of photos of each",
+                                placeholder="/home/me/people")  # fmt: skip
+            base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, label="2. Base model",
+                               info="The model that you draw with")  # fmt: skip
+            with gr.Accordion("More settings", open=False):
+                crop = gr.Checkbox(True, label="Find the faces",
+                                   info="Unticked: the middle square of each photo is taken")  # fmt: skip
+                steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
+                                  info="0: as many as the base model has")  # fmt: skip
             with gr.Row():
-                start = gr.Button("Start", variant="primary")
-                stop = gr.Button("Stop", variant="stop")
+                start = gr.Button("Start", variant="primary", min_width=120)
+                stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120)
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(NOTHING, elem_id="people-status")
-            pictures = gr.Gallery(label="Their previews", columns=5, height=260, object_fit="contain", buttons=[])
-            skipped = gr.Markdown(elem_classes="hdb-warning")
-            files = gr.File(label="Download", file_count="multiple", interactive=False)
+            status = gr.HTML(HOW_TO_MANY, elem_id="people-status")
+            table = gr.HTML(elem_id="people-table")
+            with gr.Column(visible=False) as result:
+                pictures = gr.Gallery(label="What their LoRAs draw", columns=5, height="auto", object_fit="contain",
+                                      fit_columns=False, elem_id="people-pictures", buttons=[])  # fmt: skip
+                files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="people-files",
+                                height=320)  # fmt: skip
     run = gr.Textbox(visible=False)
     seen = gr.State(-1)
     known = gr.BrowserState("", storage_key="hdb-people-run")
@@ -49,7 +58,7 @@ def add_people_tab(page: "Page", consent: Any) -> None:
         actions.start_people, [photos, folder, base, crop, steps, consent, run], run, api_name="start_people"
     ).success(lambda key: (key, gr.Timer(active=True), -1), run, [known, timer, seen], api_name=False)
     stop.click(actions.stop_people, run, status, api_name="stop_people")
-    shown = [status, pictures, skipped, files, timer, seen]
+    shown = [status, stop, table, result, pictures, files, timer, seen]
     timer.tick(actions.show, [run, seen], shown, api_name=False, show_progress="hidden", concurrency_limit=None)
     page.blocks.load(lambda key: (key, gr.Timer(active=page.jobs.find(key) is not None)), known, [run, timer],
                      api_name=False)  # fmt: skip
@@ -84,7 +93,7 @@ class _Actions:
         return job.key
 
     def stop_people(self, run: str) -> str:
-        """End after the batch that is being fitted; whose LoRA is written keeps it."""
+        """End after the step that is being done; whose LoRA is written keeps it."""
         job = self.page.jobs.find(run)
         if job is not None:
             job.stop.set()
@@ -95,8 +104,8 @@ class _Actions:
         """What became of everybody."""
         job = self.page.jobs.find(run)
         if job is None:
-            raise ValueError("there is no such run; it may be of an earlier start of hdb ui, whose files are kept")
-        return {"state": job.state, "error": job.error, "loras": _made(job), "skipped": job.results.get("skipped", [])}
+            raise ValueError(NO_SUCH_RUN)
+        return {"state": job.state, "error": job.error, "loras": _made(job), "people": outcomes(job)}
 
     def show(self, run: str, seen: int):
         """What has changed since the version ``seen``."""
@@ -104,14 +113,15 @@ class _Actions:
 
         job = self.page.jobs.find(run)
         if job is None or (job.version == seen and job.is_over):
-            return [*([gr.skip()] * 4), gr.Timer(active=False), seen]
+            return [*([gr.skip()] * 6), gr.Timer(active=False), seen]
         if job.version == seen:
-            return [gr.skip()] * 6
+            return [gr.skip()] * 8
         version, loras = job.version, [Path(file) for file in _made(job)]
         pictures = [(str(file.with_suffix(".png")), file.stem) for file in loras if file.with_suffix(".png").exists()]
-        text = "\n".join(f"- {line}" for line in job.results.get("skipped", []))
         files = [name for file in loras for name in companions(file)]
-        return [as_html(job, self.page.jobs), pictures, text, files, gr.Timer(active=True), version]
+        busy = gr.Button(interactive=not job.is_over and not job.stop.is_set())
+        return [as_html(job, self.page.jobs), busy, outcome_table(outcomes(job)), gr.Column(visible=bool(loras)),
+                pictures, files, gr.Timer(active=True), version]  # fmt: skip
 
 
 def _gathered(photos: list[str] | None, folder: Path) -> Path:
@@ -132,4 +142,4 @@ def _gathered(photos: list[str] | None, folder: Path) -> Path:
 
 def _made(job: Job) -> list[str]:
     """The LoRAs that are written so far, whether or not the run is over."""
-    return sorted(str(file) for file in (job.folder / "loras").glob("*.safetensors"))
+    return sorted(str(file) for file in (job.folder / LORAS).glob("*.safetensors"))

@@ -1,5 +1,6 @@
 """The first tab: photos in, a LoRA out, and which of its steps and weights to take."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from cli.web.crops import show_crops
 from cli.web.fitting import Wishes, fit_person
 from cli.web.jobs import Job
 from cli.web.sentences import told
-from cli.web.status import NOTHING, as_html, as_json, loss_table
+from cli.web.status import HOW_TO, as_html, as_json, loss_table
 from cli.web.work_folder import companions, copy_lora, file_name, find_lora_folder, lines
 
 if TYPE_CHECKING:
@@ -32,56 +33,61 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             photos = gr.File(label="1. Photos of one person", file_count="multiple", file_types=["image"],
-                             elem_id="photos", height=150)  # fmt: skip
-            crops = gr.Gallery(label="What is taken of them", columns=4, fit_columns=False, height="auto",
-                               elem_id="crops", visible=False, buttons=[])  # fmt: skip
+                             elem_id="photos", height=180)  # fmt: skip
+            crops = gr.Gallery(label="How they are cropped: do all show the same person?", columns=4, elem_id="crops",
+                               fit_columns=False, height="auto", visible=False, buttons=[])  # fmt: skip
             left_out = gr.Markdown(visible=False, elem_classes="hdb-warning")
             base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, elem_id="base",
-                               label="2. Base model", info="From the list, or an id, a folder or a file")  # fmt: skip
-            preset = gr.Dropdown(presets.CHOICES, value=presets.NONE, label="Preset", elem_id="preset")
-            name = gr.Textbox("me", label="3. Name of the LoRA", elem_id="name", max_lines=1)
-            prompts = gr.Textbox(label="4. Prompts to see it with", lines=2, elem_id="prompts",
-                                 placeholder="one a line; empty: a sks face")  # fmt: skip
+                               label="2. Base model", info="The model that you draw with: one of the list, a Hugging "
+                                                           "Face id, a folder or a file")  # fmt: skip
+            preset = gr.Dropdown(presets.CHOICES, value=presets.NONE, label="3. Preset", elem_id="preset",
+                                 info="More steps take longer and leave more to choose from")  # fmt: skip
+            name = gr.Textbox("me", label="4. Name of the LoRA", elem_id="name", max_lines=1)
+            prompts = gr.Textbox(label="5. Prompts to try it with", lines=2, elem_id="prompts",
+                                 info='One a line; "a sks face" stands for the person',
+                                 placeholder="a sks face")  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 crop = gr.Checkbox(True, label="Find the face", elem_id="crop",
                                    info="Unticked: the middle square of each photo is taken")  # fmt: skip
                 face = gr.Dropdown(["largest", "leftmost", "rightmost"], value="largest", label="Of several faces")
                 steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
-                                  info="0: as many as the base's recipe has")  # fmt: skip
-                rank = gr.Number(0, label="Rank", precision=0, minimum=0, maximum=256, info="0: the recipe's")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                sampling = gr.Number(30, label="Sampling steps of the pictures", precision=0, minimum=1, maximum=150)
+                                  info="0: as many as the preset or the base model has")  # fmt: skip
+                rank = gr.Number(0, label="Rank", precision=0, minimum=0, maximum=256,
+                                 info="A higher rank is a larger file that can hold more; 0: the usual")  # fmt: skip
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="Another number, another result")
+                sampling = gr.Number(30, label="Sampling steps of the pictures", precision=0, minimum=1, maximum=150,
+                                     info="Fewer are faster and coarser")  # fmt: skip
             with gr.Row():
-                start = gr.Button("Start", variant="primary", elem_id="start")
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+                start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(NOTHING, elem_id="status")
-            with gr.Row(equal_height=True):
-                samples = gr.Gallery(label="On the way", columns=4, fit_columns=False, height=220, buttons=[],
-                                     elem_id="samples", scale=3)  # fmt: skip
-                loss = gr.LinePlot(x="step", y="loss", height=220, show_label=False, scale=2, buttons=[])
+            status = gr.HTML(HOW_TO, elem_id="status")
+            with gr.Row(equal_height=True, visible=False) as way:
+                samples = gr.Gallery(label="Samples while it learns", columns=4, fit_columns=False, height=240,
+                                     buttons=[], elem_id="samples", scale=3, min_width=240)  # fmt: skip
+                loss = gr.LinePlot(x="step", y="loss", height=240, title="Loss: lower is nearer to the photos", scale=2,
+                                   min_width=240, buttons=[])  # fmt: skip
             with gr.Column(visible=False, elem_id="result") as result:
-                picture = gr.Gallery(label="Choose", columns=3, fit_columns=False, height="auto", elem_id="picture",
-                                     buttons=["fullscreen"])  # fmt: skip
+                picture = gr.Gallery(label="Choose a step and a weight", columns=3, fit_columns=False, height="auto",
+                                     elem_id="picture", buttons=["fullscreen"])  # fmt: skip
                 with gr.Row():
-                    step = gr.Slider(
-                        0, 10_000, step=1, label="Step", elem_id="step", info="Later: more like the photos"
-                    )
-                    weight = gr.Slider(0, 2, value=1.0, step=0.2, label="Weight", elem_id="weight",
-                                       info="What stands in <lora:name:weight>")  # fmt: skip
+                    step = gr.Slider(0, 10_000, step=1, label="Step", elem_id="step", min_width=240,
+                                     info="Later ones look more like the photos, and obey prompts less")  # fmt: skip
+                    weight = gr.Slider(0, 2, value=1.0, step=0.2, label="Weight", elem_id="weight", min_width=240,
+                                       info="How strongly the LoRA is applied")  # fmt: skip
                 use = gr.Markdown(elem_id="use")
                 files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="files")
-                with gr.Row(equal_height=False):
+                with gr.Row(equal_height=False, visible=page.is_local):
                     program = gr.Textbox(label="Or save it into A1111, Forge or ComfyUI", scale=3, max_lines=1,
-                                         placeholder="their folder", visible=page.is_local)  # fmt: skip
-                    install = gr.Button("Save there", size="md", scale=1, visible=page.is_local)
-                with gr.Accordion("The whole sheet", open=False):
+                                         placeholder="their folder, such as ~/ComfyUI", min_width=200)  # fmt: skip
+                    install = gr.Button("Save there", size="md", scale=1, min_width=100)
+                with gr.Accordion("All steps and weights in one picture", open=False):
                     sheet = gr.Image(type="filepath", show_label=False, elem_id="sheet")
     run = gr.Textbox(visible=False)  # the key of this page's job
     seen = gr.State(-1)  # the version of the job that is shown
     known = gr.BrowserState("", storage_key="hdb-run")
     timer = gr.Timer(0.7, active=False)
-    shown = [status, samples, loss, stop, result, step, weight, sheet, timer, seen]
+    shown = [status, way, samples, loss, stop, result, step, weight, sheet, timer, seen]
 
     actions = _Actions(page)
     preview = [photos, crop, face]
@@ -154,24 +160,25 @@ class _Actions:
 
         job = self.page.jobs.find(run)
         if job is None or (job.version == seen and job.is_over):
-            return [*([gr.skip()] * 8), gr.Timer(active=False), seen]
+            return [*([gr.skip()] * 9), gr.Timer(active=False), seen]
         if job.version == seen:
-            return [gr.skip()] * 10
+            return [gr.skip()] * 11
         version, loras = job.version, job.results.get("loras")
         choice: list[Any] = [gr.skip()] * 4
         if loras and job.is_over:
             weights = sorted({weight for _, weight in job.results.get("pictures", {})}) or [1.0]
             choice = [
                 gr.Column(visible=True),
-                gr.Slider(maximum=max(loras) or 1, value=max(loras)),
-                gr.Slider(maximum=weights[-1], value=weights[-1]),
+                _slider(loras, 1),
+                _slider(weights, 0.1),
                 gr.Image(job.results.get("sheet")),
             ]
         elif not job.is_over:
             choice[0] = gr.Column(visible=False)
         status = as_html(job, self.page.jobs)
         busy = gr.Button(interactive=not job.is_over and not job.stop.is_set())
-        return [status, list(job.samples), loss_table(job), busy, *choice, gr.Timer(active=True), version]
+        way = gr.Row(visible=bool(job.samples or job.losses))
+        return [status, way, list(job.samples), loss_table(job), busy, *choice, gr.Timer(active=True), version]
 
     def choose(self, run: str, step: float, weight: float):
         """The pictures and files of the LoRA that was kept nearest to ``step``, drawn with the weight nearest."""
@@ -180,10 +187,11 @@ class _Actions:
         pictures = job.results.get("pictures", {})
         drawn = _nearest({weight for at, weight in pictures if at == kept}, weight) if pictures else 1.0
         captions = job.results.get("prompts", ())
-        shown = [(_enlarged(one), f"step {kept}, weight {drawn:g}: {prompt}")
+        shown = [(_enlarged(one), prompt)
                  for one, prompt in zip(pictures.get((kept, drawn), ()), captions, strict=False)]  # fmt: skip
         file = Path(job.results["loras"][kept])
-        use = f"Step **{kept}**. In a prompt: `{job.results['trigger']} <lora:{file.stem}:{drawn:g}>`"
+        prompt = f"{job.results['trigger']} <lora:{file.stem}:{drawn:g}>"
+        use = f"Step **{kept}**, weight **{drawn:g}**. In a prompt: `{prompt}`"
         return shown, use, companions(file)
 
     def install(self, run: str, step: float, name: str, program: str) -> None:
@@ -219,6 +227,16 @@ def _checked(photos: list[str] | None) -> list[str]:
     if len(photos) > MOST_PHOTOS:
         raise ValueError(f"{len(photos)} photos were dropped, and {MOST_PHOTOS} are taken; choose the best of them")
     return list(photos)
+
+
+def _slider(values: Collection[float], unit: float) -> Any:
+    """A slider from the least to the greatest value, which it is put at; fixed where there is one alone."""
+    import gradio as gr
+
+    least, greatest = min(values), max(values)
+    is_choice = least < greatest
+    return gr.Slider(minimum=least if is_choice else max(0, greatest - unit), maximum=greatest or unit, value=greatest,
+                     interactive=is_choice)  # fmt: skip
 
 
 def _nearest(values, wanted: float):

@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 from cli.options import PRESETS
 
 NONE = "none"
-CHOICES = [NONE, *PRESETS]
+LABELS = {
+    NONE: "Usual steps",
+    "portrait-fast": "A first look: half the steps",
+    "portrait-best": "More to choose from: twice the steps",
+    "12gb": "Graphics card with 12 GB",
+    "6gb": "Graphics card with 6 GB",
+}
+CHOICES = [(LABELS.get(name, name), name) for name in sorted({NONE, *PRESETS}, key=[*LABELS, *PRESETS].index)]
 _NUM_STEPS_KEPT = 4  # LoRAs of the way to choose among, where no preset says how many
 
 
@@ -38,7 +45,7 @@ def read_preset(name: str | None) -> Preset:
     if not name or name == NONE:
         return Preset({})
     if name not in PRESETS:
-        raise ValueError(f"the preset is {name!r}; choose {', '.join(CHOICES)}")
+        raise ValueError(f"the preset is {name!r}; choose {', '.join(name for _, name in CHOICES)}")
     import yaml
 
     found = yaml.safe_load(PRESETS[name].read_text(encoding="utf-8"))

@@ -6,7 +6,22 @@ from typing import Any
 from cli.web.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs
 
 _COLOURS = {DONE: "var(--hdb-good)", FAILED: "var(--hdb-bad)", STOPPED: "var(--hdb-muted)"}
-NOTHING = '<div class="hdb-status hdb-idle">Nothing is running. Drop photos, then press Start.</div>'
+NO_SUCH_RUN = "there is no such run; it may be of an earlier start of hdb ui, whose files are kept"
+HOW_TO = """<ol class="hdb-status hdb-idle">
+<li>Tick the box at the top.</li>
+<li>Drop one or more photos of one person, and check how they are cropped.</li>
+<li>Press Start. You can close the page meanwhile, and come back to it.</li>
+<li>Choose the pictures you like best, and download the LoRA that drew them.</li>
+</ol>"""
+HOW_TO_MANY = """<ol class="hdb-status hdb-idle">
+<li>Tick the box at the top.</li>
+<li>Drop a photo of each person.</li>
+<li>Press Start: everybody gets a LoRA of their own, which you can download as soon as it is there.</li>
+</ol>"""
+
+
+HOW_TO_FILES = """<div class="hdb-status hdb-idle">Drop LoRA files of any program. Inspect shows what they hold; the
+other buttons make new files of them, and leave yours as they are.</div>"""
 
 
 def headline(job: Job, ahead: int = 0) -> str:
@@ -26,7 +41,7 @@ def headline(job: Job, ahead: int = 0) -> str:
 def as_html(job: Job | None, jobs: Jobs) -> str:
     """The status line with its bar, its loss, and the notes below it."""
     if job is None:
-        return NOTHING
+        return HOW_TO
     share = 100.0 if job.is_over else 100 * job.step / job.steps if job.steps else 3.0
     loss = f" · loss {job.losses[-1][1]:.3f}" if job.losses and job.state == RUNNING else ""
     line = html.escape(headline(job, jobs.ahead(job)) + loss)
@@ -39,6 +54,13 @@ def as_html(job: Job | None, jobs: Jobs) -> str:
     )
 
 
+def outcome_table(outcomes: dict[str, str]) -> str:
+    """Person -> what became of them, as a table; "" without anybody."""
+    rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(outcome)}</td></tr>"
+                   for name, outcome in outcomes.items())  # fmt: skip
+    return f'<table class="hdb-people">{rows}</table>' if rows else ""
+
+
 def as_json(job: Job | None, jobs: Jobs) -> dict[str, Any]:
     """The same for programs.
 
@@ -46,7 +68,7 @@ def as_json(job: Job | None, jobs: Jobs) -> dict[str, Any]:
         ValueError: there is no such job.
     """
     if job is None:
-        raise ValueError("there is no such run; it may be of an earlier start of hdb ui, whose files are kept")
+        raise ValueError(NO_SUCH_RUN)
     return {
         "state": job.state,
         "says": headline(job, jobs.ahead(job)),
