@@ -91,6 +91,9 @@ def launch(
     page = Page(WorkFolder(work_dir), Bases(open_base), base, host in (LOCALHOST, "localhost", "::1"))
     blocks = build(page)
     import gradio as gr
+    from starlette.middleware import Middleware
+
+    from cli.web.uploads import RoomForUploads
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]  # nothing is fetched
@@ -102,6 +105,7 @@ def launch(
         server_name=host, server_port=port, inbrowser=in_browser, prevent_thread_lock=not wait, quiet=True,
         allowed_paths=[str(page.folder.path)], max_file_size=_LARGEST_UPLOAD, footer_links=["api"], ssr_mode=False,
         theme=theme, css_paths=Path(__file__).with_name("page.css"), show_error=True, share=False,
+        app_kwargs={"middleware": [Middleware(RoomForUploads, folder=page.folder.uploads)]},
     )  # fmt: skip
     return address
 

@@ -12,7 +12,7 @@ SHOWN_PX = 256
 def show_crops(
     photos: Sequence[str], crop: bool, face: str = "largest"
 ) -> tuple[list[tuple[Image.Image, str]], list[str]]:
-    """The squares that are taken of photos, with what to know of each, and a sentence for each that is left out.
+    """The squares that are taken of photos, and sentences of what is left out or should be known.
 
     Raises:
         ValueError: faces cannot be looked for.
@@ -21,13 +21,12 @@ def show_crops(
 
     from hypernet import find_crops
 
-    shown, problems = [], []
+    shown, sentences = [], []
     for one in find_crops(photos, SHOWN_PX, crop, face=face):
-        if one.photo is None:
-            problems.append(in_words_of_the_page(one.problem.replace(one.name, Path(one.name).name)))
-            continue
-        found = f"{len(one.faces)} faces found" if len(one.faces) > 1 else ""
-        note = one.photo.note.replace(one.name, Path(one.name).name)
-        caption = note or found or ("face found" if one.faces else "the middle of the photo")
-        shown.append((one.photo.image, in_words_of_the_page(caption)))
-    return shown, problems
+        told = one.problem if one.photo is None else one.photo.note
+        if told:
+            sentences.append(in_words_of_the_page(told.replace(one.name, Path(one.name).name)))
+        if one.photo is not None:
+            caption = f"{len(one.faces)} faces" if len(one.faces) > 1 else "face" if one.faces else "middle"
+            shown.append((one.photo.image, caption))
+    return shown, sentences

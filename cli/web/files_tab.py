@@ -1,4 +1,4 @@
-"""The second tab: what LoRA files hold, and other files made of them."""
+"""The third tab: what LoRA files hold, and other files made of them."""
 
 import shutil
 from collections.abc import Sequence

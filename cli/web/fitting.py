@@ -154,13 +154,14 @@ def outcomes(job: Job) -> dict[str, str]:
 
 def _watch(job: Job) -> "Callable[[StepReport], None]":
     """Take down a fit's loss and sample pictures."""
+    from hypernet.sampling import save_picture
 
     def on_step(report: "StepReport") -> None:
         if report.step % max(1, report.steps // _NUM_LOSSES) == 0 or report.step == report.steps:
             job.losses.append((report.step, report.loss))
         if report.picture is not None:
             file = job.folder / f"sample-{report.step:06}.png"
-            report.picture.save(file)
+            save_picture(report.picture, file)
             job.samples.append((str(file), f"step {report.step}"))
         job.changed()
 

@@ -1,4 +1,4 @@
-"""The third tab: a folder of people in, a LoRA of each out."""
+"""The second tab: a folder of people in, a LoRA of each out."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,5 @@
 """The first tab: photos in, a LoRA out, and which of its steps and weights to take."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +64,7 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
             with gr.Row(equal_height=True, visible=False) as way:
                 samples = gr.Gallery(label="Samples while it learns", columns=4, fit_columns=False, height=240,
                                      buttons=[], elem_id="samples", scale=3, min_width=240)  # fmt: skip
-                loss = gr.LinePlot(x="step", y="loss", height=240, title="Loss: lower is nearer to the photos", scale=2,
+                loss = gr.LinePlot(x="step", y="loss", height=240, title="Loss: should fall", scale=2,
                                    min_width=240, buttons=[])  # fmt: skip
             with gr.Column(visible=False, elem_id="result") as result:
                 picture = gr.Gallery(label="Choose a step and a weight", columns=3, fit_columns=False, height="auto",
@@ -90,9 +89,10 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
     shown = [status, way, samples, loss, stop, result, step, weight, sheet, timer, seen]
 
     actions = _Actions(page)
-    preview = [photos, crop, face]
-    for event, api_name in ((photos.change, "crops"), (crop.change, False), (face.change, False)):
-        event(actions.crops, preview, [crops, left_out], api_name=api_name)
+    gr.on(  # one after the other: the squares of what was chosen last are those that stay
+        [photos.change, crop.change, face.change], actions.crops, [photos, crop, face], [crops, left_out],
+        api_name="crops", trigger_mode="always_last",
+    )  # fmt: skip
     wishes = [photos, base, preset, name, prompts, crop, face, steps, rank, seed, sampling, consent, run]
     started = start.click(actions.start, wishes, run, api_name="start")
     started.success(lambda key: (key, gr.Timer(active=True), -1), run, [known, timer, seen], api_name=False)
@@ -169,8 +169,9 @@ class _Actions:
             weights = sorted({weight for _, weight in job.results.get("pictures", {})}) or [1.0]
             choice = [
                 gr.Column(visible=True),
-                _slider(loras, 1),
-                _slider(weights, 0.1),
+                # With another minimum Gradio refuses the values that it sends at the same time.
+                gr.Slider(maximum=max(loras) or 1, value=max(loras)),
+                gr.Slider(maximum=weights[-1], value=weights[-1]),
                 gr.Image(job.results.get("sheet")),
             ]
         elif not job.is_over:
@@ -227,16 +228,6 @@ def _checked(photos: list[str] | None) -> list[str]:
     if len(photos) > MOST_PHOTOS:
         raise ValueError(f"{len(photos)} photos were dropped, and {MOST_PHOTOS} are taken; choose the best of them")
     return list(photos)
-
-
-def _slider(values: Collection[float], unit: float) -> Any:
-    """A slider from the least to the greatest value, which it is put at; fixed where there is one alone."""
-    import gradio as gr
-
-    least, greatest = min(values), max(values)
-    is_choice = least < greatest
-    return gr.Slider(minimum=least if is_choice else max(0, greatest - unit), maximum=greatest or unit, value=greatest,
-                     interactive=is_choice)  # fmt: skip
 
 
 def _nearest(values, wanted: float):

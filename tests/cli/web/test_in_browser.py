@@ -52,6 +52,7 @@ def fill_in(page, photo: Path, steps: int) -> None:
     page.get_by_role("button", name="More settings").click()
     page.locator("#crop input").uncheck()
     page.locator("#crops img").first.wait_for(timeout=WAIT_MS)
+    page.get_by_text("no face found").first.wait_for(state="hidden", timeout=WAIT_MS)
     page.get_by_label("Steps", exact=True).first.fill(str(steps))
     page.get_by_label("Sampling steps of the pictures").fill("4")
     page.locator("#prompts textarea").fill("a sks face\na pencil drawing of a sks face")
@@ -86,6 +87,7 @@ def test_a_dropped_photo_becomes_a_lora_that_is_chosen_and_downloaded(browser, p
         assert file.keys()
     shoot(tab, screenshots / "ui.png")
     assert overflows(tab) <= 0
+    assert tab.get_by_test_id("toast-body").count() == 0  # nothing went wrong on the way
     before = tab.locator("#picture img").first.get_attribute("src")
     tab.locator("#step input[type=number]").fill("1")
     tab.locator("#step input[type=number]").press("Tab")

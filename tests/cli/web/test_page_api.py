@@ -1,14 +1,18 @@
 """What the page does, asked by the client that any program could use; what it looks like is in test_in_browser.py."""
 
+import errno
 import json
+import os
 import re
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from safetensors import safe_open
 
 from cli.main import main
@@ -53,7 +57,8 @@ def test_a_photo_becomes_loras_of_several_steps_and_a_sheet(made, page):
     assert [step for step, _ in status["losses"]] == [1, 2, 3, 4]
     shown, use, files = client.predict(key, 2, 0.8, api_name="/choose")
     assert len(shown) == 2
-    assert "step 2, weight 0.8: a sks face" in shown[0]["caption"]
+    assert [picture["caption"] for picture in shown] == PROMPTS.splitlines()
+    assert "Step **2**, weight **0.8**." in use
     assert "`a sks face <lora:me-000002:0.8>`" in use
     names = [Path(file).name for file in files]
     assert names == ["me-000002.safetensors", "me-000002.json", "me-000002.png"]
@@ -113,6 +118,45 @@ def test_a_photo_that_is_none_is_named_and_what_remains_is_shown(client, photo, 
     assert str(tmp_path) not in text
 
 
+def test_a_photo_without_a_face_says_what_to_untick_before_and_after_start(client, finished, tmp_path):
+    from gradio_client import handle_file
+
+    Image.new("RGB", (96, 96), "green").save(tmp_path / "wall.png")
+    wall = handle_file(str(tmp_path / "wall.png"))
+    _, sentences = client.predict([wall], True, "largest", api_name="/crops")
+    status = finished(client, start(client, [wall], crop=True))
+    assert status["state"] == "failed"
+    for text in (sentences["value"], status["error"]):
+        assert "wall.png: no face found" in text
+        assert 'untick "Find the face"' in text
+        assert "--" not in text
+
+
+def test_what_the_disk_has_no_room_for_is_told_and_not_begun(page, client, photo, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=9))
+    before = list((page[0] / "uploads").iterdir())
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabcdefghijk\r\n--x--\r\n'
+    request = urllib.request.Request(f"{page[1]}gradio_api/upload", body,
+                                     {"Content-Type": "multipart/form-data; boundary=x"})  # fmt: skip
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 507
+    assert caught.value.read().decode() == "the disk is full; free some space and try again"
+    assert list((page[0] / "uploads").iterdir()) == before
+    monkeypatch.undo()
+    assert json.loads(urllib.request.urlopen(request).read())
+
+
+def test_a_disk_that_fills_up_while_a_fit_runs_ends_it_in_a_sentence(client, photo, finished, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    status = finished(client, start(client, [photo], steps=1))
+    assert status["state"] == "failed"
+    assert re.fullmatch(r"the disk is full: \S+ could not be written; free some space and try again", status["error"])
+
+
 def test_a_second_start_waits_for_the_first_and_another_browser_queues_behind_it(page, photo, finished):
     from gradio_client import Client
 
@@ -164,18 +208,31 @@ def test_a_preset_says_which_steps_are_kept_and_which_weights_are_drawn():
     assert fast.every(8) == (2, 2)  # the miniature's steps are fewer than those between two LoRAs
     assert fast.weights == (0.7, 1.0)
     assert read_preset("none").every(80) == (20, 20)
-    for name in CHOICES:
+    for label, name in CHOICES:
         changed(PersonalizeConfig(), read_preset(name).recipe)
+        assert label != name  # people are told what it is for
     with pytest.raises(ValueError, match="choose none, "):
         read_preset("other")
 
 
-def test_many_people_get_a_lora_each(client, photo, finished):
-    key = client.predict([photo], "", "testbed", False, 1, True, "", api_name="/start_people")
+@pytest.mark.parametrize("preset", ["6gb", "portrait-best"])
+def test_a_preset_works_on_the_page(client, photo, finished, preset):
+    key = start(client, [photo], steps=1, preset=preset)
+    status = finished(client, key)
+    assert (status["state"], status["steps_kept"]) == ("done", [1]), status
+
+
+def test_many_people_get_a_lora_each_and_it_is_told_who_does_not(client, photo, finished, tmp_path):
+    from gradio_client import handle_file
+
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    broken = handle_file(str(tmp_path / "broken.png"))
+    key = client.predict([photo, broken], "", "testbed", False, 1, True, "", api_name="/start_people")
     assert finished(client, key)["state"] == "done"
     people = client.predict(key, api_name="/people")
     assert [Path(file).name for file in people["loras"]] == ["portrait.safetensors"]
-    assert people["skipped"] == []
+    assert people["people"]["portrait.png"] == "LoRA is ready"
+    assert "broken.png is not an image" in people["people"]["broken.png"]
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "{cwd}/README.md", "{work}/../secret.txt"])
@@ -195,6 +252,19 @@ def test_a_port_in_use_is_told():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} is in use, .*--port {port + 1}"):
             check_port("127.0.0.1", port)
+
+
+def test_the_command_tells_of_a_port_in_use_in_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = CliRunner().invoke(
+            main, ["ui", "--port", str(taken.getsockname()[1]), "--work-dir", str(tmp_path / "w")]
+        )
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    assert line.startswith("Error: port ")
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_command_says_what_is_missing_and_its_help_is_instant(monkeypatch):
