@@ -27,8 +27,8 @@ from hypernet.timing import timed
 if TYPE_CHECKING:
     from hypernet.base_models.base import BaseModel
     from hypernet.base_models.config import BaseConfig
-    from hypernet.personalization import Personalization
     from hypernet.personalization_each import PersonalizedEach
+    from hypernet.personalized import Personalization
     from hypernet.request import PeopleRequest, PersonRequest
     from hypernet.watching import StepReport
 

@@ -32,7 +32,7 @@ from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, open_people, prepare_person
 from hypernet.inputs.photos import to_pixels
 from hypernet.network.prediction import Hypernet
-from hypernet.personalization import OpenedRequest, recipe_space
+from hypernet.opened_request import OpenedRequest, recipe_space
 from hypernet.recipe import (
     DEFAULT_BASE,
     BaselineConfig,

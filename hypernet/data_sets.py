@@ -21,7 +21,7 @@ from hypernet.inputs.people import People, open_people, with_detector
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import load_network, predicted_recipe, predicted_start
-from hypernet.personalization import recipe_space
+from hypernet.opened_request import recipe_space
 from hypernet.processes import join_processes, told_of_the_dead, wait_for_others
 from hypernet.recipe import (
     DEFAULT_BASE,

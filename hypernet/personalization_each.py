@@ -21,7 +21,8 @@ from hypernet.fitting.engine import KeptStep
 from hypernet.fitting.starts import AUTO_START
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, open_people, prepare_person
 from hypernet.network.prediction import Hypernet
-from hypernet.personalization import FINETUNE, OpenedRequest, Personalization
+from hypernet.opened_request import FINETUNE, OpenedRequest
+from hypernet.personalized import Personalization
 from hypernet.pictures import Pictures
 from hypernet.recipe import DEFAULT_BASE, FitConfig, PersonalizeConfig, StageProgress
 from hypernet.request import PeopleRequest, request_people, steps_sheet_path

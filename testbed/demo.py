@@ -12,7 +12,8 @@ from converters.sidecar import check_companions
 from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predicted_recipe
-from hypernet.personalization import Personalization, personalize
+from hypernet.personalization import personalize
+from hypernet.personalized import Personalization
 from hypernet.recipe import StageProgress
 from hypernet.sampling import save_picture
 from hypernet.sheets import contact_sheet

@@ -20,7 +20,7 @@ PARTS = {
 }
 # What puts the parts of a package together: no part may import it.
 HEADS = {
-    "hypernet": ("request", "personalization", "personalization_each", "comparison"),
+    "hypernet": ("request", "opened_request", "personalized", "personalization", "personalization_each", "comparison"),
     "converters": ("batch", "convert"),
 }
 FILES = [file for package in CHAIN for file in sorted((ROOT / package).rglob("*.py"))]

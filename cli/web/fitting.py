@@ -11,8 +11,8 @@ from cli.web.sentences import in_words_of_the_page
 from cli.web.work_folder import file_name
 
 if TYPE_CHECKING:
-    from hypernet import Personalization
     from hypernet.base_models.base import BaseModel
+    from hypernet.personalized import Personalization
     from hypernet.watching import StepReport
 
 LORAS = "loras"

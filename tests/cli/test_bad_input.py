@@ -203,7 +203,7 @@ def test_ctrl_c_leaves_nothing(hdb, personalize, portrait, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hypernet.personalization.fit_lora", interrupt)
+    monkeypatch.setattr("hypernet.opened_request.fit_lora", interrupt)
     output = hdb.run(*personalize(portrait), "--save-theta", "theta.safetensors", code=1)
     assert output.splitlines()[-1] == "Aborted!"
     assert hdb.files() == []

@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from converters import write_lora
 from hypernet.base_models.loading import load_base
-from hypernet.fitting.engine import Subject
+from hypernet.fitting.engine import Subject, fit_theta
+from hypernet.personalized import lora_metadata
+from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
 from testbed import miniature_lidb_config, miniature_path
 from testbed.corpus import portrait as draw_portrait
@@ -49,15 +52,50 @@ def random_theta(space):
 
 
 @pytest.fixture
-def new_subject():
+def factors(space):
+    """A LoRA of rank 2 that changes what is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    flat = space.init_lora(2, generator)
+    return space.lora_factors(flat + 0.05 * torch.randn(flat.shape, generator=generator), 2)
+
+
+@pytest.fixture
+def lora(base, factors, tmp_path):
+    """Its file."""
+    write_lora(tmp_path / "me.safetensors", factors, lora_metadata(base, "a sks face"), dtype=torch.float32)
+    return tmp_path / "me.safetensors"
+
+
+@pytest.fixture
+def new_subject(base):
     """A function: key -> a subject with some photos' moments of its own."""
 
-    def make(key: str, num_photos: int = 1, prompt: str = "a sks face") -> Subject:
+    def make(
+        key: str, num_photos: int = 1, prompt: str = "a sks face", class_prompt: str = "", shape=base.latent_shape
+    ) -> Subject:
         generator = torch.Generator().manual_seed(sum(key.encode()))
-        mean = torch.randn(num_photos, 4, 8, 8, generator=generator)
-        return Subject(key, torch.cat([mean, torch.full_like(mean, -4.0)], dim=1), prompt)
+        mean = torch.randn(num_photos, *shape, generator=generator)
+        return Subject(key, torch.cat([mean, torch.full_like(mean, -4.0)], dim=1), prompt, class_prompt)
 
     return make
+
+
+@pytest.fixture
+def assert_fits_are_apart(new_subject):
+    """A function: (base, space, prompt, steps) -> nothing, or it fails: two people's fits are those of each alone."""
+
+    def check(base, space, prompt: str, steps: int) -> None:
+        subjects = [new_subject(key, 2, prompt, "a face", base.latent_shape) for key in ("ann", "bob")]
+        noise = torch.randn(space.theta_0.shape, generator=torch.Generator().manual_seed(5))
+        start = space.theta_0 + 0.3 * noise * space.mask
+        config = FitConfig(steps=steps, lr=1e-3, preservation=1.0, max_grad_norm=1e9)
+        together, losses = fit_theta(base, space, subjects, config, start=start)
+        for i, subject in enumerate(subjects):
+            alone, alone_losses = fit_theta(base, space, [subject], config, start=start)
+            torch.testing.assert_close(losses[0, i], alone_losses[0, 0], rtol=1e-5, atol=0)
+            assert (together[i] - alone[0]).norm() < 0.02 * (alone[0] - start).norm()
+
+    return check
 
 
 @pytest.fixture(scope="package")

@@ -12,7 +12,7 @@ from converters import write_lora
 from converters.sidecar import write_our_picture
 from hypernet.cards import CONSENT, NO_CONSENT, card_path, hub_id, push, share, share_hypernetwork, write_card
 from hypernet.network.hypernetwork import HyperNetwork
-from hypernet.personalization import lora_metadata
+from hypernet.personalized import lora_metadata
 from testbed import miniature_hypernetwork_path
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -15,7 +15,8 @@ from hypernet.base_models.loading import load_base
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
 from hypernet.inputs.photos import load_photo
-from hypernet.personalization import Personalization, personalize, personalize_to_files
+from hypernet.personalization import personalize, personalize_to_files
+from hypernet.personalized import Personalization
 from hypernet.recipe import PersonalizeConfig
 from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from hypernet.inputs.people import Person, RawPhoto, open_people, prepare_person
 from hypernet.network.prediction import predict_people
-from hypernet.personalization import OpenedRequest, Starts, personalize
+from hypernet.opened_request import OpenedRequest, Starts
+from hypernet.personalization import personalize
 from hypernet.personalization_each import lora_name, personalize_each
 from hypernet.request import Request, request_people
 from hypernet.sampling import generate

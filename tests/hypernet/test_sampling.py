@@ -8,25 +8,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from converters import write_lora
-from hypernet.personalization import lora_metadata
+from hypernet.personalized import lora_metadata
 from hypernet.sampling import generate, lora_applied
 from hypernet.sheets import DrawConfig, contact_sheet, generate_to_file
 from lidb_peft import save_theta
 
 QUICK = DrawConfig(num_steps=1)
-
-
-@pytest.fixture
-def factors(space):
-    generator = torch.Generator().manual_seed(0)
-    flat = space.init_lora(2, generator)
-    return space.lora_factors(flat + 0.05 * torch.randn(flat.shape, generator=generator), 2)
-
-
-@pytest.fixture
-def lora(base, factors, tmp_path):
-    write_lora(tmp_path / "me.safetensors", factors, lora_metadata(base, "a sks face"), dtype=torch.float32)
-    return tmp_path / "me.safetensors"
 
 
 def pixels(picture):

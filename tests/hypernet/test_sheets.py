@@ -5,27 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from converters import describe, write_lora
+from converters import describe
 from hypernet import draw_sheet, generate
 from hypernet.base_models.config import BaseConfig
 from hypernet.infotext import read_picture
-from hypernet.personalization import lora_metadata
 from hypernet.sheets import DrawConfig, check_pictures
 
 QUICK = DrawConfig(num_steps=2)
-
-
-@pytest.fixture
-def factors(space):
-    generator = torch.Generator().manual_seed(0)
-    flat = space.init_lora(2, generator)
-    return space.lora_factors(flat + 0.05 * torch.randn(flat.shape, generator=generator), 2)
-
-
-@pytest.fixture
-def lora(base, factors, tmp_path):
-    write_lora(tmp_path / "me.safetensors", factors, lora_metadata(base, "a sks face"), dtype=torch.float32)
-    return tmp_path / "me.safetensors"
 
 
 def pixels(picture):

@@ -13,7 +13,7 @@ from converters.convert import prepare_conversion
 from hypernet.base_models.flux import image_ids, pack, shifted_sigmas, unpack
 from hypernet.base_models.flux_file import rename
 from hypernet.base_models.loading import load_base
-from hypernet.fitting.engine import Subject, fit_theta
+from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people
 from hypernet.personalization import personalize
@@ -56,15 +56,6 @@ def draw(pipeline, steps=2, **options):
         num_inference_steps=steps, height=32, width=32, output_type="latent",
         generator=torch.Generator().manual_seed(0), **options,
     ).images  # fmt: skip
-
-
-def new_subjects(*keys):
-    """Subjects made of numbers, two photos each."""
-    found = []
-    for key in keys:
-        mean = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(sum(key.encode())))
-        found.append(Subject(key, torch.cat([mean, torch.full_like(mean, -4.0)], dim=1), PROMPTS[0], "a face"))
-    return found
 
 
 # ---- what the transformer is asked ----
@@ -167,16 +158,8 @@ def test_noise_levels_are_shifted_as_the_scheduler_shifts_its_own(flux):
 # ---- fitting ----
 
 
-def test_nobody_s_fit_depends_on_who_shares_the_batch(flux, flux_space):
-    subjects = new_subjects("ann", "bob")
-    noise = torch.randn(flux_space.theta_0.shape, generator=torch.Generator().manual_seed(5))
-    start = flux_space.theta_0 + 0.3 * noise * flux_space.mask
-    config = FitConfig(steps=1, lr=1e-3, preservation=1.0, max_grad_norm=1e9)
-    together, losses = fit_theta(flux, flux_space, subjects, config, start=start)
-    for i, subject in enumerate(subjects):
-        alone, alone_losses = fit_theta(flux, flux_space, [subject], config, start=start)
-        torch.testing.assert_close(losses[0, i], alone_losses[0, 0], rtol=1e-5, atol=0)
-        assert (together[i] - alone[0]).norm() < 0.02 * (alone[0] - start).norm()
+def test_nobody_s_fit_depends_on_who_shares_the_batch(flux, flux_space, assert_fits_are_apart):
+    assert_fits_are_apart(flux, flux_space, PROMPTS[0], steps=1)
 
 
 def test_gradient_checkpointing_changes_no_gradient(flux, flux_space):
@@ -390,7 +373,9 @@ def test_a_file_of_another_family_is_named(tmp_path, name, title):
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 0.3), ("int8", 0.05)])
-def test_a_quantised_transformer_predicts_nearly_the_same_and_is_fitted(flux, flux_folder, kind, tolerance):
+def test_a_quantised_transformer_predicts_nearly_the_same_and_is_fitted(
+    flux, flux_folder, kind, tolerance, new_subject
+):
     pytest.importorskip("bitsandbytes")
     base = load_base(str(flux_folder), device="cpu", precision="fp32", quantize=kind, guidance_scale=2.5)
     stored = {parameter.dtype for block in base.transformer.transformer_blocks for parameter in block.parameters()}
@@ -403,6 +388,8 @@ def test_a_quantised_transformer_predicts_nearly_the_same_and_is_fitted(flux, fl
         )
     assert 0 < (found - expected).norm() < tolerance * expected.norm()
     space = LiDBSpace(base.adapted, LIDB)
-    theta, losses = fit_theta(base, space, new_subjects("ann"), FitConfig(steps=1, lr=0.1))
+    theta, losses = fit_theta(
+        base, space, [new_subject("ann", 2, PROMPTS[0], "a face", SHAPE)], FitConfig(steps=1, lr=0.1)
+    )
     assert not torch.equal(theta[0], space.theta_0)
     assert losses.isfinite().all()

@@ -12,11 +12,11 @@ from PIL import Image
 from converters import describe, write_lora
 from hypernet.base_models.base import PromptEmbeds
 from hypernet.base_models.loading import load_base
-from hypernet.fitting.engine import Subject, fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.inputs.people import open_people
-from hypernet.personalization import lora_metadata, personalize
-from hypernet.recipe import FitConfig, PersonalizeConfig, PreoptimizeConfig
+from hypernet.personalization import personalize
+from hypernet.personalized import lora_metadata
+from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
 from hypernet.sampling import generate, lora_applied
 from hypernet.sheets import DrawConfig, generate_to_file
 from lidb_peft import LiDBConfig, LiDBSpace
@@ -51,15 +51,6 @@ def latents(pipeline, steps=3, guidance=4.0):
         PROMPTS[0], num_inference_steps=steps, guidance_scale=guidance, height=32, width=32, output_type="latent",
         generator=generator,
     ).images  # fmt: skip
-
-
-def new_subjects(*keys):
-    """Subjects made of numbers, two photos each."""
-    found = []
-    for key in keys:
-        mean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(sum(key.encode())))
-        found.append(Subject(key, torch.cat([mean, torch.full_like(mean, -4.0)], dim=1), PROMPTS[0], "a face"))
-    return found
 
 
 # ---- what the UNet is asked ----
@@ -109,16 +100,8 @@ def test_rows_of_prompts_keep_both_embeddings_together(sdxl):
 # ---- fitting ----
 
 
-def test_nobody_s_fit_depends_on_who_shares_the_batch(sdxl, xl_space):
-    subjects = new_subjects("ann", "bob")
-    noise = torch.randn(xl_space.theta_0.shape, generator=torch.Generator().manual_seed(5))
-    start = xl_space.theta_0 + 0.3 * noise * xl_space.mask
-    config = FitConfig(steps=2, lr=1e-3, preservation=1.0, max_grad_norm=1e9)
-    together, losses = fit_theta(sdxl, xl_space, subjects, config, start=start)
-    for i, subject in enumerate(subjects):
-        alone, alone_losses = fit_theta(sdxl, xl_space, [subject], config, start=start)
-        torch.testing.assert_close(losses[0, i], alone_losses[0, 0], rtol=1e-5, atol=0)
-        assert (together[i] - alone[0]).norm() < 0.02 * (alone[0] - start).norm()
+def test_nobody_s_fit_depends_on_who_shares_the_batch(sdxl, xl_space, assert_fits_are_apart):
+    assert_fits_are_apart(sdxl, xl_space, PROMPTS[0], steps=2)
 
 
 @pytest.mark.usefixtures("checkpointing")
