@@ -42,5 +42,5 @@ def check_base(name: str, is_local: bool) -> str:
     if not name:
         raise ValueError("no base model is chosen; choose one, or testbed, which is the bundled miniature")
     if not is_local and name not in [known for _, known in known_bases()]:
-        raise ValueError(f"{name} is not in the list; other base models are for a page on localhost")
+        raise ValueError(f"{name} is not in the list; other base models can be used only on localhost")
     return name

@@ -24,7 +24,7 @@ def add_files_tab(page: "Page") -> None:
 
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
-            loras = gr.File(label="LoRA files, whoever made them", file_count="multiple", file_types=[_SUFFIX],
+            loras = gr.File(label="LoRA files, from any program", file_count="multiple", file_types=[_SUFFIX],
                             elem_id="loras", height=180)  # fmt: skip
             inspect = gr.Button("Inspect", variant="primary")
             with gr.Accordion("Convert", open=False):
@@ -33,19 +33,19 @@ def add_files_tab(page: "Page") -> None:
                 trigger = gr.Textbox("", label="Activation text", placeholder="empty: unchanged", max_lines=1)
                 convert = gr.Button("Convert each")
             with gr.Accordion("Resize", open=False):
-                rank = gr.Slider(1, 128, value=8, step=1, label="Rank of each layer, at most")
-                energy = gr.Slider(0, 1, value=0, step=0.01, label="Or keep this share of each layer's squared norm",
-                                   info="0: the rank decides")  # fmt: skip
+                rank = gr.Slider(1, 128, value=8, step=1, label="Maximum rank of a layer")
+                energy = gr.Slider(0, 1, value=0, step=0.01, label="Or keep this fraction of each layer's squared norm",
+                                   info="0: only the maximum rank applies")  # fmt: skip
                 resize = gr.Button("Resize each")
             with gr.Accordion("Merge", open=False):
                 weights = gr.Textbox("", label="Weights, in the order of the files", placeholder="0.8, 0.5; empty: 1",
                                      max_lines=1)  # fmt: skip
-                most = gr.Number(0, precision=0, minimum=0, label="Rank, at most", info="0: exact; ranks add up")
+                most = gr.Number(0, precision=0, minimum=0, label="Maximum rank", info="0: exact; ranks add up")
                 merge = gr.Button("Merge them into one")
         with gr.Column(scale=3, min_width=320):
             gr.HTML(HOW_TO_FILES)
             with gr.Column(visible=False) as found:
-                text = gr.Textbox(label="What they hold", lines=6, max_lines=30, elem_id="holds", interactive=False)
+                text = gr.Textbox(label="Contents", lines=6, max_lines=30, elem_id="holds", interactive=False)
             with gr.Column(visible=False) as measured:
                 norms = gr.BarPlot(x="block", y="norm", color="file", title="How much each block is changed (norm)",
                                    height=300, x_label_angle=-45, sort=None, elem_id="norms", buttons=["fullscreen"],
@@ -152,7 +152,7 @@ def _chosen(loras: list[str] | None) -> list[Path]:
     if not loras:
         raise ValueError("there is no file; drop a LoRA's .safetensors first")
     if len(loras) > MOST_FILES:
-        raise ValueError(f"{len(loras)} files were dropped, and {MOST_FILES} are taken at once; drop fewer")
+        raise ValueError(f"{len(loras)} files were dropped, but at most {MOST_FILES} are allowed at once; drop fewer")
     return [Path(path) for path in loras]
 
 

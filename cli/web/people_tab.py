@@ -34,7 +34,7 @@ def add_people_tab(page: "Page", consent: Any) -> None:
                                info="The model that you draw with")  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 crop = gr.Checkbox(True, label="Find the faces",
-                                   info="Unticked: the middle square of each photo is taken")  # fmt: skip
+                                   info="Unticked: use the centre square of each photo")  # fmt: skip
                 steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
                                   info="0: as many as the base model has")  # fmt: skip
             with gr.Row():
@@ -80,9 +80,9 @@ class _Actions:
         self.page.jobs.check_free(run)
         base, folder = check_base(base, self.page.is_local), (folder or "").strip()
         if folder and photos:
-            raise ValueError("photos and a folder are both given; take one of them")
+            raise ValueError("both photos and a folder are given; choose one")
         if folder and not self.page.is_local:
-            raise ValueError("a folder can be named on a page on localhost; upload photos")
+            raise ValueError("a folder can be given only on localhost; upload photos instead")
         if folder and not Path(folder).expanduser().is_dir():
             raise ValueError(f"{folder} is not a folder on this machine; name one with a photo of each person")
         out = self.page.folder.new_run("people")
@@ -127,9 +127,9 @@ class _Actions:
 def _gathered(photos: list[str] | None, folder: Path) -> Path:
     """What was uploaded, as a folder of people."""
     if not photos:
-        raise ValueError("there is nobody; drop a photo of each person, or name a folder")
+        raise ValueError("there are no people; drop a photo of each person, or give a folder")
     if len(photos) > MOST_PEOPLE:
-        raise ValueError(f"{len(photos)} photos were dropped, and {MOST_PEOPLE} are taken; name a folder")
+        raise ValueError(f"{len(photos)} photos were dropped, but at most {MOST_PEOPLE} are allowed; give a folder")
     folder.mkdir()
     for photo in map(Path, photos):
         target = folder / f"{file_name(photo.stem)}{photo.suffix}"

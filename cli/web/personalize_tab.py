@@ -47,7 +47,7 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
                                  placeholder="a sks face")  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 crop = gr.Checkbox(True, label="Find the face", elem_id="crop",
-                                   info="Unticked: the middle square of each photo is taken")  # fmt: skip
+                                   info="Unticked: use the centre square of each photo")  # fmt: skip
                 face = gr.Dropdown(["largest", "leftmost", "rightmost"], value="largest", label="Of several faces")
                 steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
                                   info="0: as many as the preset or the base model has")  # fmt: skip
@@ -200,9 +200,9 @@ class _Actions:
         import gradio as gr
 
         if not self.page.is_local:
-            raise ValueError("saving into other folders is for a page on localhost; download the files")
+            raise ValueError("saving into other folders is possible only on localhost; download the files")
         if not (program or "").strip():
-            raise ValueError("name the folder of A1111, Forge or ComfyUI, such as ~/ComfyUI")
+            raise ValueError("enter the folder of A1111, Forge or ComfyUI, such as ~/ComfyUI")
         loras = self._made(run).results["loras"]
         copied = copy_lora(Path(loras[_nearest(loras, step)]), find_lora_folder(program), file_name(name))
         gr.Info(f"saved {copied[0]}; refresh the list of LoRAs there")
@@ -226,7 +226,7 @@ def _checked(photos: list[str] | None) -> list[str]:
     if not photos:
         raise ValueError("there is no photo; drop at least one")
     if len(photos) > MOST_PHOTOS:
-        raise ValueError(f"{len(photos)} photos were dropped, and {MOST_PHOTOS} are taken; choose the best of them")
+        raise ValueError(f"{len(photos)} photos were dropped, but at most {MOST_PHOTOS} are allowed; choose the best")
     return list(photos)
 
 

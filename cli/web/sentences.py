@@ -25,7 +25,7 @@ def sentence(error: BaseException) -> str:
         return in_words_of_the_page(as_sentence(error))
     if is_out_of_memory(error):
         return "out of memory; close other programs, choose a smaller base, or start hdb ui with --max-vram"
-    return f"this is a fault of the program ({type(error).__name__}: {as_sentence(error)}); its log has the details"
+    return f"this is a bug in the program ({type(error).__name__}: {as_sentence(error)}); its log has the details"
 
 
 def in_words_of_the_page(text: str) -> str:

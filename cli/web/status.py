@@ -6,7 +6,7 @@ from typing import Any
 from cli.web.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs
 
 _COLOURS = {DONE: "var(--hdb-good)", FAILED: "var(--hdb-bad)", STOPPED: "var(--hdb-muted)"}
-NO_SUCH_RUN = "there is no such run; it may be of an earlier start of hdb ui, whose files are kept"
+NO_SUCH_RUN = "there is no such run; it may belong to an earlier start of hdb ui, whose files are kept"
 HOW_TO = """<ol class="hdb-status hdb-idle">
 <li>Tick the box at the top.</li>
 <li>Drop one or more photos of one person, and check how they are cropped.</li>

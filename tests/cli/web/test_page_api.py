@@ -96,7 +96,7 @@ def test_nothing_is_made_without_consent(client, photo):
 
 def test_what_cannot_be_done_is_a_sentence(client, photo, finished, tmp_path):
     assert "there is no photo; drop at least one" in refusal(start, client, [])
-    assert "20 are taken" in refusal(start, client, [photo] * 21)
+    assert "at most 20 are allowed" in refusal(start, client, [photo] * 21)
     assert "no base model is chosen" in refusal(start, client, [photo], base=" ")
     status = finished(client, start(client, [photo], base=str(tmp_path / "nothing.safetensors")))
     assert status["state"] == "failed"
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_lora_is_told(client, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"no safetensors file at all")
     told = refusal(client.predict, [handle_file(str(tmp_path / "other.safetensors"))], api_name="/inspect")
     assert "other.safetensors" in told
-    assert "fault of the program" not in told
+    assert "bug in the program" not in told
 
 
 def test_a_preset_says_which_steps_are_kept_and_which_weights_are_drawn():
