@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import ViTConfig
 
+import hypernet.training.objective as objective_module
 from hypernet.fitting.losses import layer_distance, layer_scale
 from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.network.config import HyperNetworkConfig
@@ -186,6 +187,20 @@ def test_checkpointing_changes_no_gradient_and_learned_bases_get_theirs(base, sp
     bases = [grad for name, grad in plain.items() if name.startswith("bases.")]
     assert bases
     assert all(grad.any() for grad in bases)
+
+
+def test_no_more_moments_are_kept_than_the_limit_and_all_are_the_same(base, space, batch, monkeypatch):
+    of_one = base.encode_photos(batch.denoised[:1]).nbytes
+    monkeypatch.setattr(objective_module, "KEPT_BYTES", 2 * of_one + 1)
+    latents, pixels = objective_module.Latents(base, keep=True), torch.rand(4, *batch.denoised.shape[1:]) * 2 - 1
+    expected, names = base.encode_photos(pixels), ("a", "b", "c", "d")
+    for rows in ([0, 1, 2], [3, 0, 3], [2, 3, 1]):
+        found = latents.moments(pixels[rows], tuple(names[row] for row in rows))
+        assert torch.equal(found, expected[rows])
+        held = sum(own.untyped_storage().nbytes() for own in latents.kept.values())
+        assert held == latents.kept_bytes == 2 * of_one
+    assert set(latents.kept) == {"a", "b"}
+    base.release_vae()
 
 
 def test_moments_are_encoded_once_unless_photos_change(base, space, batch):
