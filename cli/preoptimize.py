@@ -32,8 +32,9 @@ def command(images, out, batch_size, init_from, streaming, **options) -> None:
     """Fit LiDB weights to each person in IMAGES, many at once: targets to train a hypernetwork on.
 
     IMAGES is a folder with one image per person, or a sub-folder of images for a person with several; or parquet
-    files, webdataset tars, or a data set on the Hugging Face hub. Run the command again to resume an interrupted run;
-    use `accelerate launch` to share the work between processes.
+    files, webdataset tars, or a data set on the Hugging Face hub. Run the command again to resume an interrupted run.
+    Start the same command several times, on machines with a shared --out or by `accelerate launch`, to share the work;
+    what a killed process had claimed is made by the others.
 
     \b
     hdb preoptimize faces/ --out targets

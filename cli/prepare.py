@@ -32,7 +32,7 @@ class _Part(click.ParamType):
 @click.option("--resolution", "size_px", type=click.IntRange(1), default=512, show_default=True,
               help="Side of the squares in pixels; use the base model's, 1024 for SDXL, 32 for testbed.")  # fmt: skip
 @click.option("--part", type=_Part(), metavar="I/N", show_default="all",
-              help="Make every N-th shard, starting at the I-th (from 0), to share work among N machines.")  # fmt: skip
+              help="Make every N-th shard, from the I-th (from 0), for machines without a shared --out.")  # fmt: skip
 @click.option("--num-workers", type=click.IntRange(0), default=4, show_default=True,
               help="Processes that find faces.")  # fmt: skip
 @recipe_options(("crop", "face_detector", "face"))
@@ -40,7 +40,8 @@ def command(images, out, size_px, part, num_workers, **options) -> None:
     """Decode the photos in IMAGES and crop the faces once, for hdb preoptimize and hdb train.
 
     IMAGES has the format of hdb preoptimize. --out is a folder of parquet files, which the datasets library reads and
-    the Hugging Face hub displays; unusable photos are listed in it with the reason.
+    the Hugging Face hub displays; unusable photos are listed in it with the reason. Start the same command on several
+    machines with a shared --out to share the work; what a killed one had claimed is made by the others.
 
     \b
     hdb prepare faces/ --out prepared

@@ -17,6 +17,7 @@ from hypernet.bundles import find_bundle, hypernetwork_source
 from hypernet.devices import choose_device
 from hypernet.fitting import preoptimize as preoptimization
 from hypernet.fitting.starts import save_start
+from hypernet.inputs import cache
 from hypernet.inputs.people import People, open_people, with_detector
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import read_config
@@ -111,7 +112,7 @@ def preoptimize(
 ) -> preoptimization.Preoptimized:
     """Fit LiDB weights to each person of a data set, many at once: targets to train a hypernetwork on.
 
-    An interrupted run is resumed; processes started by ``accelerate launch`` share the work.
+    An interrupted run is resumed; processes that write to the same store at the same time share the work.
 
     Args:
         people: anything that `open_people` opens, such as a folder, or its result.
@@ -145,7 +146,8 @@ def preoptimize(
 def make_targets(request: TargetsRequest, progress: StageProgress | None = None) -> preoptimization.Preoptimized:
     """Carry out a request for targets, or this process's share of it; see `preoptimize`."""
     state, base = _on_own_device(request.base)
-    people, config = request.people, request.config
+    config, recipe = request.config, request.config.recipe
+    people = cache.prepared(request.people, base.size_px, recipe.crop, recipe.face_detector, make=False)
     space = LiDBSpace(base.adapted, request.lidb_config)
     predict, start_name = (
         (None, "theta_0") if request.network is None else predicted_start(request.network, space, base.device)
@@ -155,15 +157,8 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     count = people.count()
     _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch_size or store.batch)
     result = preoptimization.preoptimize(
-        people, base, space, store, config, predict, state.process_index, state.num_processes,
-        progress if state.is_main_process else None,
-    )  # fmt: skip
-    if state.num_processes > 1:
-        _log.info(
-            "process %d of %d: fitted %d people; it waits for the others",
-            state.process_index + 1, state.num_processes, result.fitted,
-        )  # fmt: skip
-    wait_for_others(state)
+        people, base, space, store, config, predict, progress=progress if state.is_main_process else None
+    )
     result.process, result.num_processes = state.process_index, state.num_processes
     result.num_targets, result.num_skipped, result.shard_size = len(store), len(store.skipped()), store.batch
     result.missing = 0 if count is None else -(-count // store.batch) - len(store.shards())
@@ -227,14 +222,29 @@ def train(
 
 def train_network(request: TrainRequest, progress: StageProgress | None = None) -> loop.Trained:
     """Carry out a training request, together with other processes if there are any; see `train`."""
-    _, base = _on_own_device(request.base)
+    state, base = _on_own_device(request.base)
+    people, held_out = (
+        None if source is None else _prepared(source, base.size_px, request.config, state.num_processes, progress)
+        for source in (request.people, request.held_out)
+    )
     network, space = open_network(
         request.out if request.resume else None, request.network, request.encoder, base, request.lidb_config,
         base_name(request.base), request.config.seed, **(request.network_options or {}),
     )  # fmt: skip
     return loop.train(
-        request.people, base, network, request.out, request.config, request.targets, request.held_out, request.resume,
-        request.trackers, progress, space,
+        people or request.people, base, network, request.out, request.config, request.targets, held_out,
+        request.resume, request.trackers, progress, space,
+    )  # fmt: skip
+
+
+def _prepared(people: People, size_px: int, config: TrainConfig, world: int, progress: StageProgress | None) -> People:
+    """A data set from the cache, prepared first if the training looks at everybody anyway."""
+    if not config.cache:
+        return people
+    looks = config.steps * config.gradient_accumulation_steps * config.batch_size * world
+    return cache.prepared(
+        people, size_px, config.crop, config.face_detector, config.num_workers, progress,
+        make=looks >= (people.count() or 0),
     )  # fmt: skip
 
 

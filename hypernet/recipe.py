@@ -409,6 +409,8 @@ class TrainConfig:
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints, each with a validation and sample pictures.
         num_workers: processes that decode photos; 0 decodes in the training process.
+        cache: prepare the photos once, as ``hdb prepare`` does, in the Hugging Face cache (``HF_ASSETS_CACHE``, at most
+            20 GB); otherwise every run finds the faces again.
     """
 
     steps: int = setting(20_000, least=1)
@@ -441,6 +443,7 @@ class TrainConfig:
     log_every: int = setting(10, least=1)
     checkpoint_every: int = setting(500, least=1)
     num_workers: int = setting(4, least=0)
+    cache: bool = True
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,15 +1,19 @@
 """One thread for all tests: the models are so small that a second one costs more than it gives on a busy machine."""
 
+import atexit
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks a network
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="hdb-assets-")  # data sets are prepared there on first use
 
 import hypothesis
 import pytest
@@ -17,6 +21,7 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code's
 hypothesis.settings.load_profile("untimed")

@@ -1,14 +1,15 @@
 """Pre-optimisation: fit a theta to each person of a data set, many at once: the hypernetwork's targets (section 4.2).
 
-Row i of the data set belongs to shard i // N, and shard j to process j % world. A shard depends on its own rows alone,
-so a run that was killed goes on with the shards that are missing, whichever process makes them.
+Row i of the data set belongs to shard i // N, which depends on its own rows alone. Processes, on any number of
+machines, claim shards one by one, so that a slow one does not decide; those that a dead one had claimed are made by
+others, now or when the run is started again.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models.base import BaseModel
+from hypernet.claims import LOOK_S, Claims, Sharing
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
@@ -27,7 +29,6 @@ from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig, StageProgress
 from lidb_peft import LiDBSpace
-from lidb_peft.files import locked_folder
 from lidb_peft.outputs import check_output_folder
 
 Item = TypeVar("Item")
@@ -40,7 +41,7 @@ class Preoptimized:
     Attributes:
         fitted: number of people fitted.
         skipped: number of photos and people skipped.
-        found: number of shards that existed already.
+        found: number of shards that existed already, when it began.
         loss: mean final denoising loss.
         seconds: how long it took.
         process, num_processes: index of this process, and number of processes.
@@ -112,11 +113,12 @@ def preoptimize(
     store: TargetStore,
     config: PreoptimizeConfig,
     start: Start | None = None,
-    rank: int = 0,
-    world: int = 1,
+    sharing: Sharing | None = None,
     progress: StageProgress | None = None,
 ) -> Preoptimized:
     """Fit a theta to each person whose shard is not in the store yet.
+
+    Processes that do so at the same time share the work; each ends when all shards are there.
 
     On a CPU a shard comes out the same to the last bit whenever it is made, if ``config.batch_size`` is the store's or
     None. A smaller one fits it in several batches, which changes it by rounding, and optimisation makes rounding grow:
@@ -124,46 +126,35 @@ def preoptimize(
 
     Args:
         start: predicts where each fit starts (several photos: the mean of their predictions); None is ``theta_0``.
-        rank, world: this process makes the shards whose number is ``rank`` modulo ``world``.
-        progress: called with (stage, people done, this process' people or None if that is not known).
+        sharing: how processes agree on who makes which shard; None is by claims in the store's folder.
+        progress: called with (stage, people done, people in all or None if that is not known).
 
     Raises:
         ValueError: there are no people, they are not those of a finished shard, that shard is damaged, or a batch does
             not fit into the memory.
-        BlockingIOError: another run is at work in the store.
         OSError: a shard cannot be written; those before it stay.
     """
-    config = replace(config, recipe=with_detector(config.recipe))
-    with locked_folder(store.folder, "hdb preoptimize") if rank == 0 else nullcontext():
-        return _preoptimize(people, base, space, store, config, start, rank, world, progress)
-
-
-def _preoptimize(
-    people: People,
-    base: BaseModel,
-    space: LiDBSpace,
-    store: TargetStore,
-    config: PreoptimizeConfig,
-    start: Start | None,
-    rank: int,
-    world: int,
-    progress: StageProgress | None,
-) -> Preoptimized:
+    config, sharing = replace(config, recipe=with_detector(config.recipe)), sharing or Claims(store.folder)
     result, total_loss, began = Preoptimized(), 0.0, time.perf_counter()
-    report = _people_done(store, people.count(), rank, world, progress)
-    missing = _missing_shards(people, store, base.size_px, config.recipe, rank, world, result)
+    result.found = len(store.shards())
+    report = _people_done(store, people.count(), progress)
     kept = KeptStep()
     try:
-        for index, prepared in _ahead(missing):
-            shard, thetas, losses = _make_shard(
-                base, space, prepared, config, config.batch_size or store.batch, start, report, kept
-            )
-            store.write(index, shard, thetas, losses)
-            result.fitted += len(shard.keys)
-            result.skipped += len(shard.skipped)
-            total_loss += losses.sum().item()
+        for shards in _passes(people, store, base.size_px, config.recipe, sharing):
+            for index, prepared in _ahead(shards):
+                shard, thetas, losses = _make_shard(
+                    base, space, prepared, config, config.batch_size or store.batch, start, report, kept
+                )
+                store.write(index, shard, thetas, losses)
+                sharing.release(index)
+                result.fitted += len(shard.keys)
+                result.skipped += len(shard.skipped)
+                total_loss += losses.sum().item()
     finally:
+        sharing.release_all()
         store.list_skipped()
+    if progress is not None and sharing.waits and people.count():
+        progress("fit people", people.count() or 0, people.count())  # those of others too
     result.loss = total_loss / max(1, result.fitted)
     result.seconds = time.perf_counter() - began
     return result
@@ -178,27 +169,50 @@ class _Prepared:
     skipped: list[Skipped]
 
 
-def _missing_shards(
+def _passes(
+    people: People, store: TargetStore, size_px: int, recipe: PersonalizeConfig, sharing: Sharing
+) -> Iterator[Iterator[tuple[int, _Prepared]]]:
+    """Yield the shards that fall to this process: those that are free, then those of others who have died since."""
+    others: set[int] = set()
+    yield _free_shards(people, store, size_px, recipe, sharing, others)
+    while sharing.waits and (others := {index for index in others if not store.has(index)}):
+        taken = next((index for index in sorted(others) if _take(store, index, sharing)), None)
+        if taken is None:
+            time.sleep(LOOK_S)
+            continue
+        rows = next(islice(_shards(people, store.batch), taken, None))
+        yield iter([(taken, _Prepared(rows, *_prepare(rows, size_px, recipe)))])
+
+
+def _free_shards(
     people: People,
     store: TargetStore,
     size_px: int,
     recipe: PersonalizeConfig,
-    rank: int,
-    world: int,
-    result: Preoptimized,
+    sharing: Sharing,
+    others: set[int],
 ) -> Iterator[tuple[int, _Prepared]]:
-    """Yield this process' shards that are not in the store, prepared, with their numbers; count the others."""
+    """Yield the shards that nobody has made or claimed, prepared, with their numbers; note in ``others`` who has."""
     index = -1
     for index, rows in enumerate(_shards(people, store.batch)):
-        if index % world != rank:
-            continue
-        if store.path(index).exists():
+        if store.has(index):
             _check_rows(store, index, rows, people.source)
-            result.found += 1
-        else:
+        elif _take(store, index, sharing):
             yield index, _Prepared(rows, *_prepare(rows, size_px, recipe))
+        else:
+            others.add(index)
     if index < 0:
         raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
+
+
+def _take(store: TargetStore, index: int, sharing: Sharing) -> bool:
+    """Whether a shard is this process' to make."""
+    if store.has(index) or not sharing.take(index):
+        return False
+    if store.has(index):  # made in between
+        sharing.release(index)
+        return False
+    return True
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -328,23 +342,20 @@ def _fit_people(
     return theta, losses[-max(1, config.recipe.theta_steps // 10) :].mean(0)
 
 
-def _people_done(
-    store: TargetStore, num_people: int | None, rank: int, world: int, progress: StageProgress | None
-) -> Callable[[float], None]:
+def _people_done(store: TargetStore, num_people: int | None, progress: StageProgress | None) -> Callable[[float], None]:
     """A function that adds to the people done, those of finished shards included, and reports them."""
 
     def num_rows(shards: Iterable[int]) -> int:
         sizes = (store.batch if num_people is None else num_people - shard * store.batch for shard in shards)
         return sum(max(0, min(store.batch, size)) for size in sizes)
 
-    total = None if num_people is None else num_rows(range(rank, -(-num_people // store.batch), world))
-    done = float(num_rows(shard for shard in store.shards() if shard % world == rank))
+    done = float(num_rows(store.shards()))
 
     def report(more: float) -> None:
         nonlocal done
         done += more
         if progress is not None:
-            progress("fit people", round(done), total)
+            progress("fit people", round(done), num_people)
 
     report(0)
     return report

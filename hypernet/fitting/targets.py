@@ -142,6 +142,9 @@ class TargetStore:
     def path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
+    def has(self, index: int) -> bool:
+        return self.path(index).exists()
+
     def shards(self) -> list[int]:
         """The numbers of the existing shards, in order."""
         found = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())

@@ -181,13 +181,14 @@ class People:
         return Person(name, (RawPhoto(name, b"", problem),))
 
 
-def open_people(source: str | Path, streaming: bool = False) -> People:
+def open_people(source: str | Path, streaming: bool = False, cache_dir: Path | None = None) -> People:
     """Open an image folder, a parquet or tar file, a folder of either, or a data set of the Hugging Face hub.
 
     What `hypernet.inputs.prepared.prepare` wrote is parquet.
 
     Args:
         streaming: read parquet, tars and the hub as they come, instead of copying them into the cache of `datasets`.
+        cache_dir: where `datasets` copies them to instead.
 
     Raises:
         FileNotFoundError: the source is neither here nor on the hub.
@@ -208,7 +209,8 @@ def open_people(source: str | Path, streaming: bool = False) -> People:
     if (path / PREPARED_MANIFEST).is_file():
         _check_shards(path)
     # `datasets` takes its data files for patterns.
-    return _open_table(str(path), streaming, kind, data_files=[glob.escape(str(file.resolve())) for file in files])
+    data_files = [glob.escape(str(file.resolve())) for file in files]
+    return _open_table(str(path), streaming, kind, data_files=data_files, cache_dir=cache_dir)
 
 
 def prepared_shard(number: int) -> str:
@@ -365,6 +367,11 @@ def _look_once(
     if opened.faces is not None:
         known[digest] = opened.faces
     return opened
+
+
+def is_told_by_parts(data: bytes | str) -> bool:
+    """Whether a photo's digest is of parts of its file alone."""
+    return isinstance(data, str) and os.path.isfile(data) and os.path.getsize(data) > _WHOLE_BYTES
 
 
 def _photo_digest(data: bytes | str) -> bytes:

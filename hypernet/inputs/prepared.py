@@ -2,17 +2,21 @@
 
 Detecting a face takes longer than everything else, 0.28 CPU seconds each time a photo is used. A prepared data set is
 parquet: shards of people with their crops (lossless), names, and skipped photos with the reason. Rows and photo digests
-are those of the source, so targets and trainings made from either can be continued with the other.
+are those of the source, so targets and trainings made from either can be continued with the other. Processes that
+prepare one data set at the same time, on any number of machines, claim shards one by one.
 """
 
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hypernet.claims import LOOK_S, Claims
 from hypernet.inputs.people import (
     PREPARED_COLUMNS,
     PREPARED_MANIFEST,
@@ -23,7 +27,7 @@ from hypernet.inputs.people import (
     with_detector,
 )
 from hypernet.recipe import PersonalizeConfig, StageProgress, changed
-from lidb_peft.files import atomic_path, locked_folder
+from lidb_peft.files import atomic_path
 from lidb_peft.outputs import check_output_folder
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ MANIFEST = PREPARED_MANIFEST
 _GROUP = 16  # people that are read at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedSet:
     """What was prepared.
 
@@ -68,6 +72,8 @@ def prepare(
 ) -> PreparedSet:
     """Prepare everybody of a data set, once, in shards of parquet; an interrupted run resumes.
 
+    Runs at the same time share the work; each ends when all shards, or those of its part, are there.
+
     Args:
         people: what `open_people` opens, or has opened, not streamed.
         size_px: the side of the squares: the base's, 512 for Stable Diffusion 1.5.
@@ -78,7 +84,6 @@ def prepare(
         options: fields of ``config`` to change.
 
     Raises:
-        BlockingIOError: another run of this part is at work.
         ValueError, OSError: the data set or the part is invalid, or ``out`` holds something else or cannot be written.
     """
     index, count = part
@@ -91,28 +96,47 @@ def prepare(
     if opened.is_prepared or opened.is_streamed:
         raise ValueError(f"{opened.source} is {'prepared' if opened.is_prepared else 'streamed'}; pass the images")
     check_output_folder(out, [opened.source], ["*.parquet"], is_resumed=(out / MANIFEST).is_file())
-    settings = {"source": opened.fingerprint, "size_px": size_px, "crop": config.crop, "shard": SHARD,
-                "face_detector": config.face_detector, "face": config.face}  # fmt: skip
-    start, shards = time.perf_counter(), range(-(-len(opened.dataset) // SHARD))
-    mine = shards[index::count]
-    with locked_folder(out / f".part-{index}-of-{count}", "hdb prepare"):
-        _agree(out / MANIFEST, settings | {"people": len(opened.dataset)})
-        missing = [shard for shard in mine if not _file(out, shard).exists()]
-        rows = [row for shard in missing for row in _rows(opened, shard)]
-        left_out: dict[str, str] = {}
-        prepared = _prepared(opened, rows, size_px, config, num_workers)
-        done = 0
-        for shard in missing:
-            records = []
-            for record in (next(prepared) for _ in _rows(opened, shard)):
-                records.append(record)
-                left_out |= {photo["name"]: photo["problem"] for photo in record["photos"] if photo["problem"]}
-                done += 1
-                if progress is not None:
-                    progress("prepare", done, len(rows))
-            _write(_file(out, shard), records)
-    others = sum(not _file(out, shard).exists() for shard in shards)
-    return PreparedSet(out, len(rows), left_out, len(mine) - len(missing), others, time.perf_counter() - start)
+    out.mkdir(parents=True, exist_ok=True)
+    _agree(out / MANIFEST, settings_of(opened, size_px, config))
+    start, mine = time.perf_counter(), _shards(opened)[index::count]
+    missing = _missing(out, mine)
+    made, total = PreparedSet(out, 0, {}, len(mine) - len(missing), 0, 0.0), sum(len(_rows(opened, s)) for s in missing)
+
+    def report(record: dict[str, Any]) -> None:
+        made.people += 1
+        made.left_out |= {photo["name"]: photo["problem"] for photo in record["photos"] if photo["problem"]}
+        if progress is not None:
+            progress("prepare", made.people, total)
+
+    claims, records = Claims(out), _Records(opened, size_px, config)
+    try:
+        while missing:
+            _make_shards(records, out, missing, num_workers, claims, report)
+            if missing := _missing(out, mine):  # others are at work on them, or have died
+                time.sleep(LOOK_S)
+    finally:
+        claims.release_all()
+    made.missing, made.seconds = len(_missing(out, _shards(opened))), time.perf_counter() - start
+    return made
+
+
+def settings_of(people: People, size_px: int, config: PersonalizeConfig) -> dict[str, Any]:
+    """What a prepared data set depends on."""
+    return {"source": people.fingerprint, "people": len(people.dataset), "size_px": size_px, "crop": config.crop,
+            "shard": SHARD, "face_detector": config.face_detector, "face": config.face}  # fmt: skip
+
+
+def is_complete(folder: Path, people: People) -> bool:
+    """Whether all shards of a data set are in ``folder``."""
+    return not _missing(folder, _shards(people))
+
+
+def _shards(people: People) -> range:
+    return range(-(-len(people.dataset) // SHARD))
+
+
+def _missing(out: Path, shards: range) -> list[int]:
+    return [shard for shard in shards if not _file(out, shard).exists()]
 
 
 def _agree(manifest: Path, settings: dict[str, Any]) -> None:
@@ -142,15 +166,11 @@ def _rows(people: People, shard: int) -> range:
 class _Records:
     """Rows of a data set, prepared one by one: what torch's loader asks for in its workers."""
 
-    def __init__(self, people: People, rows: list[int], size_px: int, config: PersonalizeConfig) -> None:
-        self.people, self.rows, self.size_px, self.config = people, rows, size_px, config
+    def __init__(self, people: People, size_px: int, config: PersonalizeConfig) -> None:
+        self.people, self.size_px, self.config = people, size_px, config
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        dataset = self.people.dataset.select([self.rows[number]])
-        (person,) = replace(self.people, dataset=dataset)
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
         config = self.config
         prepared, skipped = prepare_person(person, self.size_px, config.crop, config.face_detector, face=config.face)
         photos = [{"name": photo.name, "png": _png(photo.image), "problem": ""}
@@ -159,13 +179,43 @@ class _Records:
         return {"name": person.name, "digest": person.digest, "size_px": self.size_px, "photos": photos}
 
 
-def _prepared(
-    people: People, rows: list[int], size_px: int, config: PersonalizeConfig, num_workers: int
-) -> Iterator[dict[str, Any]]:
+def _make_shards(
+    records: _Records,
+    out: Path,
+    shards: list[int],
+    num_workers: int,
+    claims: Claims,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make those of the shards that can be claimed, each as soon as the workers have nothing else to do."""
     from torch.utils.data import DataLoader
 
-    records: Any = _Records(people, rows, size_px, config)  # torch's loader asks for no more than it has
-    yield from DataLoader(records, batch_size=None, num_workers=num_workers if rows else 0)
+    claimed: deque[int] = deque()
+
+    def claim() -> Iterator[int]:
+        for shard in shards:
+            if _file(out, shard).exists() or not claims.take(shard):
+                continue
+            if _file(out, shard).exists():  # made in between
+                claims.release(shard)
+                continue
+            claimed.append(shard)
+            yield shard
+
+    claiming = claim()
+    first = next(claiming, None)
+    if first is None:
+        return
+    rows = (row for shard in chain([first], claiming) for row in _rows(records.people, shard))
+    data: Any = records  # torch's loader asks for no more than it has
+    finished: list[dict[str, Any]] = []
+    for record in DataLoader(data, batch_size=None, sampler=rows, num_workers=num_workers):
+        finished.append(record)
+        report(record)
+        if len(finished) == len(_rows(records.people, claimed[0])):
+            _write(_file(out, claimed[0]), finished)
+            claims.release(claimed.popleft())
+            finished = []
 
 
 def _png(image: "Image.Image") -> bytes:

@@ -22,7 +22,7 @@ _EARLIER_FILE = "training.pt"  # of format 1, a pickle
 # They change how a run is monitored or how fast it is, not what is learned.
 _FREE = {
     "log_every", "checkpoint_every", "num_workers", "gradient_checkpointing", "batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "cache",
 }  # fmt: skip
 # Fields that states omitted while they had only one possible value.
 _EARLIER: dict[str, Any] = {"face_detector": "cascade", "ema_decay": 0.0}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig
 
 import hypernet.fitting.preoptimize as preoptimize_module
+from hypernet.claims import Claims, Shares
 from hypernet.fitting.batch_size import LARGEST_BATCH, _largest_batch, choose_batch
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
@@ -155,17 +156,42 @@ def test_another_number_at_once_gives_the_same_to_rounding(run, fits, tmp_path):
 
 
 def test_processes_share_the_shards_and_a_rerun_fills_the_gaps_of_a_dead_one(run, unbroken, fits, tmp_path):
-    run(tmp_path / "targets", rank=0, world=2)
+    run(tmp_path / "targets", sharing=Shares(0, 2))
     assert sorted(contents(tmp_path / "targets")) == [SHARDS[0], SHARDS[2]]
     fits.clear()
     fits.die_at = 0
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "targets", rank=1, world=2)
+        run(tmp_path / "targets", sharing=Shares(1, 2))
     assert sorted(contents(tmp_path / "targets")) == [SHARDS[0], SHARDS[2]]
     fits.die_at = None
     run(tmp_path / "targets")
     assert fits == [2]
     assert contents(tmp_path / "targets") == contents(unbroken)
+
+
+def test_a_shard_that_another_has_claimed_is_its_own_until_it_is_there_or_the_other_dies(
+    run, unbroken, fits, tmp_path, monkeypatch
+):
+    targets, other = tmp_path / "targets", Claims(tmp_path)
+    run(targets, sharing=Shares(9, 10))  # makes the store, and nothing in it
+    other.folder = targets
+    assert other.take(0)
+    assert other.take(1)
+
+    def finish_one_and_die(seconds):
+        if SHARDS[1] not in contents(targets):
+            assert list(contents(targets)) == [SHARDS[2]]  # the only one that was free
+            shutil.copy(unbroken / SHARDS[1], targets)
+            other.release(1)
+        else:
+            other.release_all()
+
+    monkeypatch.setattr(preoptimize_module.time, "sleep", finish_one_and_die)
+    _, result = run(targets)
+    assert fits == [1, 2]
+    assert (result.fitted, result.found) == (3, 0)
+    assert contents(targets) == contents(unbroken)
+    assert not list(targets.glob(".*.claim"))
 
 
 def test_a_shard_of_a_damaged_file_is_named(run, unbroken, tmp_path):
@@ -315,7 +341,7 @@ def test_progress_goes_on_from_what_was_found_to_the_end(run, tmp_path, fits):
         run(tmp_path / "targets", progress=lambda *step: seen.append(step), **options)
         return seen
 
-    assert steps(rank=1, world=2) == [("fit people", done, 2) for done in (0, 0, 1, 2)]
+    assert steps(sharing=Shares(1, 2)) == [("fit people", done, 5) for done in (0, 0, 1, 2)]
     rest = steps()
     assert rest[0] == ("fit people", 2, 5)
     assert rest[-1] == ("fit people", 5, 5)

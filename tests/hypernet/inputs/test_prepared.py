@@ -1,6 +1,9 @@
 """A prepared data set: the same people and pixels as the source's, resumption, parts, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +74,46 @@ def test_parts_make_the_whole(folder, tmp_path, monkeypatch):
     second = prepare(folder, tmp_path / "out", 32, part=(1, 2), crop=False)
     assert (second.people, second.missing) == (2, 0)
     assert open_people(tmp_path / "out").roster == open_people(folder).roster
+
+
+PREPARE = """
+import os, sys, time
+from pathlib import Path
+from hypernet.inputs import prepared
+folder, dies = Path(sys.argv[1]), sys.argv[2] == "dies"
+prepared.SHARD, write = 1, prepared._write
+
+def write_slowly(path, records):
+    while not dies and not (folder / "died").exists():
+        time.sleep(0.05)
+    if dies:
+        (folder / "died").touch()
+        os._exit(9)
+    write(path, records)
+
+prepared._write = write_slowly
+made = prepared.prepare(folder / "images", folder / "out", 32, crop=False)
+print(made.people, made.found, made.missing)
+"""
+
+
+def test_processes_share_the_shards_and_make_those_of_a_dead_one(folder, tmp_path, monkeypatch):
+    """One dies at its first shard; the other writes none before that."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARE, tmp_path, fate], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for fate in ("lives", "dies")
+    ]
+    told = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 9]
+    assert told[0].split() == ["5", "0", "0"]
+    monkeypatch.setattr(prepared, "SHARD", 1)
+    assert prepare(folder, tmp_path / "alone", 32, crop=False).people == 5
+    for shard in sorted((tmp_path / "alone").glob("*.parquet")):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+    assert not list((tmp_path / "out").glob(".*.claim"))
 
 
 def test_other_images_settings_and_sizes_are_refused(folder, tmp_path):
