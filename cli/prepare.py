@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.base_models import given_options, recipe_options
+from cli.base_models import base_options, given_options, pop_base, recipe_options
 from cli.options import Command
 
 
@@ -35,8 +35,12 @@ class _Part(click.ParamType):
               help="Make every N-th shard, from the I-th (from 0), for machines without a shared --out.")  # fmt: skip
 @click.option("--num-workers", type=click.IntRange(0), default=4, show_default=True,
               help="Processes that find faces.")  # fmt: skip
+@click.option("--moments", is_flag=True,
+              help="Store the moments of --base's VAE too, in float16: a training without --flip and --jitter then "
+              "encodes no photo.")  # fmt: skip
 @recipe_options(("crop", "face_detector", "face"))
-def command(images, out, size_px, part, num_workers, **options) -> None:
+@base_options
+def command(images, out, size_px, part, num_workers, moments, **options) -> None:
     """Decode the photos in IMAGES and crop the faces once, for hdb preoptimize and hdb train.
 
     IMAGES has the format of hdb preoptimize. --out is a folder of parquet files, which the datasets library reads and
@@ -46,14 +50,18 @@ def command(images, out, size_px, part, num_workers, **options) -> None:
     \b
     hdb prepare faces/ --out prepared
     hdb train prepared --out hypernetwork
+    hdb prepare faces/ --out prepared --moments --base stable-diffusion-v1-5/stable-diffusion-v1-5
     hdb prepare somebody/faces --out prepared --part 3/8
     """
     from cli.progress import progress_bars
+    from hypernet.base_models.loading import as_base
     from hypernet.inputs.prepared import prepare
 
+    chosen = pop_base(options)
+    base = as_base(chosen) if moments else None
     with progress_bars(per_hour="people") as report:
         made = prepare(
-            images, out, size_px, part=part or (0, 1), num_workers=num_workers, progress=report,
+            images, out, size_px, part=part or (0, 1), num_workers=num_workers, progress=report, base=base,
             **given_options(options),
         )  # fmt: skip
     found = f"; found {made.found} shards of an earlier run" if made.found else ""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hypernet.base_models.prediction import Prediction
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
+from lidb_peft import base_fingerprint
 from lidb_peft.families import Family
 
 if TYPE_CHECKING:
@@ -210,6 +212,11 @@ class BaseModel(ABC):
         """Of one picture's latents, ``(c, h, w)``."""
         side = self.size_px // 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.vae.config.latent_channels, side, side
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """Tells the VAE's encoder by some of its weights, see `lidb_peft.base_fingerprint`."""
+        return base_fingerprint({"vae": self.vae.encoder})
 
     @torch.no_grad()
     def encode_photos(self, pixels: Tensor, release: bool = True) -> Tensor:

@@ -22,7 +22,7 @@ from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import DivergedError, KeptStep, fit_theta
-from hypernet.fitting.subjects import make_subjects
+from hypernet.fitting.subjects import check_moments, make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person, with_detector
 from hypernet.network.prediction import Start
@@ -87,17 +87,18 @@ def open_targets(
         start_name: what the fits start at, for the manifest.
 
     Raises:
-        ValueError: the store there is of another base, seed, dimensions or fit.
+        ValueError: the store there is of another base, seed, dimensions or fit, or the people's moments are.
         ValueError, OSError: as `check_store`.
     """
     check_store(folder, [people.source, base.name])
+    check_moments(people, base)
     recipe = config.recipe
     fit = asdict(recipe.theta_fit)
     del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives
     fit["optimizer"] = chosen_optimizer(fit["optimizer"])
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
     fit |= base.settings | {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
-    fit |= detector_fit(recipe.crop, recipe.face_detector)
+    fit |= detector_fit(recipe.crop, recipe.face_detector) | {"moments": "float16" if people.vae else "float32"}
     if not has_targets(folder):
         batch = config.batch_size or choose_batch(base, space, recipe.theta_fit)
         create_targets(folder, space, Path(base.name).name, fit, batch, people.source)

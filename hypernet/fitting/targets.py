@@ -32,7 +32,7 @@ SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 # Fields that manifests omitted while they had only one possible value.
-_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade"}
+_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade", "moments": "float32"}
 _REMEDY = "delete it and run hdb preoptimize again to make it again"
 
 

@@ -53,11 +53,16 @@ _WHOLE_BYTES = 2**20  # files of more are told by parts of them, so that going t
 
 
 class RawPhoto(NamedTuple):
-    """An image that is not decoded yet: its bytes, or the path or URL where they are, or why they cannot be had."""
+    """An image that is not decoded yet: its bytes, or the path or URL where they are, or why they cannot be had.
+
+    Attributes:
+        moments: of a prepared one, the VAE's, as float16; empty if they are not stored.
+    """
 
     name: str
     data: bytes | str
     problem: str = ""
+    moments: bytes = b""
 
 
 class Person(NamedTuple):
@@ -84,10 +89,15 @@ class Person(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedPerson:
-    """A person ready to be fitted: a name, and photos of one size."""
+    """A person ready to be fitted: a name, and photos of one size.
+
+    Attributes:
+        moments: the VAE's of each photo, ``(photos, 2 * c * h * w)`` float16, if the data set holds them.
+    """
 
     name: str
     photos: tuple[Photo, ...]
+    moments: Tensor | None = None
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -132,6 +142,13 @@ class People:
     is_from_hub: bool = False
     is_prepared: bool = False
 
+    @cached_property
+    def vae(self) -> str:
+        """The fingerprint of the VAE whose moments are stored beside the photos; "" if none are."""
+        if not self.is_prepared or "vae" not in (self.dataset.features or {}):
+            return ""
+        return next(iter(self.dataset.select_columns(["vae"])), {"vae": ""})["vae"]
+
     @property
     def is_streamed(self) -> bool:
         return not hasattr(self.dataset, "__len__")
@@ -153,8 +170,8 @@ class People:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the roster: tells by names, photos and order that the data set is another."""
-        return hashlib.sha256(repr(self.roster).encode()).hexdigest()
+        """A digest of the roster, and of stored moments: tells that the data set is another."""
+        return hashlib.sha256((repr(self.roster) + self.vae).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Person]:
         with _readable(self.source):
@@ -163,7 +180,10 @@ class People:
 
     def _person(self, row: dict) -> Person:
         if self.is_prepared:
-            photos = (RawPhoto(photo["name"], photo["png"] or b"", photo["problem"]) for photo in row["photos"])
+            photos = (
+                RawPhoto(photo["name"], photo["png"] or b"", photo["problem"], photo.get("moments") or b"")
+                for photo in row["photos"]
+            )
             return Person(row["name"], tuple(photos), row["size_px"], row["digest"])
         if self.image_column is None:
             return Person(row["name"], tuple(map(RawPhoto, row["photos"], map(os.fsdecode, row["paths"]))))
@@ -337,7 +357,7 @@ def prepare_person(
             raise ValueError(f"the data set was prepared at {person.prepared_px} pixels, and the base draws {size_px}; "
                              f"prepare it again with --resolution {size_px}")  # fmt: skip
         crop = False
-    photos, skipped = [], []
+    photos, skipped, moments = [], [], []
     for photo in person.photos:
         if photo.problem:
             skipped.append(Skipped(photo.name, photo.problem))
@@ -347,9 +367,12 @@ def prepare_person(
         try:
             image = decode_image(file, photo.name) if file else read_image(str(photo.data))
             photos.append(_look_once(image, photo, crop, detector, known, face).prepare(size_px))
+            moments += [torch.frombuffer(bytearray(photo.moments), dtype=torch.float16)] if photo.moments else []
         except (ValueError, OSError) as error:
             skipped.append(Skipped(photo.name, str(error)))
-    return PreparedPerson(person.name, tuple(photos)) if photos else None, skipped
+    if not photos:
+        return None, skipped
+    return PreparedPerson(person.name, tuple(photos), torch.stack(moments) if moments else None), skipped
 
 
 def _look_once(

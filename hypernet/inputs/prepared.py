@@ -2,8 +2,9 @@
 
 Detecting a face takes longer than everything else, 0.28 CPU seconds each time a photo is used. A prepared data set is
 parquet: shards of people with their crops (lossless), names, and skipped photos with the reason. Rows and photo digests
-are those of the source, so targets and trainings made from either can be continued with the other. Processes that
-prepare one data set at the same time, on any number of machines, claim shards one by one.
+are those of the source, so targets and trainings made from either can be continued with the other, unless the VAE's
+moments are stored beside them, in float16. Processes that prepare one data set at the same time, on any number of
+machines, claim shards one by one.
 """
 
 import io
@@ -16,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from hypernet.claims import LOOK_S, Claims
 from hypernet.inputs.people import (
     PREPARED_COLUMNS,
@@ -26,17 +29,20 @@ from hypernet.inputs.people import (
     prepared_shard,
     with_detector,
 )
+from hypernet.inputs.photos import to_pixels
 from hypernet.recipe import PersonalizeConfig, StageProgress, changed
 from lidb_peft.files import atomic_path
 from lidb_peft.outputs import check_output_folder
 
 if TYPE_CHECKING:
     import pyarrow
-    from PIL import Image
+
+    from hypernet.base_models.base import BaseModel
 
 SHARD = 256  # people; of 512 px about 100 MB
 MANIFEST = PREPARED_MANIFEST
 _GROUP = 16  # people that are read at once
+_OTHERS = {"source": "other images", "vae": "moments of another VAE, or of none"}
 
 
 @dataclass
@@ -68,6 +74,7 @@ def prepare(
     part: tuple[int, int] = (0, 1),
     num_workers: int = 0,
     progress: StageProgress | None = None,
+    base: "BaseModel | None" = None,
     **options: Any,
 ) -> PreparedSet:
     """Prepare everybody of a data set, once, in shards of parquet; an interrupted run resumes.
@@ -81,6 +88,8 @@ def prepare(
         part: ``(i, n)`` makes every n-th shard from the i-th on, for n machines.
         num_workers: processes that find faces; 0 does it in this one.
         progress: called with ("prepare", people done, this part's people).
+        base: stores the moments of its VAE too, in float16: a training that neither flips nor jitters, and
+            pre-optimisation, then encode no photo, and take no other base.
         options: fields of ``config`` to change.
 
     Raises:
@@ -91,13 +100,17 @@ def prepare(
         raise ValueError(f"part is {index} of {count}; count parts from 0, such as 0 of {max(count, 1)}")
     if size_px < 1:
         raise ValueError(f"size_px is {size_px}; expected 1 or more, 512 for Stable Diffusion 1.5")
+    if base is not None and base.size_px != size_px:
+        raise ValueError(f"size_px is {size_px}, and {base.name} encodes {base.size_px} pixels; pass --resolution "
+                         f"{base.size_px}")  # fmt: skip
     config, out = with_detector(changed(config or PersonalizeConfig(), options)), Path(out)
     opened = people if isinstance(people, People) else open_people(people)
     if opened.is_prepared or opened.is_streamed:
         raise ValueError(f"{opened.source} is {'prepared' if opened.is_prepared else 'streamed'}; pass the images")
     check_output_folder(out, [opened.source], ["*.parquet"], is_resumed=(out / MANIFEST).is_file())
     out.mkdir(parents=True, exist_ok=True)
-    _agree(out / MANIFEST, settings_of(opened, size_px, config))
+    vae = "" if base is None else base.vae_fingerprint
+    _agree(out / MANIFEST, settings_of(opened, size_px, config) | {"vae": vae})
     start, mine = time.perf_counter(), _shards(opened)[index::count]
     missing = _missing(out, mine)
     made, total = PreparedSet(out, 0, {}, len(mine) - len(missing), 0, 0.0), sum(len(_rows(opened, s)) for s in missing)
@@ -111,11 +124,13 @@ def prepare(
     claims, records = Claims(out), _Records(opened, size_px, config)
     try:
         while missing:
-            _make_shards(records, out, missing, num_workers, claims, report)
+            _make_shards(records, out, missing, num_workers, claims, base, report)
             if missing := _missing(out, mine):  # others are at work on them, or have died
                 time.sleep(LOOK_S)
     finally:
         claims.release_all()
+        if base is not None:
+            base.release_vae()
     made.missing, made.seconds = len(_missing(out, _shards(opened))), time.perf_counter() - start
     return made
 
@@ -146,12 +161,12 @@ def _agree(manifest: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         return
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = {"vae": ""} | json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{manifest} is damaged; choose another output folder") from error
     for name, value in settings.items():
         if found.get(name) != value:
-            what = "other images" if name == "source" else f"{name} {found.get(name)!r} and not {value!r}"
+            what = _OTHERS.get(name, f"{name} {found.get(name)!r} and not {value!r}")
             raise ValueError(f"{manifest.parent} was prepared with {what}; choose another output folder")
 
 
@@ -185,6 +200,7 @@ def _make_shards(
     shards: list[int],
     num_workers: int,
     claims: Claims,
+    base: "BaseModel | None",
     report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Make those of the shards that can be claimed, each as soon as the workers have nothing else to do."""
@@ -210,7 +226,7 @@ def _make_shards(
     data: Any = records  # torch's loader asks for no more than it has
     finished: list[dict[str, Any]] = []
     for record in DataLoader(data, batch_size=None, sampler=rows, num_workers=num_workers):
-        finished.append(record)
+        finished.append(record if base is None else _with_moments(record, base))
         report(record)
         if len(finished) == len(_rows(records.people, claimed[0])):
             _write(_file(out, claimed[0]), finished)
@@ -218,24 +234,36 @@ def _make_shards(
             finished = []
 
 
-def _png(image: "Image.Image") -> bytes:
+def _with_moments(record: dict[str, Any], base: "BaseModel") -> dict[str, Any]:
+    photos = [{**photo, "moments": _moments(photo["png"], base) if photo["png"] else b""} for photo in record["photos"]]
+    return {**record, "photos": photos, "vae": base.vae_fingerprint}
+
+
+def _moments(png: bytes, base: "BaseModel") -> bytes:
+    pixels = to_pixels(Image.open(io.BytesIO(png)))
+    return base.encode_photos(pixels[None], release=False)[0].half().cpu().numpy().tobytes()
+
+
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
-def _schema() -> "pyarrow.Schema":
+def _schema(has_moments: bool) -> "pyarrow.Schema":
     import pyarrow
 
-    photo = pyarrow.struct([("name", pyarrow.string()), ("png", pyarrow.binary()), ("problem", pyarrow.string())])
-    kinds = (pyarrow.string(), pyarrow.string(), pyarrow.int32(), pyarrow.list_(photo))
-    return pyarrow.schema(list(zip(PREPARED_COLUMNS, kinds, strict=True)))
+    text, data = pyarrow.string(), pyarrow.binary()
+    photo = [("name", text), ("png", data), ("problem", text), *([("moments", data)] if has_moments else [])]
+    kinds = (text, text, pyarrow.int32(), pyarrow.list_(pyarrow.struct(photo)))
+    columns = list(zip(PREPARED_COLUMNS, kinds, strict=True))
+    return pyarrow.schema([*columns, *([("vae", text)] if has_moments else [])])
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.Table.from_pylist(records, schema=_schema())
+    table = pyarrow.Table.from_pylist(records, schema=_schema("vae" in records[0]))
     with atomic_path(path) as temporary:
         parquet.write_table(table, temporary, row_group_size=_GROUP, compression="none")  # PNG is compressed

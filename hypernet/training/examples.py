@@ -36,6 +36,7 @@ class Example:
         seen: the photo for the encoder, ``(3, size_px, size_px)`` in [-1, 1].
         denoised: the photo to denoise, cropped and flipped like ``seen``.
         photo: identifies ``denoised`` before cropping and flipping.
+        moments: of ``denoised``, ``(2 * c * h * w)`` float16, if they are stored and it is neither cropped nor flipped.
         target: the person's pre-optimised theta ``(L, row)``; None if there are no targets.
         drops_caption: whether the prompt is empty.
         seed: random seed of the person's noise in this step.
@@ -46,6 +47,7 @@ class Example:
     seen: Tensor
     denoised: Tensor
     photo: str = ""
+    moments: Tensor | None = None
     target: Tensor | None = None
     drops_caption: bool = False
     seed: int = 0
@@ -54,7 +56,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples; ``counts`` ``(B,)`` is 1 where one can be used, and ``copies`` is the noisy copies of each photo."""
+    """B examples; ``counts`` ``(B,)`` is 1 where one can be used, and ``copies`` is the noisy copies of each photo.
+
+    ``moments`` ``(B, 2 * c * h * w)`` are there if all who can be used have them; those of the others are 0.
+    """
 
     seen: Tensor
     denoised: Tensor
@@ -65,6 +70,7 @@ class Batch:
     seeds: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     copies: int
+    moments: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, except ``denoised``: photos with cached latents are not needed there."""
@@ -132,7 +138,8 @@ class Examples(Dataset):
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, step, person.key))
         seen, denoised = _choose_photos(len(person.pixels), self.config.same_photo, generator)
         pair = person.pixels[[seen, denoised]]
-        if not self.is_validation:
+        is_changed = self.config.augments and not self.is_validation
+        if is_changed:
             pair = augment(pair, self.config.flip, self.config.jitter, generator)
         drops = torch.rand((), generator=generator).item() < self.config.caption_dropout
         return Example(
@@ -140,6 +147,7 @@ class Examples(Dataset):
             seen=pair[0],
             denoised=pair[1],
             photo=f"{person.key} {denoised}",
+            moments=None if person.moments is None or is_changed else person.moments[denoised],
             target=None if self.targets is None else self.targets.thetas([person.key])[0],
             drops_caption=drops and not self.is_validation,
             seed=int(torch.randint(2**62, (), generator=generator)),
@@ -164,7 +172,16 @@ class Examples(Dataset):
             seeds=tuple(example.seed for example in examples),
             skipped=tuple(entry for example in examples for entry in example.skipped),
             copies=self.copies,
+            moments=_stack_moments(examples),
         )
+
+
+def _stack_moments(examples: Sequence[Example]) -> Tensor | None:
+    stored = [example.moments for example in examples if example.moments is not None]
+    if not stored or len(stored) < sum(bool(example.name) for example in examples):
+        return None
+    nothing = torch.zeros_like(stored[0])
+    return torch.stack([nothing if example.moments is None else example.moments for example in examples])
 
 
 def _choose_photos(count: int, same: bool, generator: torch.Generator) -> tuple[int, int]:

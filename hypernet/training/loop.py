@@ -25,6 +25,7 @@ from transformers import get_scheduler
 from hypernet.base_models.base import BaseModel, enable_checkpointing
 from hypernet.errors import first_sentence
 from hypernet.fitting.losses import layer_scale
+from hypernet.fitting.subjects import check_moments
 from hypernet.fitting.targets import SKIPPED_FILE, TargetStore
 from hypernet.inputs.people import People, Skipped, with_detector, write_skipped
 from hypernet.network.hypernetwork import HyperNetwork
@@ -153,11 +154,15 @@ def _examples(
     """What is trained on, and what is validated on, if anything is.
 
     Raises:
-        ValueError: nothing could be measured on the held-out people, or as `choose_people`.
+        ValueError: nothing could be measured on the held-out people, the people's moments are of another VAE, or as
+            `choose_people`.
     """
     if held_out is not None and not config.needs_base:
         raise ValueError("nothing could be measured on the held-out people, who have no targets; let denoising count, "
                          "or hold out a fraction")  # fmt: skip
+    for source in (people, held_out):
+        if source is not None:
+            check_moments(source, base)
     training, validating = choose_people(people, config, store, held_out)
     shape = (space.num_layers, space.row_size)
     examples = Examples(training, base.size_px, config, store, shape, config.timesteps_per_step)

@@ -14,6 +14,7 @@ from hypernet.base_models.base import BaseModel
 from hypernet.fitting.losses import base_losses, layer_distance
 from hypernet.fitting.noise import draw_noise, noise_photos
 from hypernet.fitting.preservation import Preserved, PromptPreservation
+from hypernet.fitting.subjects import stored_moments
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import PersonalizeConfig, TrainConfig
 from hypernet.training.examples import Batch
@@ -95,7 +96,11 @@ class Objective(nn.Module):
     def _noise(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Preserved | None]:
         """Noisy latents, timesteps, targets, and what is preserved there: the same for each round."""
         generators = batch.generators()
-        moments = self.latents.moments(batch.denoised, batch.photos).repeat_interleave(batch.copies, dim=0)
+        if batch.moments is None:
+            moments = self.latents.moments(batch.denoised, batch.photos)
+        else:
+            moments = stored_moments(self.base, batch.moments)
+        moments = moments.repeat_interleave(batch.copies, dim=0)
         noise = draw_noise(self.base, moments.shape, generators).to(self.base.device)
         noisy_latents, target = noise_photos(self.base, moments, noise)
         preserved = None

@@ -48,6 +48,21 @@ def test_people_names_pixels_and_what_is_left_out_are_the_sources(folder, tmp_pa
     assert list(made.left_out) == [str(next(name for name in made.left_out if name.endswith("broken.png")))]
 
 
+def test_moments_are_the_vaes_rounded_to_float16_in_the_order_of_the_photos(folder, base, tmp_path):
+    prepare(folder, tmp_path / "out", 32, crop=False, base=base)
+    (folder / "two" / "0.png").write_bytes(b"no picture")
+    prepare(folder, tmp_path / "damaged", 32, crop=False, base=base)
+    for name, photos in (("out", 2), ("damaged", 1)):
+        people = open_people(tmp_path / name)
+        found = {person.name: prepare_person(person, 32, True)[0] for person in people}
+        assert len(found["two"].photos) == photos
+        for person in filter(None, found.values()):
+            expected = base.encode_photos(person.pixels).half().flatten(1)
+            assert torch.equal(person.moments, expected)
+        assert people.vae
+        assert people.fingerprint != open_people(folder).fingerprint
+
+
 def test_a_run_that_was_stopped_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "SHARD", 2)
     write, written = prepared._write, []
