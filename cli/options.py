@@ -16,6 +16,16 @@ import click
 from hypernet.recipe import AUTO
 
 
+class FolderOrUrl(click.Path):
+    """A folder, or the URL of one, which stays as it is written."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value, param, ctx):
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 class MemorySize(click.ParamType):
     """``4GB``, ``3.5 GB``, ``800MB`` in bytes."""
 

@@ -1,12 +1,11 @@
 """`hdb preoptimize`."""
 
 from dataclasses import fields
-from pathlib import Path
 
 import click
 
 from cli.base_models import base_options, batch_option, given_options, pop_base, recipe_options
-from cli.options import Command, field_option
+from cli.options import Command, FolderOrUrl, field_option
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 
 # Fields of the finetuning and of pictures.
@@ -15,8 +14,8 @@ _OTHERS = {"steps", "lr", "rank", "max_timestep", "adapt", "guidance"}
 
 @click.command(name="preoptimize", cls=Command)
 @click.argument("images")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
-              help="Folder for the targets; an interrupted run resumes there.")  # fmt: skip
+@click.option("--out", type=FolderOrUrl(), required=True,
+              help="Folder or URL (s3://, hf://) for the targets; an interrupted run resumes there.")  # fmt: skip
 @field_option(PersonalizeConfig, "theta_steps", "--steps", True, str(TARGET_STEPS), "Steps of each fit.")
 @recipe_options(
     [field.name for field in fields(PersonalizeConfig) if field.name not in _OTHERS | {"theta_steps"}],

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from cli.base_models import base_options, pop_base
-from cli.options import Command, config_options, field_option
+from cli.options import Command, FolderOrUrl, config_options, field_option
 from cli.push import push_result, push_to_hub_option
 from hypernet.recipe import DEFAULT_BASE, NetworkConfig, PersonalizeConfig, TrainConfig
 
@@ -21,8 +21,8 @@ _OF_A_FRESH_ONE = (*(field.name for field in fields(NetworkConfig)), "token", "p
 @click.command(name="train", cls=Command)
 @click.argument("images")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
-@click.option("--targets", type=click.Path(file_okay=False, path_type=Path),
-              help="Folder written by hdb preoptimize, to compare predictions with.")  # fmt: skip
+@click.option("--targets", type=FolderOrUrl(),
+              help="Folder or URL written by hdb preoptimize, to compare predictions with.")  # fmt: skip
 @click.option(
     "--resume", is_flag=True, help="Resume from the last checkpoint in --out, with the same options and images."
 )

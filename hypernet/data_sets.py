@@ -14,6 +14,7 @@ from hypernet.base_models.base import BaseModel
 from hypernet.base_models.config import BaseConfig
 from hypernet.base_models.loading import Base, as_base, base_inputs, base_name
 from hypernet.bundles import find_bundle, hypernetwork_source
+from hypernet.claims import Shares
 from hypernet.devices import choose_device
 from hypernet.fitting import preoptimize as preoptimization
 from hypernet.fitting.starts import save_start
@@ -53,7 +54,7 @@ class TargetsRequest:
 
     Attributes:
         people: from `open_people`.
-        out: folder of the store.
+        out: folder of the store, or a URL that fsspec opens.
         base: a base model, loaded or not.
         config: how to fit.
         lidb_config: theta's bases and dimensions.
@@ -61,7 +62,7 @@ class TargetsRequest:
     """
 
     people: People
-    out: Path
+    out: str | Path
     base: Base
     config: PreoptimizeConfig
     lidb_config: LiDBConfig
@@ -78,7 +79,7 @@ class TrainRequest:
         base: a base model, loaded or not.
         config: how to train.
         lidb_config: config of a new hypernetwork's predictions.
-        targets: folder of the target store; None uses no targets.
+        targets: folder or URL of the target store; None uses no targets.
         network: the hypernetwork to start from; None makes a new one around ``encoder`` with ``network_options``.
         resume: resume the training in ``out``.
         trackers: trackers supported by accelerate.
@@ -89,7 +90,7 @@ class TrainRequest:
     base: Base
     config: TrainConfig
     lidb_config: LiDBConfig
-    targets: Path | None = None
+    targets: str | Path | None = None
     held_out: People | None = None
     network: HyperNetworkConfig | None = None
     encoder: str = DEFAULT_ENCODER
@@ -116,7 +117,8 @@ def preoptimize(
 
     Args:
         people: anything that `open_people` opens, such as a folder, or its result.
-        out: folder of the target store.
+        out: folder of the target store, or a URL that fsspec opens, such as ``s3://bucket/targets``. Nothing can be
+            claimed at a URL: only the processes of one launch share the work there, in fixed shares.
         base: a loaded base model, or what `load_base` loads.
         config: the fit's recipe; by default the base's own.
         lidb_config: the bases; by default the base's own.
@@ -137,7 +139,7 @@ def preoptimize(
         config=PreoptimizeConfig(with_detector(recipe), batch_size),
         network=_network_config(hypernet, base),
         people=open_people(people, streaming) if isinstance(people, str | Path) else people,
-        out=Path(out), base=base, lidb_config=lidb_config or bundle.lidb_config,
+        out=out, base=base, lidb_config=lidb_config or bundle.lidb_config,
     )  # fmt: skip
     return make_targets(request, progress)
 
@@ -157,8 +159,12 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     count = people.count()
     _log.info("%s: %s people, %d at a time", people.source, count or "any number of", config.batch_size or store.batch)
     result = preoptimization.preoptimize(
-        people, base, space, store, config, predict, progress=progress if state.is_main_process else None
-    )
+        people, base, space, store, config, predict,
+        None if store.can_be_claimed else Shares(state.process_index, state.num_processes),
+        progress if state.is_main_process else None,
+    )  # fmt: skip
+    if not store.can_be_claimed:
+        wait_for_others(state)
     result.process, result.num_processes = state.process_index, state.num_processes
     result.num_targets, result.num_skipped, result.shard_size = len(store), len(store.skipped()), store.batch
     result.missing = 0 if count is None else -(-count // store.batch) - len(store.shards())
@@ -191,7 +197,7 @@ def train(
         base: a loaded base model, or what `load_base` loads.
         config: settings; with ``targets``, the default includes their loss term.
         lidb_config: config of a new hypernetwork's predictions; by default the base's own.
-        targets: folder of targets made by `preoptimize`, to compare predictions with.
+        targets: folder or URL of targets made by `preoptimize`, to compare predictions with.
         hypernet: id or folder of a hypernetwork to start from; by default a new one is made.
         encoder: id or folder of the vision transformer of a new hypernetwork.
         network_options: options of a new hypernetwork's `HyperNetworkConfig`, such as ``{"hidden_size": 256}``.
@@ -212,7 +218,7 @@ def train(
     request = TrainRequest(
         *(open_people(people) if isinstance(people, str | Path) else people, Path(out), base, config),
         lidb_config=lidb_config or find_bundle(base_name(base)).lidb_config,
-        targets=None if targets is None else Path(targets),
+        targets=targets,
         held_out=open_people(held_out) if isinstance(held_out, str | Path) else held_out,
         network=_network_config(hypernet, base),
         encoder=str(encoder), network_options=network_options, resume=resume, trackers=tuple(trackers),

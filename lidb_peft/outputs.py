@@ -22,6 +22,7 @@ _FILE_SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pn
 # What Windows refuses in a name; in a prompt ":" and ">" end the name of a LoRA.
 NO_FILE_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # as a path, which has lost a slash; C: is a drive
 _LONGEST_NAME = 255  # where the file system does not say
 _WRITABLE_BITS = 0o222
 
@@ -51,6 +52,7 @@ def check_output(
         ValueError: its name is not valid or has another suffix; it is an input, lies inside one, or holds one.
     """
     target = Path(target)
+    _check_is_local(target)
     _check_suffix(target, suffix)
     _check_place(target, parents)
     check_not_an_input(target, inputs)
@@ -87,6 +89,7 @@ def check_output_folder(
         ValueError, OSError: as `check_output`.
     """
     target = Path(target)
+    _check_is_local(target)
     _check_suffix(target, FOLDER)
     if os.path.lexists(target) and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; name a folder to write")
@@ -150,6 +153,12 @@ def _check_suffix(target: Path, suffix: str) -> None:
         raise ValueError(f"{target} is named as a file and would be a folder; leave out {target.suffix}")
     if suffix != FOLDER and found != suffix:
         raise ValueError(f"{target} does not end in {suffix}; {_READERS[suffix]}")
+
+
+def _check_is_local(target: Path) -> None:
+    if _URL.match(str(target)):
+        raise ValueError(f"{target} is a URL, and only hdb preoptimize writes to one; name a file or folder of this "
+                         f"machine")  # fmt: skip
 
 
 def _check_place(target: Path, parents: bool) -> None:

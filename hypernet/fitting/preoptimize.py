@@ -22,6 +22,7 @@ from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import DivergedError, KeptStep, fit_theta
+from hypernet.fitting.mirror import is_url
 from hypernet.fitting.subjects import check_moments, make_subjects
 from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person, with_detector
@@ -61,7 +62,7 @@ class Preoptimized:
     num_skipped: int = 0
     missing: int = 0
     shard_size: int = 0
-    skipped_file: Path = Path(SKIPPED_FILE)
+    skipped_file: str = SKIPPED_FILE
 
     @property
     def per_hour(self) -> float:
@@ -70,7 +71,9 @@ class Preoptimized:
 
 def check_store(folder: str | Path, inputs: Sequence[str | Path | None]) -> None:
     """Raise ValueError or OSError now if no store can be made or gone on with in ``folder``; see `check_output`."""
-    check_output_folder(folder, inputs, (SKIPPED_FILE,), has_targets(folder))
+    is_resumed = has_targets(folder)
+    if not is_url(folder):
+        check_output_folder(folder, inputs, (SKIPPED_FILE,), is_resumed)
 
 
 def open_targets(
@@ -252,7 +255,7 @@ def _check_rows(store: TargetStore, index: int, rows: list[tuple[Person, bool]],
     shard = store.read(index)
     if shard.rows != _names(rows) or (shard.photos and shard.photos != _photos(rows)):
         raise ValueError(
-            f"{store.path(index)} holds other people or photos than {source} has in that place; the data set has "
+            f"{store.name(index)} holds other people or photos than {source} has in that place; the data set has "
             f"changed since it was written: choose another folder"
         )
 

@@ -1,8 +1,9 @@
 """The target store: a folder with the pre-optimised thetas of many people, in shards that are written whole.
 
-`manifest.json` records what the thetas belong to and how they were fitted. A shard holds the results of ``batch`` rows
-of the data set in one safetensors file: ``theta`` ``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its
-metadata, keys, names, and what was skipped. All state is in the files, so processes share none.
+The folder may be at a URL, see `hypernet.fitting.mirror`. `manifest.json` records what the thetas belong to and how they
+were fitted. A shard holds the results of ``batch`` rows of the data set in one safetensors file: ``theta``
+``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its metadata, keys, names, and what was skipped. All state
+is in the files, so processes share none.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hypernet.fitting.mirror import Mirror, is_url
 from hypernet.inputs.faces import choose_detector
 from hypernet.inputs.people import Skipped, write_skipped
 from hypernet.recipe import NUM_TIMESTEPS
@@ -31,6 +33,7 @@ _UNSEALED_FORMAT = 1  # its shards have neither a checksum nor a record of their
 SKIPPED_FILE = "skipped.jsonl"
 _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+_FILES = re.compile(rf"{_SHARD.pattern}|{re.escape(_MANIFEST)}|{re.escape(SKIPPED_FILE)}")
 # Fields that manifests omitted while they had only one possible value.
 _EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade", "moments": "float32"}
 _REMEDY = "delete it and run hdb preoptimize again to make it again"
@@ -60,8 +63,21 @@ def detector_fit(crop: bool, detector: str) -> dict[str, str]:
 
 
 def has_targets(folder: str | Path) -> bool:
-    """Return whether there is a store in ``folder``, even one without shards."""
-    return (Path(folder) / _MANIFEST).exists()
+    """Return whether there is a store in ``folder``, even one without shards.
+
+    Raises:
+        ValueError, OSError: it is a URL that cannot be opened.
+    """
+    return (_copy(folder)[0] / _MANIFEST).exists()
+
+
+def _copy(folder: str | Path) -> tuple[Path, Mirror | None]:
+    """The folder itself, or its copy here as it is now, and what keeps that in step with the URL."""
+    if not is_url(folder):
+        return Path(folder), None
+    mirror = Mirror(str(folder), _FILES)
+    mirror.fetch()
+    return mirror.folder, mirror
 
 
 def create_targets(
@@ -77,35 +93,41 @@ def create_targets(
     Raises:
         ValueError: there are shards without a manifest.
     """
-    folder = Path(folder)
+    place, (folder, mirror) = folder, _copy(folder)
     if folder.is_dir() and any(_SHARD.fullmatch(file.name) for file in folder.iterdir()):
-        raise ValueError(f"{folder} holds shards without the {_MANIFEST} that says of what; choose another folder")
+        raise ValueError(f"{place} holds shards without the {_MANIFEST} that says of what; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     record = space_record(space, base_model_name)
     manifest = {"format": FORMAT_VERSION, "space": record, "fit": dict(fit), "batch": batch, "source": source}
     with atomic_path(folder / _MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    if mirror is not None:
+        mirror.send(folder / _MANIFEST)
 
 
 class TargetStore:
     """A folder of targets.
 
     Attributes:
+        place: where it is, for messages: a folder or a URL.
+        folder: the folder, or the copy of it here.
         manifest: its manifest; ``space`` is the record of its space, ``fit`` the settings of the fits, ``batch``
             the number of people per shard.
     """
 
     def __init__(self, folder: str | Path, space: LiDBSpace) -> None:
-        """Open the store in ``folder`` for ``space``.
+        """Open the store in ``folder``, or at that URL, for ``space``.
 
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: it is no target store, or its targets are of another base, seed or dimensions.
+            OSError: the URL cannot be read.
         """
-        self.folder = Path(folder)
+        self.place = str(folder)
+        self.folder, self._mirror = _copy(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist; name a folder that hdb preoptimize wrote")
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = _read_manifest(self.folder, self.place)
         record = self.manifest["space"]
         theirs, ours = record["base_fingerprint"], base_fingerprint(space.models)
         if theirs and ours and not same_base(theirs, ours):
@@ -130,7 +152,7 @@ class TargetStore:
         if differing:
             found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {fit[name]!r})" for name in differing)
             raise ValueError(
-                f"{self.folder} holds targets of another fit, with {found}; continue with its own settings, or choose "
+                f"{self.place} holds targets of another fit, with {found}; continue with its own settings, or choose "
                 f"another folder"
             )
 
@@ -142,11 +164,17 @@ class TargetStore:
     def path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
+    def name(self, index: int) -> str:
+        """Of a shard, for messages."""
+        return f"{self.place}/{self.path(index).name}"
+
     def has(self, index: int) -> bool:
         return self.path(index).exists()
 
     def shards(self) -> list[int]:
-        """The numbers of the existing shards, in order."""
+        """The numbers of the shards that are there, in order."""
+        if self._mirror is not None:
+            self._mirror.fetch()
         found = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
@@ -155,6 +183,16 @@ class TargetStore:
         self._read.pop(index, None)
         text = {name: json.dumps(value) for name, value in vars(shard).items()}
         write_sealed(self.path(index), {"theta": thetas, "losses": losses}, text | {"run": json.dumps(self.run)})
+        self._send(self.path(index))
+
+    def _send(self, file: Path) -> None:
+        if self._mirror is not None:
+            self._mirror.send(file)
+
+    @property
+    def can_be_claimed(self) -> bool:
+        """Whether processes can agree by files in the store on who makes what."""
+        return self._mirror is None
 
     def read(self, index: int) -> Shard:
         """Read a shard without its thetas, which are checked too when it is read for the first time.
@@ -167,7 +205,7 @@ class TargetStore:
         return self._read[index]
 
     def _read_whole(self, index: int) -> Shard:
-        path = self.path(index)
+        path, name = self.path(index), self.name(index)
         try:
             tensors, metadata = read_sealed(path, is_required=self.manifest["format"] > _UNSEALED_FORMAT)
             text = {name: json.loads(value) for name, value in metadata.items()}
@@ -181,12 +219,12 @@ class TargetStore:
             counts = {tensors[name].shape[0] for name in ("theta", "losses")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             reason = printable(str(error).removeprefix(f"{path} ").removeprefix("is damaged: "))
-            raise ValueError(f"{path} is damaged or no shard of targets ({reason}); {_REMEDY}") from error
+            raise ValueError(f"{name} is damaged or no shard of targets ({reason}); {_REMEDY}") from error
         if text.get("run", self.run) != self.run:
-            raise ValueError(f"{path} is of another run than {self.folder / _MANIFEST}, fitted otherwise or on another "
+            raise ValueError(f"{name} is of another run than {self.place}/{_MANIFEST}, fitted otherwise or on another "
                              f"base; {_REMEDY}")  # fmt: skip
         if counts != {len(shard.keys)} or len(shard.names) != len(shard.keys):
-            raise ValueError(f"{path} is damaged: it has {len(shard.keys)} keys for {counts} thetas; {_REMEDY}")
+            raise ValueError(f"{name} is damaged: it has {len(shard.keys)} keys for {counts} thetas; {_REMEDY}")
         return shard
 
     @cached_property
@@ -216,7 +254,7 @@ class TargetStore:
             with safe_open(self.path(index), framework="pt") as file:
                 rows.append(file.get_slice("theta")[row])
             if not torch.isfinite(rows[-1]).all():
-                raise ValueError(f"{self.path(index)} holds values that are not finite; {_REMEDY}")
+                raise ValueError(f"{self.name(index)} holds values that are not finite; {_REMEDY}")
         return torch.stack(rows)
 
     def skipped(self) -> list[Skipped]:
@@ -224,21 +262,21 @@ class TargetStore:
         return [entry for index in self.shards() for entry in self.read(index).skipped]
 
     @property
-    def skipped_file(self) -> Path:
-        return self.folder / SKIPPED_FILE
+    def skipped_file(self) -> str:
+        return f"{self.place}/{SKIPPED_FILE}"
 
-    def list_skipped(self) -> Path:
+    def list_skipped(self) -> None:
         """Write what was left out to ``skipped.jsonl``, a name and a reason on each line; safe in every process."""
-        path, listed = self.skipped_file, None
+        path, listed = self.folder / SKIPPED_FILE, None
         while listed != (listed := self.shards()):  # another process may have added one while this one wrote
             write_skipped(path, self.skipped())
-        return path
+            self._send(path)
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path, place: str) -> dict:
     path = folder / _MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} is not a target store: it has no {_MANIFEST}; name a folder that hdb preoptimize "
+        raise ValueError(f"{place} is not a target store: it has no {_MANIFEST}; name a folder that hdb preoptimize "
                          f"wrote")  # fmt: skip
     manifest = read_json_object(path, "choose another folder, or write it again as it was")
     version = manifest.get("format")

@@ -300,7 +300,7 @@ def _nobody(people: People, targets: TargetStore | None) -> str:
     if targets is None:
         return f"{people.source} holds no people; pass a data set with at least one image"
     return (
-        f"nobody in {people.source} has a target in {targets.folder}, which was fitted on "
+        f"nobody in {people.source} has a target in {targets.place}, which was fitted on "
         f"{targets.manifest.get('source')}; pass the images that the targets were fitted on"
     )
 

@@ -146,7 +146,7 @@ def some_targets(store: TargetStore) -> Tensor:
     """Targets from all over the store, ``(n, L, row)``."""
     keys = sorted(store.places)
     if not keys:
-        raise ValueError(f"{store.folder} holds no targets yet; run hdb preoptimize first")
+        raise ValueError(f"{store.place} holds no targets yet; run hdb preoptimize first")
     return store.thetas(keys[:_SCALE_FROM])
 
 
