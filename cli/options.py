@@ -70,12 +70,13 @@ def todays_spelling(command: str, arguments: list[str]) -> list[str]:
 SECTIONS = {
     "Everyday": "preset base hypernet methods lora reference trigger weights out each targets resume steps "
                 "rank save-every preview preview-every no-preview dry-run overwrite seed",
-    "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm optimizer batch-size "
-           "gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
+    "Fit": "lr theta-steps theta-lr warmup-steps lr-scheduler weight-decay max-grad-norm ema-decay optimizer "
+           "batch-size gradient-accumulation-steps adapt start rounds people inner-steps rate token prompt",
     "Loss": "denoising target-distance compare preservation preserve background timesteps-per-step max-timestep "
             "deep-supervision caption-dropout same-photo",
     "Hypernetwork": "encoder train-encoder learned-bases k hidden-size num-hidden-layers num-attention-heads",
-    "Photos": "resolution part crop face face-detector flip jitter streaming num-workers validation validation-images",
+    "Photos": "resolution part moments crop face face-detector flip jitter streaming cache num-workers validation "
+              "validation-images",
     "Speed and memory": "device precision gradient-checkpointing graph attention compile quantize max-vram",
     "Pictures": "negative size sampler sampling-steps guidance clip-skip num-images seeds pictures prompts",
     "Evaluation": "num-seeds face-network dino clip baseline",

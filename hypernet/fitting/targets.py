@@ -172,7 +172,7 @@ class TargetStore:
         return self.path(index).exists()
 
     def shards(self) -> list[int]:
-        """The numbers of the shards that are there, in order."""
+        """The numbers of the existing shards, in order."""
         if self._mirror is not None:
             self._mirror.fetch()
         found = (_SHARD.fullmatch(file.name) for file in self.folder.iterdir())

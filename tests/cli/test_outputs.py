@@ -22,7 +22,7 @@ READ = {
     "generate": {"base", "components", "loras"},
     "eval": {"base", "components", "loras", "references", "hypernet", "dino", "clip", "prompts"},
     "preoptimize": {"images", "base", "components", "init_from", "config"},
-    "prepare": {"images", "config"},
+    "prepare": {"images", "base", "components", "config"},
     "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
     "learn-start": {"images", "base", "components", "hypernet", "config"},
     "push": {"source"},
