@@ -5,6 +5,8 @@ had claimed is taken over. A claim says who is at work, no more: a process that 
 has taken over. So a piece must be the same whoever makes it, and be written whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,14 @@ EXPIRY_S = 60.0
 """A claim that was not refreshed for so long is void; that of a process of this machine is void once it is dead."""
 LOOK_S = 0.5
 """How often somebody who has nothing left to claim looks whether the others are done, or dead."""
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Make a folder, and let one process after the other do something in it, such as begin what they will share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with SoftFileLease(folder / ".begin.claim", lease_duration=EXPIRY_S, poll_interval=LOOK_S):
+        yield
 
 
 class Sharing(Protocol):

@@ -229,8 +229,9 @@ def train(
 def train_network(request: TrainRequest, progress: StageProgress | None = None) -> loop.Trained:
     """Carry out a training request, together with other processes if there are any; see `train`."""
     state, base = _on_own_device(request.base)
+    report = progress if state.is_main_process else None
     people, held_out = (
-        None if source is None else _prepared(source, base.size_px, request.config, state.num_processes, progress)
+        None if source is None else _prepared(source, base.size_px, request.config, state.num_processes, report)
         for source in (request.people, request.held_out)
     )
     network, space = open_network(

@@ -8,6 +8,7 @@ others, now or when the run is started again.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models.base import BaseModel
-from hypernet.claims import LOOK_S, Claims, Sharing
+from hypernet.claims import LOOK_S, Claims, Sharing, one_at_a_time
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
@@ -102,9 +103,10 @@ def open_targets(
     fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
     fit |= base.settings | {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
     fit |= detector_fit(recipe.crop, recipe.face_detector) | {"moments": "float16" if people.vae else "float32"}
-    if not has_targets(folder):
-        batch = config.batch_size or choose_batch(base, space, recipe.theta_fit)
-        create_targets(folder, space, Path(base.name).name, fit, batch, people.source)
+    with nullcontext() if is_url(folder) else one_at_a_time(Path(folder)):
+        if not has_targets(folder):
+            batch = config.batch_size or choose_batch(base, space, recipe.theta_fit)
+            create_targets(folder, space, Path(base.name).name, fit, batch, people.source)
     store = TargetStore(folder, space)
     store.check_fit(fit)
     return store

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from hypernet.claims import LOOK_S, Claims
+from hypernet.claims import LOOK_S, Claims, one_at_a_time
 from hypernet.inputs.people import (
     PREPARED_COLUMNS,
     PREPARED_MANIFEST,
@@ -108,9 +108,9 @@ def prepare(
     if opened.is_prepared or opened.is_streamed:
         raise ValueError(f"{opened.source} is {'prepared' if opened.is_prepared else 'streamed'}; pass the images")
     check_output_folder(out, [opened.source], ["*.parquet"], is_resumed=(out / MANIFEST).is_file())
-    out.mkdir(parents=True, exist_ok=True)
     vae = "" if base is None else base.vae_fingerprint
-    _agree(out / MANIFEST, settings_of(opened, size_px, config) | {"vae": vae})
+    with one_at_a_time(out):
+        _agree(out / MANIFEST, settings_of(opened, size_px, config) | {"vae": vae})
     start, mine = time.perf_counter(), _shards(opened)[index::count]
     missing = _missing(out, mine)
     made, total = PreparedSet(out, 0, {}, len(mine) - len(missing), 0, 0.0), sum(len(_rows(opened, s)) for s in missing)

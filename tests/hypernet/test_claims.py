@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hypernet.claims import Claims, Shares
+from hypernet.claims import Claims, Shares, one_at_a_time
 
 HOLD = """
 import sys, time
@@ -83,3 +84,18 @@ def test_shares_are_every_nth_piece():
     shares = [Shares(rank, 3) for rank in range(3)]
     owners = [[rank for rank, share in enumerate(shares) if share.take(piece)] for piece in range(7)]
     assert owners == [[0], [1], [2], [0], [1], [2], [0]]
+
+
+def test_what_is_begun_is_begun_by_one_after_the_other(tmp_path):
+    """Each reads what the one before has written; at once they would all read nothing."""
+    file = tmp_path / "new" / "begun"
+
+    def begin(number):
+        with one_at_a_time(file.parent):
+            before = file.read_text() if file.exists() else ""
+            time.sleep(0.05)
+            file.write_text(before + number)
+
+    with ThreadPoolExecutor(3) as executor:
+        list(executor.map(begin, "abc"))
+    assert sorted(file.read_text()) == ["a", "b", "c"]

@@ -69,7 +69,8 @@ def test_what_was_skipped_is_listed_in_order_also_if_another_process_ends_meanwh
         return write(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "write_text", write_while_another_ends)
-    lines = store.list_skipped().read_text(encoding="utf-8").splitlines()
+    store.list_skipped()
+    lines = (store.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"name": "bob", "reason": "1"}, {"name": "dora", "reason": "2"}]
 
 
