@@ -89,11 +89,11 @@ def test_stored_moments_are_trained_and_fitted_on_instead_of_encoding_photos(
     monkeypatch.setattr(type(base), "encode_photos", encode)
     found, _ = run("out", people=tmp_path / "stored", lr=1e-12)
     losses = [[line["loss"] for line in lines] for lines in (found, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
     assert losses[0] != losses[1]
     preoptimize(tmp_path / "stored", tmp_path / "of-stored", base, **fit)
-    thetas = [load_file(tmp_path / name / "shard-00000.safetensors")["theta"] for name in ("of-raw", "of-stored")]
-    assert torch.allclose(*thetas, atol=1e-3)
+    losses = [load_file(tmp_path / name / "shard-00000.safetensors")["losses"] for name in ("of-raw", "of-stored")]
+    assert torch.allclose(*losses, rtol=5e-3)
     with pytest.raises(AssertionError, match="encoded"):  # what is mirrored is encoded anew
         run("flipped", people=tmp_path / "stored", flip=True)
     with pytest.raises(ValueError, match=r"another fit, with moments 'float32' \(here 'float16'\)"):
