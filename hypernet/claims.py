@@ -74,9 +74,12 @@ class Claims:
         self._leases.pop(piece).release()
 
     def release_all(self) -> None:
-        """Give up every claim, so that others need not wait for their expiry."""
+        """Give up every claim, so that nobody waits for its expiry, and remove those that the dead have left."""
         for piece in list(self._leases):
             self.release(piece)
+        for piece in [int(file.name[1:-6]) for file in self.folder.glob(".*.claim") if file.name[1:-6].isdecimal()]:
+            if self.take(piece) or self.take(piece):  # the first may only find out that it is void
+                self.release(piece)
 
 
 class Shares:

@@ -69,6 +69,16 @@ def test_what_a_dead_process_of_this_machine_has_claimed_is_taken_over_at_once(t
     assert not claims.take(3)
     process.kill()
     process.wait()
+    Claims(tmp_path, 600.0).release_all()  # what is done already nobody takes, and nothing stays of it
+    assert not list(tmp_path.iterdir())
+    assert claims.take(3)
+
+
+def test_nobody_waits_for_a_dead_process_of_this_machine(tmp_path, hold):
+    process, claims = hold(600.0), Claims(tmp_path, 600.0)
+    assert not claims.take(3)
+    process.kill()
+    process.wait()
     assert take(claims, 3)
 
 
