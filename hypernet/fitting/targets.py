@@ -1,7 +1,7 @@
 """The target store: a folder with the pre-optimised thetas of many people, in shards that are written whole.
 
-The folder may be at a URL, see `hypernet.fitting.mirror`. `manifest.json` records what the thetas belong to and how they
-were fitted. A shard holds the results of ``batch`` rows of the data set in one safetensors file: ``theta``
+The folder may be at a URL, see `hypernet.fitting.mirror`. `manifest.json` records what the thetas belong to and how
+they were fitted. A shard holds the results of ``batch`` rows of the data set in one safetensors file: ``theta``
 ``(n, L, row)`` float32, ``losses`` ``(n,)`` and, as JSON in its metadata, keys, names, and what was skipped. All state
 is in the files, so processes share none.
 """
