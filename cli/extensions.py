@@ -5,6 +5,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
+
+FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 NAME = "lidb-peft"
 _MARK = "installed-by-hdb.txt"  # marks a copy as ours, so that we may remove it
 
@@ -60,6 +63,19 @@ def remove(place: Path) -> None:
         raise ValueError(f"{place} was not made by hdb and is kept; remove it yourself")
     else:
         raise FileNotFoundError(f"{place} does not exist; nothing is installed")
+
+
+def uninstall_command(below: str, program: str) -> click.Command:
+    """The command that removes our folder from ``program``; see `find_place`."""
+
+    @click.command("uninstall", help=f"Uninstall from the {program} in DIR; LoRAs made there are kept.")
+    @FOLDER
+    def uninstall(folder: Path) -> None:
+        place = find_place(folder, below, program)
+        remove(place)
+        click.echo(f"removed {place}")
+
+    return uninstall
 
 
 def _check_free(place: Path) -> None:

@@ -142,7 +142,7 @@ def picture_name(number: int, seed: int) -> str:
 
 
 def draw_sheet(
-    base: BaseModel | str | Path,
+    base: Base,
     prompts: str | Sequence[str],
     loras: Mapping[str, SheetLora] | Sequence[str | Path] = (),
     weights: Sequence[float] = (1.0,),

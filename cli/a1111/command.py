@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from cli.extensions import copy, find_place, remove
+from cli.extensions import FOLDER, copy, find_place, uninstall_command
 
 PACK = Path(__file__).resolve().parent
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+BELOW, PROGRAM = "extensions", "Automatic1111 or Forge"
 
 
 @click.group(name="a1111")
@@ -22,18 +22,12 @@ def command() -> None:
 
 
 @command.command()
-@_folder
+@FOLDER
 def install(folder: Path) -> None:
     """Copy the tab into the webui in DIR; it runs hdb with the current Python."""
-    place = find_place(folder, "extensions", "Automatic1111 or Forge")
+    place = find_place(folder, BELOW, PROGRAM)
     copy(PACK, place, {"python.txt": f"{sys.executable}\n"}, without=("command.py", "__init__.py"))
     click.echo(f"copied the tab to {place}; restart the webui, and look for the tab lidb-peft")
 
 
-@command.command()
-@_folder
-def uninstall(folder: Path) -> None:
-    """Remove the tab from the webui in DIR; LoRAs made with it are kept."""
-    place = find_place(folder, "extensions", "Automatic1111 or Forge")
-    remove(place)
-    click.echo(f"removed {place}")
+command.add_command(uninstall_command(BELOW, PROGRAM))

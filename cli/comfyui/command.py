@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from cli.extensions import copy, find_place, link, remove
+from cli.extensions import FOLDER, copy, find_place, link, uninstall_command
 
 PACK = Path(__file__).resolve().parent
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+BELOW, PROGRAM = "custom_nodes", "ComfyUI"
 
 
 @click.group(name="comfyui")
@@ -22,11 +22,11 @@ def command() -> None:
 
 
 @command.command()
-@_folder
+@FOLDER
 @click.option("--copy", "is_copy", is_flag=True, help="Copy the nodes instead of linking to them.")
 def install(folder: Path, is_copy: bool) -> None:
     """Install the nodes in the ComfyUI in DIR: as a link, which follows this installation, or as a copy."""
-    place = find_place(folder, "custom_nodes", "ComfyUI")
+    place = find_place(folder, BELOW, PROGRAM)
     if is_copy:
         copy(PACK, place, {}, without=("command.py",))
     else:
@@ -35,10 +35,4 @@ def install(folder: Path, is_copy: bool) -> None:
     click.echo(f"restart ComfyUI; it must run in a Python where lidb-peft is installed, such as {sys.executable}")
 
 
-@command.command()
-@_folder
-def uninstall(folder: Path) -> None:
-    """Uninstall the nodes from the ComfyUI in DIR; LoRAs made with them are kept."""
-    place = find_place(folder, "custom_nodes", "ComfyUI")
-    remove(place)
-    click.echo(f"removed {place}")
+command.add_command(uninstall_command(BELOW, PROGRAM))

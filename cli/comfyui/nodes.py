@@ -14,16 +14,16 @@ _CONSENT = " Make one only of yourself, or of somebody who has agreed to it."
 def _base_inputs() -> list:
     return [
         io.Combo.Input("checkpoint", options=running.base_choices(), tooltip="The base model that is personalised."),
-        io.String.Input("other_base", default="", optional=True,
-                        tooltip="In its place: a Hugging Face id, or a diffusers folder."),
+        io.String.Input("other_base", default="", tooltip="In its place: a Hugging Face id, or a diffusers folder."),
     ]  # fmt: skip
 
 
 def _patched_inputs() -> list:
+    """The last of a node's inputs: ComfyUI lists optional ones behind all others."""
     return [
+        io.Float.Input("weight", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Of the LoRA on model and clip."),
         io.Model.Input("model", optional=True, tooltip="Comes out with the LoRA on it."),
         io.Clip.Input("clip", optional=True, tooltip="Comes out with the LoRA on it."),
-        io.Float.Input("weight", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Of the LoRA on model and clip."),
     ]
 
 
@@ -45,6 +45,13 @@ class LidbPersonalize(io.ComfyNode):
                 io.Int.Input("steps", default=0, min=0, max=10_000, tooltip="0: as many as the base's recipe has."),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1),
                 io.Boolean.Input("find_face", default=True, tooltip="Off: the middle square of each photo is taken."),
+                io.Int.Input(
+                    "preview_every",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    tooltip="Steps between pictures of the trigger prompt on this node; 0: none.",
+                ),
                 *_patched_inputs(),
             ],
             outputs=[
@@ -57,20 +64,21 @@ class LidbPersonalize(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, photos, checkpoint, name, steps, seed, find_face, weight, other_base="", model=None, clip=None):
+    def execute(cls, photos, checkpoint, other_base, name, steps, seed, find_face, preview_every, weight,
+                model=None, clip=None):  # fmt: skip
         from hypernet import personalize
 
         progress, options = running.Progress(), {"seed": seed, "crop": find_face} | ({"steps": steps} if steps else {})
-        file, lora_name = running.free_lora(name)
-        with running.own_memory():
+        file = running.free_lora(name)
+        with running.words_of_nodes(), running.own_memory():
             result = personalize(
-                running.to_pictures(photos), running.base_source(checkpoint, other_base), stop=running.is_cancelled,
+                running.to_pictures(photos), running.chosen_base(other_base.strip() or checkpoint),
+                preview_every=preview_every or None,
                 on_step=lambda report: progress.show(report.step, report.steps, report.picture), **options,
             )  # fmt: skip
-            running.check_cancelled()
             result.save(file)
         faces = running.to_images([photo.image for photo in result.photos])
-        return io.NodeOutput(*running.apply_lora(model, clip, file, weight), lora_name, result.config.trigger, faces)
+        return io.NodeOutput(*running.apply_lora(model, clip, file, weight), file.name, result.config.trigger, faces)
 
 
 class LidbPredict(io.ComfyNode):
@@ -99,22 +107,22 @@ class LidbPredict(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, photos, checkpoint, hypernetwork, name, find_face, other_base=""):
-        from hypernet import HyperNetwork, load_base, personalize
+    def execute(cls, photos, checkpoint, other_base, hypernetwork, name, find_face):
+        from hypernet import HyperNetwork, personalize
+        from hypernet.base_models.loading import as_base
 
         progress, names, trigger = running.Progress(), [], ""
-        with running.own_memory():
-            base = load_base(running.base_source(checkpoint, other_base))
+        with running.words_of_nodes(), running.own_memory():
+            base = as_base(running.chosen_base(other_base.strip() or checkpoint))
             pictures = running.to_pictures(photos)
             network = hypernetwork if hypernetwork == running.MINIATURE else HyperNetwork.from_pretrained(hypernetwork)
             for number, photo in enumerate(pictures, 1):
-                running.check_cancelled()
                 result = personalize(photo, base, hypernet=network, steps=0, crop=find_face)
-                file, lora_name = running.free_lora(name)
-                result.save(file)
-                names.append(lora_name)
-                trigger = result.config.trigger
                 progress.show(number, len(pictures))
+                file = running.free_lora(name)
+                result.save(file)
+                names.append(file.name)
+                trigger = result.config.trigger
         return io.NodeOutput(names, trigger)
 
 
@@ -130,9 +138,9 @@ class LidbLoad(io.ComfyNode):
             description="Puts a theta file, or any other adapter that lidb-peft reads, on the model.",
             inputs=[
                 io.Combo.Input("file", options=running.lora_choices(), tooltip="In models/loras."),
+                io.String.Input("base", default="",
+                                tooltip="The checkpoint, id or folder of its base, if that is of no known family."),
                 *_patched_inputs(),
-                io.String.Input("base", default="", optional=True,
-                                tooltip="Where the weights are of no known family: the base model they are for."),
             ],
             outputs=[
                 io.Model.Output("out_model", display_name="model"),
@@ -141,13 +149,13 @@ class LidbLoad(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, file, weight, model=None, clip=None, base=""):
+    def execute(cls, file, base, weight, model=None, clip=None):
         from converters import prepare_conversion
-        from hypernet import load_base
+        from hypernet.base_models.loading import as_base
 
-        opened = load_base(base.strip(), device="cpu") if base.strip() else None
-        options = {"models": opened.adapted, "family": opened.family} if opened else {}
-        with TemporaryDirectory() as folder:
+        with running.words_of_nodes(), TemporaryDirectory() as folder:
+            opened = as_base(running.chosen_base(base.strip()), device="cpu") if base.strip() else None
+            options = {"models": opened.adapted, "family": opened.family} if opened else {}
             lora = Path(folder) / "lora.safetensors"
             prepare_conversion(running.lora_file(file), lora, "kohya", **options).write()
             return io.NodeOutput(*running.apply_lora(model, clip, lora, weight))
@@ -175,18 +183,18 @@ class LidbSheet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, checkpoint, lora_names, prompts, weights, sampling_steps, seed, other_base=""):
+    def execute(cls, checkpoint, other_base, lora_names, prompts, weights, sampling_steps, seed):
         from hypernet import draw_sheet
         from hypernet.sheets import DrawConfig
 
         names = _lines(lora_names)
         if not names:
             raise ValueError("there is no LoRA; write the names of some in models/loras, one a line")
-        loras = {Path(name).stem: running.lora_file(name) for name in names}
-        with running.own_memory():
+        loras = {Path(name).with_suffix("").as_posix(): running.lora_file(name) for name in names}
+        with running.words_of_nodes(), running.own_memory():
             sheet = draw_sheet(
-                running.base_source(checkpoint, other_base), _lines(prompts), loras, _numbers(weights), [seed],
-                DrawConfig(num_steps=sampling_steps), progress=running.Progress().or_cancel(),
+                running.chosen_base(other_base.strip() or checkpoint), _lines(prompts), loras, _numbers(weights),
+                [seed], DrawConfig(num_steps=sampling_steps), progress=running.Progress().show,
             )  # fmt: skip
         return io.NodeOutput(running.to_images([sheet.image]))
 

@@ -1,10 +1,11 @@
 """What the nodes have to do with ComfyUI: its pictures, folders, progress bar, memory and Cancel."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -13,8 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+if TYPE_CHECKING:
+    from hypernet.base_models.config import BaseConfig
+
 MINIATURE = "testbed"
 _PREVIEW_PX = 512
+_CONNECT = "connect those of the checkpoint that it was made for"
+# How the nodes call what the command line calls an option.
+_WORDS = {"pass --no-crop": "turn find_face off", "--base": "other_base"}
 
 
 def base_choices() -> list[str]:
@@ -22,11 +29,12 @@ def base_choices() -> list[str]:
     return [*folder_paths.get_filename_list("checkpoints"), MINIATURE]
 
 
-def base_source(checkpoint: str, other: str = "") -> str:
-    """What to load: the checkpoint's file, or the id or folder that is typed in its place."""
-    if other.strip() or checkpoint == MINIATURE:
-        return other.strip() or MINIATURE
-    return folder_paths.get_full_path_or_raise("checkpoints", checkpoint)
+def chosen_base(name: str) -> "BaseConfig":
+    """One of ComfyUI's checkpoints by its name there, or an id or a folder; on the CPU if ComfyUI is."""
+    from hypernet.base_models.config import BaseConfig
+
+    source = folder_paths.get_full_path("checkpoints", name) or name
+    return BaseConfig(source, device="cpu" if comfy.model_management.cpu_mode() else "auto")
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
@@ -41,8 +49,8 @@ def to_images(pictures: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(pixels / 255)
 
 
-def free_lora(name: str) -> tuple[Path, str]:
-    """A file in ComfyUI's folder of LoRAs that is not there yet, and what ComfyUI will call it."""
+def free_lora(name: str) -> Path:
+    """A file in ComfyUI's folder of LoRAs that is not there yet."""
     from lidb_peft.outputs import NO_FILE_NAME
 
     folder, stem = Path(folder_paths.get_folder_paths("loras")[0]), NO_FILE_NAME.sub("-", name).strip(". ") or "me"
@@ -51,7 +59,7 @@ def free_lora(name: str) -> tuple[Path, str]:
     while file.exists():
         number += 1
         file = folder / f"{stem}-{number}.safetensors"
-    return file, file.name
+    return file
 
 
 def lora_choices() -> list[str]:
@@ -63,11 +71,35 @@ def lora_file(name: str) -> Path:
 
 
 def apply_lora(model: Any, clip: Any, file: Path, weight: float) -> tuple[Any, Any]:
-    """ComfyUI's MODEL and CLIP with a LoRA on them; what is not connected stays None."""
+    """ComfyUI's MODEL and CLIP with a kohya LoRA on them; what is not connected stays None.
+
+    Raises:
+        ValueError: they are of another base than the LoRA, of which ComfyUI only tells its log.
+    """
     if model is None and clip is None:
         return None, None
     tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
+    _check_fits(tensors, model, clip)
     return comfy.sd.load_lora_for_models(model, clip, tensors, weight, weight)
+
+
+def _check_fits(tensors: Mapping[str, torch.Tensor], model: Any, clip: Any) -> None:
+    key_map: dict[str, Any] = {}
+    weights: dict[str, torch.Tensor] = {}
+    if model is not None:
+        key_map = comfy.lora.model_lora_keys_unet(model.model, key_map)
+        weights |= model.model.state_dict()
+    if clip is not None:
+        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
+        weights |= clip.cond_stage_model.state_dict()
+    layers = {name.partition(".")[0] for name in tensors} & set(key_map)
+    if not layers:
+        raise ValueError(f"no layer of the LoRA is in the connected model or clip; {_CONNECT}")
+    for layer in layers:
+        down, up = (tensors.get(f"{layer}.lora_{side}.weight") for side in ("down", "up"))
+        weight = weights.get(key_map[layer])  # None of a part of a weight
+        if down is not None and weight is not None and len(up) * down[0].numel() != weight.numel():
+            raise ValueError(f"the LoRA's layer {layer} is of another size in the connected model or clip; {_CONNECT}")
 
 
 @contextmanager
@@ -81,17 +113,25 @@ def own_memory() -> Iterator[None]:
         comfy.model_management.soft_empty_cache()
 
 
-def is_cancelled() -> bool:
-    return comfy.model_management.processing_interrupted()
+@contextmanager
+def words_of_nodes() -> Iterator[None]:
+    """Errors name a node's inputs where they would name options of the command line."""
+    from cli.main import as_sentence
 
-
-def check_cancelled() -> None:
-    """Raise what ComfyUI expects of a node that was cancelled."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        text = as_sentence(error)
+        for option, words in _WORDS.items():
+            text = text.replace(option, words)
+        raise ValueError(text) from error
 
 
 class Progress:
-    """ComfyUI's progress bar of a node, with a picture where there is one."""
+    """ComfyUI's progress bar of a node, with a picture where there is one.
+
+    ComfyUI raises its own exception in it when Cancel was pressed.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -103,16 +143,3 @@ class Progress:
             self._bar = comfy.utils.ProgressBar(total)
         shown = None if picture is None else ("JPEG", picture.convert("RGB"), _PREVIEW_PX)
         self._bar.update_absolute(done, total, shown)
-
-    def of_stage(self, stage: str, done: int, total: int | None) -> None:
-        """A callback for the API's ``progress``."""
-        self.show(done, total)
-
-    def or_cancel(self) -> Callable[[int, int], None]:
-        """A callback that also ends what does not ask whether it is cancelled."""
-
-        def report(done: int, total: int) -> None:
-            check_cancelled()
-            self.show(done, total)
-
-        return report
