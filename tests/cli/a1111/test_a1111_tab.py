@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import ClassVar
 
 import pytest
 from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 from cli.a1111.command import PACK
 from cli.main import main
@@ -257,6 +260,30 @@ def test_the_stand_ins_have_the_names_and_arguments_of_the_webuis_own_modules(va
                 assert attribute in declared, f"{name}.{attribute}"
                 if callable(value):
                     assert declared[attribute] == list(inspect.signature(value).parameters), f"{name}.{attribute}"
+
+
+def test_the_webui_finds_the_layer_of_each_name_in_our_files():
+    """Its own function, out of its source, for the names of a Stable Diffusion 1."""
+    checkout = Path(os.environ.get("A1111_DIR", "nowhere"))
+    source = checkout / "extensions-builtin" / "Lora" / "networks.py"
+    if not source.is_file():
+        pytest.skip("A1111_DIR names no checkout")
+    needed = ("re_digits", "re_x_proj", "re_compiled", "suffix_conversion", "convert_diffusers_name_to_compvis")
+    theirs: dict = {"re": re}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        names = [getattr(node, "name", ""), *(getattr(one, "id", "") for one in getattr(node, "targets", ()))]
+        if any(name in needed for name in names):
+            exec(compile(ast.Module([node], []), str(source), "exec"), theirs)  # the tester's own checkout
+    spec = importlib.util.spec_from_file_location("ldm", ROOT / "tests" / "hypernet" / "ldm_checkpoint.py")
+    ldm = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ldm)
+    unet = UNet2DConditionModel(block_out_channels=(32,) * 4, attention_head_dim=8, cross_attention_dim=8)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert len(layers) > 200
+    for layer in layers:
+        module = ldm.unet_name(f"{layer}.weight", False).removesuffix(".weight").replace(".", "_")
+        found = theirs["convert_diffusers_name_to_compvis"](f"lora_unet_{layer.replace('.', '_')}", False)
+        assert found == f"diffusion_model_{module}"
 
 
 def declarations(file: Path) -> dict:
