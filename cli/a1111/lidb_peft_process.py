@@ -53,8 +53,9 @@ class Run(threading.Thread):
         super().__init__(daemon=True)
         self.lines: list[str] = []
         self._command, self._surroundings = command, surroundings
-        self._problem, self._is_stopped = "", False
+        self._problem, self._is_cancelled = "", False
         self._process: subprocess.Popen[str] | None = None
+        self._starting = threading.Lock()  # so that no process starts after it was stopped
 
     def run(self) -> None:
         try:
@@ -80,27 +81,32 @@ class Run(threading.Thread):
 
     def stop(self) -> None:
         """Ask it to end: hdb takes this signal as Ctrl-C, also where the webui, in the background, ignores Ctrl-C."""
-        self._is_stopped = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        with self._starting:
+            self._is_cancelled = True
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
 
     def _follow_process(self) -> None:
-        if self._is_stopped:
-            raise ValueError("stopped before it started; nothing was made")
-        python = self._command[0]
-        try:
-            self._process = subprocess.Popen(
-                self._command, env=_environment(), text=True, encoding="utf-8", errors="replace",
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(_HERE),
-            )  # fmt: skip
-        except OSError as error:
-            raise ValueError(f"hdb cannot be started with {python} ({error.strerror}); {_MISSING}") from error
+        with self._starting:
+            if self._is_cancelled:
+                raise ValueError("stopped before it started; nothing was made")
+            self._process = self._start_process()
         for line in self._process.stdout:
             self.lines.append(line.rstrip())
         code = self._process.wait()
         if code:
             last = next((line.strip() for line in reversed(self.lines) if line.strip()), "")
             raise ValueError(last.removeprefix("Error: ") or f"hdb ended with the code {code}")
+
+    def _start_process(self) -> "subprocess.Popen[str]":
+        try:
+            return subprocess.Popen(
+                self._command, env=_environment(), text=True, encoding="utf-8", errors="replace",
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(_HERE),
+            )  # fmt: skip
+        except OSError as error:
+            python = self._command[0]
+            raise ValueError(f"hdb cannot be started with {python} ({error.strerror}); {_MISSING}") from error
 
 
 def _environment() -> "dict[str, str]":
