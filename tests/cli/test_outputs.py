@@ -16,15 +16,16 @@ from lidb_peft import outputs
 
 UNET = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-# Options and arguments that name what is read; every other that names a path is an output, and is in OUTPUTS.
+# Options and arguments that name what is read, beside --config; every other that names a path is an output, and is in
+# OUTPUTS.
 READ = {
-    "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta", "config"},
+    "personalize": {"photos", "each", "base", "components", "hypernet", "start", "from_theta"},
     "generate": {"base", "components", "loras"},
     "eval": {"base", "components", "loras", "references", "hypernet", "dino", "clip", "prompts"},
-    "preoptimize": {"images", "base", "components", "init_from", "config"},
-    "prepare": {"images", "base", "components", "config"},
-    "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images", "config"},
-    "learn-start": {"images", "base", "components", "hypernet", "config"},
+    "preoptimize": {"images", "base", "components", "init_from"},
+    "prepare": {"images", "base", "components"},
+    "train": {"images", "base", "components", "targets", "init_from", "encoder", "validation_images"},
+    "learn-start": {"images", "base", "components", "hypernet"},
     "push": {"source"},
     "inspect": {"file"},
     "convert": {"sources", "base"},
@@ -44,6 +45,27 @@ OUTPUTS = {
     ("personalize", "save_config"): (*PHOTO, "--out", "me-2.safetensors", "--save-config", "OUT"),
     ("generate", "out"): ("generate", "a", "--base", "model.safetensors", "--lora", "me.safetensors", "--out", "OUT"),
     ("generate", "pictures"): ("generate", "a", "--base", "model.safetensors", "--out", "a.png", "--pictures", "OUT"),
+    ("generate", "save_config"): (
+        "generate",
+        "a",
+        "--base",
+        "model.safetensors",
+        "--out",
+        "a.png",
+        "--save-config",
+        "OUT",
+    ),
+    ("eval", "save_config"): (
+        "eval",
+        "faces",
+        "--base",
+        "model.safetensors",
+        "--out",
+        "judged",
+        "--save-config",
+        "OUT",
+    ),
+    ("ui", "save_config"): ("ui", "--base", "model.safetensors", "--save-config", "OUT"),
     ("eval", "out"): ("eval", "faces", "--base", "model.safetensors", "--no-crop", "--out", "OUT"),
     ("prepare", "out"): ("prepare", "faces", "--no-crop", "--out", "OUT"),
     ("prepare", "save_config"): ("prepare", "faces", "--no-crop", "--out", "data", "--save-config", "OUT"),
@@ -98,28 +120,14 @@ FOLDERS = {
     "into a folder",
     "peft",
 }
-SUFFIXES = {
-    "generate out": ".png",
-    "train save_config": ".yaml",
-    "personalize save_config": ".yaml",
-    "preoptimize save_config": ".yaml",
-    "prepare save_config": ".yaml",
-    "learn-start save_config": ".yaml",
-    "check out": ".json",
-}
-ONCE = {
-    "train save_config",
-    "personalize save_config",
-    "generate pictures",
-    "preoptimize save_config",
-    "prepare save_config",
-    "learn-start save_config",
-    "learn-start out",
-}  # they have no --overwrite
+SUFFIXES = {"generate out": ".png", "check out": ".json"}
+ONCE = {"generate pictures", "learn-start out"}  # they have no --overwrite
 CASES = {f"{command} {name}": arguments for (command, name), arguments in OUTPUTS.items()} | FURTHER
 
 
 def suffix_of(case: str) -> str:
+    if case.endswith("save_config"):
+        return ".yaml"
     return "" if case in FOLDERS else SUFFIXES.get(case, ".safetensors")
 
 
@@ -153,7 +161,8 @@ def test_every_option_that_names_a_path_is_known_to_read_or_to_write():
         for parameter in importlib.import_module(COMMANDS[command]).command.params:
             words = set((parameter.metavar or "").split("|"))
             if isinstance(parameter.type, click.Path) or words & {"DIR", "FILE", "IMAGES", "LORA[=WEIGHTS]..."}:
-                assert parameter.name in READ.get(command, ()) or (command, parameter.name) in OUTPUTS, parameter.name
+                is_read = parameter.name == "config" or parameter.name in READ.get(command, ())
+                assert is_read or (command, parameter.name) in OUTPUTS, (command, parameter.name)
 
 
 @pytest.mark.parametrize("case", CASES)
