@@ -1,6 +1,7 @@
 """The first tab: photos in, a LoRA out, and which of its steps and weights to take."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -30,80 +31,105 @@ def add_personalize_tab(page: "Page", consent: Any) -> None:
     import gradio as gr
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=320):
-            photos = gr.File(label="1. Photos of one person", file_count="multiple", file_types=["image"],
-                             elem_id="photos", height=180)  # fmt: skip
-            crops = gr.Gallery(label="How they are cropped: do all show the same person?", columns=4, elem_id="crops",
-                               fit_columns=False, height="auto", visible=False, buttons=[])  # fmt: skip
-            left_out = gr.Markdown(visible=False, elem_classes="hdb-warning")
-            base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, elem_id="base",
-                               label="2. Base model", info="The model that you draw with: one of the list, a Hugging "
-                                                           "Face id, a folder or a file")  # fmt: skip
-            preset = gr.Dropdown(presets.CHOICES, value=presets.NONE, label="3. Preset", elem_id="preset",
-                                 info="More steps take longer and leave more to choose from")  # fmt: skip
-            name = gr.Textbox("me", label="4. Name of the LoRA", elem_id="name", max_lines=1)
-            prompts = gr.Textbox(label="5. Prompts to try it with", lines=2, elem_id="prompts",
-                                 info='One a line; "a sks face" stands for the person',
-                                 placeholder="a sks face")  # fmt: skip
-            with gr.Accordion("More settings", open=False):
-                crop = gr.Checkbox(True, label="Find the face", elem_id="crop",
-                                   info="Unticked: use the centre square of each photo")  # fmt: skip
-                face = gr.Dropdown(["largest", "leftmost", "rightmost"], value="largest", label="Of several faces")
-                steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
-                                  info="0: as many as the preset or the base model has")  # fmt: skip
-                rank = gr.Number(0, label="Rank", precision=0, minimum=0, maximum=256,
-                                 info="A higher rank is a larger file that can hold more; 0: the usual")  # fmt: skip
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="Another number, another result")
-                sampling = gr.Number(30, label="Sampling steps of the pictures", precision=0, minimum=1, maximum=150,
-                                     info="Fewer are faster and coarser")  # fmt: skip
-            with gr.Row():
-                start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
-        with gr.Column(scale=3, min_width=320):
-            status = gr.HTML(HOW_TO, elem_id="status")
-            with gr.Row(equal_height=True, visible=False) as way:
-                samples = gr.Gallery(label="Samples while it learns", columns=4, fit_columns=False, height=240,
-                                     buttons=[], elem_id="samples", scale=3, min_width=240)  # fmt: skip
-                loss = gr.LinePlot(x="step", y="loss", height=240, title="Loss: should fall", scale=2,
-                                   min_width=240, buttons=[])  # fmt: skip
-            with gr.Column(visible=False, elem_id="result") as result:
-                picture = gr.Gallery(label="Choose a step and a weight", columns=3, fit_columns=False, height="auto",
-                                     elem_id="picture", buttons=["fullscreen"])  # fmt: skip
-                with gr.Row():
-                    step = gr.Slider(0, 10_000, step=1, label="Step", elem_id="step", min_width=240,
-                                     info="Later ones look more like the photos, and obey prompts less")  # fmt: skip
-                    weight = gr.Slider(0, 2, value=1.0, step=0.2, label="Weight", elem_id="weight", min_width=240,
-                                       info="How strongly the LoRA is applied")  # fmt: skip
-                use = gr.Markdown(elem_id="use")
-                files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="files")
-                with gr.Row(equal_height=False, visible=page.is_local):
-                    program = gr.Textbox(label="Or save it into A1111, Forge or ComfyUI", scale=3, max_lines=1,
-                                         placeholder="their folder, such as ~/ComfyUI", min_width=200)  # fmt: skip
-                    install = gr.Button("Save there", size="md", scale=1, min_width=100)
-                with gr.Accordion("All steps and weights in one picture", open=False):
-                    sheet = gr.Image(type="filepath", show_label=False, elem_id="sheet")
+        form, out = _form(page), _outcome(page)
     run = gr.Textbox(visible=False)  # the key of this page's job
     seen = gr.State(-1)  # the version of the job that is shown
     known = gr.BrowserState("", storage_key="hdb-run")
     timer = gr.Timer(0.7, active=False)
-    shown = [status, way, samples, loss, stop, result, step, weight, sheet, timer, seen]
+    shown = [out.status, out.way, out.samples, out.loss, form.stop, out.result, out.step, out.weight, out.sheet, timer,
+             seen]  # fmt: skip
 
     actions = _Actions(page)
     gr.on(  # one after the other: the squares of what was chosen last are those that stay
-        [photos.change, crop.change, face.change], actions.crops, [photos, crop, face], [crops, left_out],
+        [form.photos.change, form.crop.change, form.face.change], actions.crops, [form.photos, form.crop, form.face],
+        [form.crops, form.left_out],
         api_name="crops", trigger_mode="always_last",
     )  # fmt: skip
-    wishes = [photos, base, preset, name, prompts, crop, face, steps, rank, seed, sampling, consent, run]
-    started = start.click(actions.start, wishes, run, api_name="start")
+    wishes = [form.photos, form.base, form.preset, form.name, form.prompts, form.crop, form.face, form.steps, form.rank,
+              form.seed, form.sampling, consent, run]  # fmt: skip
+    started = form.start.click(actions.start, wishes, run, api_name="start")
     started.success(lambda key: (key, gr.Timer(active=True), -1), run, [known, timer, seen], api_name=False)
-    stop.click(actions.stop, run, status, api_name="stop")
+    form.stop.click(actions.stop, run, out.status, api_name="stop")
     timer.tick(actions.show, [run, seen], shown, api_name=False, show_progress="hidden", concurrency_limit=None)
     page.blocks.load(actions.resume, known, [run, timer], api_name=False)
-    for event, api_name in ((step.change, "choose"), (weight.change, False), (sheet.change, False)):
-        event(actions.choose, [run, step, weight], [picture, use, files], show_progress="hidden", api_name=api_name)
-    install.click(actions.install, [run, step, name, program], None, api_name="install")
+    for event, api_name in ((out.step.change, "choose"), (out.weight.change, False), (out.sheet.change, False)):
+        event(actions.choose, [run, out.step, out.weight], [out.picture, out.use, out.files], show_progress="hidden",
+              api_name=api_name)  # fmt: skip
+    out.install.click(actions.install, [run, out.step, form.name, out.program], None, api_name="install")
     gr.api(actions.status, api_name="status")
     gr.api(actions.sheet, api_name="sheet")
+
+
+def _form(page: "Page") -> SimpleNamespace:
+    """The left column: what somebody wishes; its fields by name."""
+    import gradio as gr
+
+    with gr.Column(scale=2, min_width=320):
+        photos = gr.File(label="1. Photos of one person", file_count="multiple", file_types=["image"],
+                         elem_id="photos", height=180)  # fmt: skip
+        crops = gr.Gallery(label="How they are cropped: do all show the same person?", columns=4, elem_id="crops",
+                           fit_columns=False, height="auto", visible=False, buttons=[])  # fmt: skip
+        left_out = gr.Markdown(visible=False, elem_classes="hdb-warning")
+        base = gr.Dropdown(known_bases(page.base), value=page.base, allow_custom_value=True, elem_id="base",
+                           label="2. Base model", info="The model that you draw with: one of the list, a Hugging "
+                                                       "Face id, a folder or a file")  # fmt: skip
+        preset = gr.Dropdown(presets.CHOICES, value=presets.NONE, label="3. Preset", elem_id="preset",
+                             info="More steps take longer and leave more to choose from")  # fmt: skip
+        name = gr.Textbox("me", label="4. Name of the LoRA", elem_id="name", max_lines=1)
+        prompts = gr.Textbox(label="5. Prompts to try it with", lines=2, elem_id="prompts",
+                             info='One a line; "a sks face" stands for the person',
+                             placeholder="a sks face")  # fmt: skip
+        with gr.Accordion("More settings", open=False):
+            crop = gr.Checkbox(True, label="Find the face", elem_id="crop",
+                               info="Unticked: use the centre square of each photo")  # fmt: skip
+            face = gr.Dropdown(["largest", "leftmost", "rightmost"], value="largest", label="Of several faces")
+            steps = gr.Number(0, label="Steps", precision=0, minimum=0, maximum=10_000,
+                              info="0: as many as the preset or the base model has")  # fmt: skip
+            rank = gr.Number(0, label="Rank", precision=0, minimum=0, maximum=256,
+                             info="A higher rank is a larger file that can hold more; 0: the usual")  # fmt: skip
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="Another number, another result")
+            sampling = gr.Number(30, label="Sampling steps of the pictures", precision=0, minimum=1, maximum=150,
+                                 info="Fewer are faster and coarser")  # fmt: skip
+        with gr.Row():
+            start = gr.Button("Start", variant="primary", elem_id="start", min_width=120)
+            stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+    return SimpleNamespace(
+        photos=photos, crops=crops, left_out=left_out, base=base, preset=preset, name=name, prompts=prompts,
+        crop=crop, face=face, steps=steps, rank=rank, seed=seed, sampling=sampling, start=start, stop=stop,
+    )  # fmt: skip
+
+
+def _outcome(page: "Page") -> SimpleNamespace:
+    """The right column: what comes of it; its fields by name."""
+    import gradio as gr
+
+    with gr.Column(scale=3, min_width=320):
+        status = gr.HTML(HOW_TO, elem_id="status")
+        with gr.Row(equal_height=True, visible=False) as way:
+            samples = gr.Gallery(label="Samples while it learns", columns=4, fit_columns=False, height=240,
+                                 buttons=[], elem_id="samples", scale=3, min_width=240)  # fmt: skip
+            loss = gr.LinePlot(x="step", y="loss", height=240, title="Loss: should fall", scale=2,
+                               min_width=240, buttons=[])  # fmt: skip
+        with gr.Column(visible=False, elem_id="result") as result:
+            picture = gr.Gallery(label="Choose a step and a weight", columns=3, fit_columns=False, height="auto",
+                                 elem_id="picture", buttons=["fullscreen"])  # fmt: skip
+            with gr.Row():
+                step = gr.Slider(0, 10_000, step=1, label="Step", elem_id="step", min_width=240,
+                                 info="Later ones look more like the photos, and obey prompts less")  # fmt: skip
+                weight = gr.Slider(0, 2, value=1.0, step=0.2, label="Weight", elem_id="weight", min_width=240,
+                                   info="How strongly the LoRA is applied")  # fmt: skip
+            use = gr.Markdown(elem_id="use")
+            files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="files")
+            with gr.Row(equal_height=False, visible=page.is_local):
+                program = gr.Textbox(label="Or save it into A1111, Forge or ComfyUI", scale=3, max_lines=1,
+                                     placeholder="their folder, such as ~/ComfyUI", min_width=200)  # fmt: skip
+                install = gr.Button("Save there", size="md", scale=1, min_width=100)
+            with gr.Accordion("All steps and weights in one picture", open=False):
+                sheet = gr.Image(type="filepath", show_label=False, elem_id="sheet")
+    return SimpleNamespace(
+        status=status, way=way, samples=samples, loss=loss, result=result, picture=picture, step=step, weight=weight,
+        use=use, files=files, program=program, install=install, sheet=sheet,
+    )  # fmt: skip
 
 
 class _Actions:
