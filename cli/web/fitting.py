@@ -1,5 +1,6 @@
 """What the page does for one person and for many: calls of the public API, whose results go into a job's folder."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def draw_loras(job: Job, wishes: Wishes, bases: Bases) -> None:
 def fit_people(job: Job, people: Path, base: str, bases: Bases, options: dict[str, Any]) -> None:
     """Make a LoRA of everybody in a folder, below the job's folder.
 
-    Fills ``people``, everybody's name and that of their LoRA, and ``each``, whose `PersonalizedEach` grows meanwhile.
+    Fills ``people``, everybody's name and that of their LoRA; ``each``, a `PersonalizedEach` that grows meanwhile; and
+    ``source``, the folder.
     """
     from hypernet import personalize_each
     from hypernet.inputs.people import open_people
@@ -120,7 +122,8 @@ def fit_people(job: Job, people: Path, base: str, bases: Bases, options: dict[st
 
     out, opened, result = job.folder / LORAS, open_people(people), PersonalizedEach()
     job.report("look at the photos", 0, None)
-    job.results |= {"people": {person.name: lora_name(person) for person in opened}, "each": result}
+    people_of = {person.name: lora_name(person) for person in opened}
+    job.results |= {"people": people_of, "each": result, "source": people}
     job.report("load the base", 0, None)
     loaded = bases.get(base)
     job.check_stopped()
@@ -137,7 +140,8 @@ def outcomes(job: Job) -> dict[str, str]:
     people, result = job.results.get("people", {}), job.results.get("each")
     if result is None:
         return {}
-    skipped = {skip.name: in_words_of_the_page(skip.reason) for skip in result.skipped}
+    folder = f"{job.results['source']}{os.sep}"  # nobody who uploads knows where that is
+    skipped = {skip.name: in_words_of_the_page(skip.reason.replace(folder, "")) for skip in result.skipped}
     made = {file.stem for file in result.made}
 
     def outcome(person: str, lora: str) -> str:
