@@ -33,7 +33,8 @@ def full_disk(hdb):
 
     yield mount
     if folder.is_mount():
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a thread of a command that failed may still have its file open.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def assert_told(message: str) -> None:
