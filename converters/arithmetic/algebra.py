@@ -41,8 +41,7 @@ def merge(
 
     Raises:
         ValueError: no parts, differing families or shapes, DoRA in a sum, a weight that is not finite, a rank below 1,
-            a
-            value beyond ``dtype``.
+            or a value beyond ``dtype``.
     """
     if not parts:
         raise ValueError("there are no LoRAs to merge; pass at least one")
@@ -208,8 +207,8 @@ def _concatenate(name: str, parts: LayerParts) -> tuple[Tensor, Tensor]:
 
 
 def _widest_dtype(loras: Iterable[Lora]) -> torch.dtype:
-    dtypes = (tensor.dtype for lora in loras for layer in lora.layers.values() for tensor in layer.tensors())
-    return reduce(torch.promote_types, dtypes)
+    dtypes = [tensor.dtype for lora in loras for layer in lora.layers.values() for tensor in layer.tensors()]
+    return reduce(torch.promote_types, dtypes or [torch.float32])  # there may be none but updates that are no LoRA
 
 
 def _share(part: float, whole: float) -> float:

@@ -373,7 +373,7 @@ def _is_extracted(name: str, difference: Tensor, rule: RankRule) -> bool:
 
 
 def leading_columns(matrix: Tensor, rank: RankRule | int, is_convolution: bool = False) -> tuple[Tensor, float]:
-    """Return the leading left singular vectors of ``(out, in)``, and the share of the norm without them.
+    """Return the leading left singular vectors of ``(out, in)``, and the share of the norm without them, 0 of zeros.
 
     By the smaller Gram matrix: float64 leaves 1e-8 of the largest singular value, less than the models' own rounding,
     and eigenvectors of one side cost a fraction of an SVD.
@@ -384,4 +384,5 @@ def leading_columns(matrix: Tensor, rank: RankRule | int, is_convolution: bool =
     rank = rank if isinstance(rank, int) else rank.choose(energies.sqrt(), is_convolution)
     vectors = vectors[:, :rank]
     left = vectors if is_wide else torch.linalg.qr(matrix @ vectors).Q
-    return left, (energies[rank:].sum() / energies.sum()).sqrt().item()
+    total = energies.sum()
+    return left, (energies[rank:].sum() / total).sqrt().item() if total else 0.0

@@ -124,5 +124,5 @@ def model_updates(
     for name, difference, is_rounding in differences(tuned, base):
         if difference is None or is_rounding:
             continue
-        matrix = difference.flatten(1)
+        matrix = difference.reshape(len(difference), -1)  # a norm's weight is a vector, and no layer of a space
         yield name, (torch.eye(matrix.shape[1]), matrix)

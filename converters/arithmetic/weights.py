@@ -84,9 +84,8 @@ class LoraWeight:
 
     def _part(self, layer: str, family: Family) -> float:
         component = family.component(layer.partition(".")[0])
-        names = reversed(component.short_names) if component else ()
-        found = [self.parts[name] for name in names if name in self.parts]
-        return found[-1] if found else self.whole
+        names = component.short_names if component else ()  # its own before that of all of its role
+        return next((self.parts[name] for name in names if name in self.parts), self.whole)
 
     def _factors(self, family: Family) -> dict[str, float]:
         """Block -> factor."""

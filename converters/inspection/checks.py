@@ -155,8 +155,3 @@ def _split_attentions(clip: Sequence[str], base: str) -> list[str]:
 
 def _is_usable(alpha: float) -> bool:
     return alpha != 0 and math.isfinite(alpha)
-
-
-def _numbers(values: set) -> str:
-    shown = ", ".join(f"{value:g}" for value in sorted(values)[:6])
-    return f"{shown}, ..." if len(values) > 6 else shown or "none"

@@ -14,12 +14,13 @@ from converters.formats.family import find_base, shown_base, stated_base
 from converters.formats.foreign import name_foreign
 from converters.formats.layout import Layout
 from converters.formats.lora_config import METADATA_KEY
-from converters.formats.reading import find_sources
+from converters.formats.reading import Source, find_sources
 from converters.inspection.checks import find_warnings
 from converters.inspection.facts import (
     BlockStatistics,
     Configs,
     LayerStatistics,
+    ModuleFacts,
     block_statistics,
     gather_facts,
     layer_statistics,
@@ -102,19 +103,9 @@ def describe(path: str | os.PathLike) -> FileDescription:
         if not source.layout.modules:
             what = name_foreign(source.header.tensors, source.header.metadata)
             raise ValueError(f"{source.file} is {what}; name a LoRA or theta file")
-    metadata: dict[str, str] = {}
-    configs: dict[str, Mapping[str, object]] = {}
-    modules = []
-    for source in sources:
-        metadata |= source.header.metadata
-        own = source.configs(source.header.metadata)
-        configs |= {f"{source.component}{component}": config for component, config in own.items()}
-        modules += gather_facts(source, source.tensors(), own)
+    metadata, configs, modules = _contents(sources)
     layout = _joined([source.layout for source in sources])
-    base = find_base(((module.name, module.layer, module.in_features) for module in modules), metadata)
-    if not any(module.layer for module in modules):
-        names = [name for source in sources for name in source.header.tensors]
-        base = stated_base(metadata) or name_foreign(names, metadata).removeprefix("a LoRA of ")
+    base = _base(sources, modules, metadata)
     files = [file for source in sources for file in source.files]
     is_one = len(files) == 1
     hashes = _hashes(first.file, first.header) if is_one else _hashes_of(files, Path(path))
@@ -150,6 +141,29 @@ def describe(path: str | os.PathLike) -> FileDescription:
         metadata=metadata,
         notes=tuple(notes),
     )
+
+
+def _contents(
+    sources: Sequence[Source],
+) -> tuple[dict[str, str], dict[str, Mapping[str, object]], list[ModuleFacts]]:
+    """The metadata, PEFT's configs by component, and the modules of all of an adapter's files."""
+    metadata: dict[str, str] = {}
+    configs: dict[str, Mapping[str, object]] = {}
+    modules: list[ModuleFacts] = []
+    for source in sources:
+        metadata |= source.header.metadata
+        own = source.configs(source.header.metadata)
+        configs |= {f"{source.component}{component}": config for component, config in own.items()}
+        modules += gather_facts(source, source.tensors(), own)
+    return metadata, configs, modules
+
+
+def _base(sources: Sequence[Source], modules: Sequence[ModuleFacts], metadata: Mapping[str, str]) -> str:
+    """The family of an adapter's base model, or another model's own name; "" if nothing tells."""
+    if any(module.layer for module in modules):
+        return find_base(((module.name, module.layer, module.in_features) for module in modules), metadata)
+    names = [name for source in sources for name in source.header.tensors]
+    return stated_base(metadata) or name_foreign(names, metadata).removeprefix("a LoRA of ")
 
 
 def _joined(layouts: Sequence[Layout]) -> Layout:
@@ -248,8 +262,9 @@ def _trigger_words(metadata: dict[str, str], sidecar: dict[str, object]) -> tupl
             folders = {}
         counts: Counter[str] = Counter()
         for tags in folders.values() if isinstance(folders, dict) else ():
-            if isinstance(tags, dict):
-                counts.update({tag.strip(): count for tag, count in tags.items() if isinstance(count, int)})
+            for tag, count in tags.items() if isinstance(tags, dict) else ():
+                if isinstance(count, int):
+                    counts[tag.strip()] += count
         words = [tag for tag, _ in counts.most_common(_NUM_TAGS)]
     return tuple(dict.fromkeys(word for word in words if word))
 

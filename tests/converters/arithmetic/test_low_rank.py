@@ -8,6 +8,7 @@ from converters import prepare_conversion, read_lora
 from converters.arithmetic.algebra import merge
 from converters.arithmetic.checkpoint import merge_into
 from converters.arithmetic.low_rank import to_low_rank
+from converters.lora import Lora
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KEY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -84,6 +85,26 @@ def test_every_update_becomes_the_nearest_of_its_rank_and_the_error_is_said(file
     )
     assert f"{max(errors):.1%} at most" in became
     assert left_out == f"2 differences of norms and biases, which no LoRA holds, left out: {NORM}, {NORM}.bias"
+
+
+def test_an_update_of_zeros_misses_nothing(tmp_path):
+    state = {f"{kohya(Q)}.lokr_w1": torch.zeros(2, 4), f"{kohya(Q)}.lokr_w2": torch.randn(3, 2)}
+    save_file(state, tmp_path / "untrained.safetensors")
+    lora = to_low_rank(read_lora(tmp_path / "untrained.safetensors", full_updates=True), 2)
+    assert not update(lora.layers[Q]).any()
+    assert "layers miss 0.0% of their norm in the median, 0.0% at most" in lora.notes[-1]
+
+
+def test_updates_are_added_where_no_layer_is_a_lora(file):
+    read = read_lora(file, full_updates=True)
+    lora = Lora({}, read.family, full_updates=read.full_updates)
+    merged, errors = merge([(lora, 1.0), (lora, 0.5)])
+    expected = expected_updates(file)
+    assert not merged.layers
+    assert not errors
+    for name, total in merged.full_updates.items():
+        wanted = 1.5 * expected[name]
+        assert (total.delta().double().view(wanted.shape) - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_convert_writes_it_where_a_rank_is_said(file, tmp_path):

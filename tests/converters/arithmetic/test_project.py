@@ -82,6 +82,17 @@ def test_two_models_theta_is_that_of_their_difference(space, tmp_path):
     assert (lora_B.double() @ lora_A.double() - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_norms_in_which_two_models_differ_are_left_out(space, tmp_path):
+    block = "model.diffusion_model.middle_block.1.transformer_blocks.0"
+    for file in ("base", "tuned"):
+        tensors = {f"{block}.attn1.to_q.weight": torch.randn(12, 16), f"{block}.norm1.weight": torch.randn(16)}
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    weights = (find_weights(tmp_path / f"{file}.safetensors") for file in ("tuned", "base"))
+    found = project(model_updates(*weights), space)
+    assert found.errors.keys() == {Q}
+    assert found.left_out == ("unet.mid_block.attentions.0.transformer_blocks.0.norm1",)
+
+
 @pytest.mark.parametrize(("family", "num_layers"), [("sd1", 176), ("sdxl", 736)])
 def test_a_familys_models_are_there_without_a_base(family, num_layers):
     assert LiDBSpace(family_models(family, "a"), LiDBConfig(down_dim=4, up_dim=2)).num_layers == num_layers

@@ -232,9 +232,8 @@ def test_what_readers_stumble_over_is_a_warning(tmp_path, state, metadata, messa
 
 def test_a_plain_lora_of_another_tool_has_no_warnings(tmp_path):
     state = lora(UNET) | lora(CLIP)
-    found = described(
-        tmp_path, state, {"ss_base_model_version": "sd_v1", "ss_tag_frequency": '{"1_x": {"sks": 9, "a": 2}}'}
-    )
+    tags = '{"1_x": {"sks": 3, "a": 4, " sks": 2}}'
+    found = described(tmp_path, state, {"ss_base_model_version": "sd_v1", "ss_tag_frequency": tags})
     assert found.warnings == ()
     assert found.trigger_words == ("sks", "a")
 
