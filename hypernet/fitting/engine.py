@@ -115,7 +115,7 @@ def fit_theta(
     start = start.expand(len(subjects), *start.shape[-2:]).to(base.device, torch.float32)
     bases = _frozen(bases, base.device)
     trained = _Trained(start, lambda values: space.expand(values, bases), bases)
-    return _fit(base, space, subjects, config, trained, progress, failed, kept, observe, resume)
+    return _fit(_Fit(base, space, subjects, config, trained), progress, failed, kept, observe, resume)
 
 
 def fit_lora(
@@ -202,7 +202,7 @@ def fit_flat_lora(
     bases = _frozen(bases, base.device)
     frozen = None if theta is None else space.expand(theta.to(base.device, torch.float32), bases)
     trained = _Trained(first.to(base.device), lambda values: space.split_lora(values, rank), frozen=frozen)
-    return _fit(base, space, subjects, config, trained, progress, failed, kept, observe, resume)
+    return _fit(_Fit(base, space, subjects, config, trained), progress, failed, kept, observe, resume)
 
 
 class _Trained(NamedTuple):
@@ -221,16 +221,22 @@ class _Trained(NamedTuple):
     frozen: Stacks | None = None
 
 
+class _Fit(NamedTuple):
+    """What is fitted to whom, and how."""
+
+    base: BaseModel
+    space: LiDBSpace
+    subjects: Sequence[Subject]
+    config: FitConfig
+    trained: _Trained
+
+
 _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Denoiser -> the size of a step that did not fit into memory without checkpointing, so that it is not tried again."""
 
 
 def _fit(
-    base: BaseModel,
-    space: LiDBSpace,
-    subjects: Sequence[Subject],
-    config: FitConfig,
-    trained: _Trained,
+    fit: _Fit,
     progress: Progress | None,
     failed: dict[int, str] | None,
     kept: KeptStep | None,
@@ -238,6 +244,9 @@ def _fit(
     resume: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
     """Optimise; returns the trained ``trained.start`` and losses ``(steps, N)``, on the CPU."""
+    base, subjects, config = fit.base, fit.subjects, fit.config
+    if resume is not None:
+        kept = None  # resuming puts other tensors into the optimiser's state, which a kept step's graph would not see
     is_auto = config.gradient_checkpointing == "auto"
     size = len(subjects) * config.timesteps_per_step
     # An Apple GPU shares the machine's memory, which swaps long before an allocation fails.
@@ -245,9 +254,7 @@ def _fit(
     attempts = (True,) if at_once else (False, True)
     for recomputes in attempts if is_auto else (config.gradient_checkpointing == "on",):
         try:
-            fitted, losses = _optimize(
-                base, space, subjects, config, trained, recomputes, progress, kept, observe, resume
-            )
+            fitted, losses = _optimize(fit, recomputes, progress, kept, observe, resume)
         except (RuntimeError, MemoryError) as error:
             if kept is not None:
                 kept.release()
@@ -256,7 +263,7 @@ def _fit(
         else:
             if kept is None and base.device.type == "cuda":
                 torch.cuda.empty_cache()  # leaves memory for drawing and other programs
-            _note_failures(base, subjects, config, fitted, losses, failed)
+            _note_failures(fit, fitted, losses, failed)
             return fitted, losses
         release_memory(base.device)  # only here has the failed attempt released its tensors
         _too_large[base.denoiser] = size
@@ -269,45 +276,34 @@ def _fit(
 
 
 def _optimize(
-    base: BaseModel,
-    space: LiDBSpace,
-    subjects: Sequence[Subject],
-    config: FitConfig,
-    trained: _Trained,
+    fit: _Fit,
     recomputes: bool,
     progress: Progress | None,
     kept: KeptStep | None,
     observe: Observer | None,
     resume: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    with base.checkpointed(recomputes):
-        # Resuming puts other tensors into the optimiser's state, which a kept step's graph would not see.
-        step = _take_step(base, space, subjects, config, trained, recomputes, kept if resume is None else None)
-        run = RunningFit(step.parameters, step.optimizer, step.generators, config.steps)
+    steps, lr = fit.config.steps, fit.config.lr
+    with fit.base.checkpointed(recomputes):
+        step = _take_step(fit, recomputes, kept)
+        run = RunningFit(step.parameters, step.optimizer, step.generators, steps)
         if resume is not None:
             run.load(resume)
-        for number in range(run.step, config.steps):
-            run.losses.append(step(config.lr * (1 - 0.9 * number / config.steps)))
+        for number in range(run.step, steps):
+            run.losses.append(step(lr * (1 - 0.9 * number / steps)))
             is_ended = observe is not None and observe(run)
             if progress is not None:
-                progress(number + 1, config.steps)
+                progress(number + 1, steps)
             if is_ended:
                 break
     return run.weights(), run.all_losses()
 
 
-def _note_failures(
-    base: BaseModel,
-    subjects: Sequence[Subject],
-    config: FitConfig,
-    fitted: Tensor,
-    losses: Tensor,
-    failed: dict[int, str] | None,
-) -> None:
+def _note_failures(fit: _Fit, fitted: Tensor, losses: Tensor, failed: dict[int, str] | None) -> None:
     """Find the fits that diverged, and why; fits do not affect each other, so the others are valid."""
     is_good = torch.isfinite(fitted).flatten(1).all(dim=1) & torch.isfinite(losses).all(dim=0)
     bad = (~is_good).nonzero().flatten().tolist()
-    reasons = {row: _why_not_finite(base, subjects[row], config, losses[:, row]) for row in bad}
+    reasons = {row: _why_not_finite(fit.base, fit.subjects[row], fit.config, losses[:, row]) for row in bad}
     if failed is not None:
         failed.update(reasons)
     elif reasons:
@@ -328,37 +324,23 @@ def _why_not_finite(base: BaseModel, subject: Subject, config: FitConfig, losses
     return f"the fit diverged at step {step} of {config.steps}; {remedy}"
 
 
-def _take_step(
-    base: BaseModel,
-    space: LiDBSpace,
-    subjects: Sequence[Subject],
-    config: FitConfig,
-    trained: _Trained,
-    recomputes: bool,
-    kept: KeptStep | None,
-) -> "_Step":
+def _take_step(fit: _Fit, recomputes: bool, kept: KeptStep | None) -> "_Step":
     """A new step, or the kept one if it reads and writes exactly the same tensors."""
     if kept is None:
-        return _Step(base, space, subjects, config, trained, recomputes)
-    key = _key(base, space, subjects, config, trained, recomputes)
+        return _Step(fit, recomputes)
+    key = _key(fit, recomputes)
     if kept.step is None or kept.key != key:
         kept.release()  # before another one allocates as much memory
-        kept.step = _Step(base, space, subjects, config, trained, recomputes)
+        kept.step = _Step(fit, recomputes)
         kept.key = key if kept.step.steps_inside else ()  # the state of bitsandbytes' optimiser is its own
     else:
-        kept.step.restart(subjects, config, trained)
+        kept.step.restart(fit)
     return kept.step
 
 
-def _key(
-    base: BaseModel,
-    space: LiDBSpace,
-    subjects: Sequence[Subject],
-    config: FitConfig,
-    trained: _Trained,
-    recomputes: bool,
-) -> tuple:
+def _key(fit: _Fit, recomputes: bool) -> tuple:
     """Everything that a step depends on: shapes, texts, settings, and addresses of weights, which may have moved."""
+    base, space, subjects, config, trained = fit
     weights = [tensor for model in base.adapted.values() for tensor in (*model.parameters(), *model.buffers())]
     weights += list((trained.bases or {}).values())
     return (
@@ -381,18 +363,10 @@ class _Step:
     addresses, so that it can be replayed.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        space: LiDBSpace,
-        subjects: Sequence[Subject],
-        config: FitConfig,
-        trained: _Trained,
-        recomputes: bool = False,
-    ) -> None:
-        self.base, self.space, self.config = base, space, config
+    def __init__(self, fit: _Fit, recomputes: bool = False) -> None:
+        base, _, subjects, config, trained = fit
+        self.base, self.space, self.config, self.trained = base, fit.space, config, trained
         self.parameters = trained.start.clone().requires_grad_(True)
-        self.trained = trained
         self.moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
         self.prompts = _prepare_prompts(base, subjects)
         self.preservation = _make_preservation(base, subjects, config)
@@ -411,13 +385,13 @@ class _Step:
         self.generators = [_generator(seed, subject.key, "noise") for subject in subjects]
 
     @torch.no_grad()
-    def restart(self, subjects: Sequence[Subject], config: FitConfig, trained: _Trained) -> None:
+    def restart(self, fit: _Fit) -> None:
         """Start again with other people, in the existing tensors."""
-        self._begin(subjects, config.seed)
-        self.moments.copy_(torch.cat([subject.moments for subject in subjects]))
-        self.parameters.copy_(trained.start)
-        if trained.frozen is not None and self.trained.frozen is not None:
-            for place, factors in zip(_tensors(self.trained.frozen), _tensors(trained.frozen), strict=True):
+        self._begin(fit.subjects, fit.config.seed)
+        self.moments.copy_(torch.cat([subject.moments for subject in fit.subjects]))
+        self.parameters.copy_(fit.trained.start)
+        if fit.trained.frozen is not None and self.trained.frozen is not None:
+            for place, factors in zip(_tensors(self.trained.frozen), _tensors(fit.trained.frozen), strict=True):
                 place.copy_(factors)
         for state in self.optimizer.state.values():
             for tensor in state.values():

@@ -199,7 +199,8 @@ def test_a_step_reads_nothing_that_is_not_on_the_device(base, space, people):
     meta = replace(base, **{name: copy.deepcopy(model).to("meta") for name, model in base.adapted.items()})
     meta_space = LiDBSpace(meta.adapted, space.config)
     theta = space.theta_0.expand(2, -1, -1).to("meta")
-    step = engine._Step(meta, meta_space, people, CONFIG, engine._Trained(theta, meta_space.expand))
+    fit = engine._Fit(meta, meta_space, people, CONFIG, engine._Trained(theta, meta_space.expand))
+    step = engine._Step(fit)
     step.steps_inside = False  # AdamW itself counts its steps on the CPU unless it is on CUDA
     step(1e-3)
     with Watching() as watching:
@@ -279,11 +280,11 @@ def runs_out_of_memory(sentence, calls, monkeypatch):
     """Let steps without checkpointing of two people or more run out of memory."""
     original = engine._optimize
 
-    def optimize(base, space, subjects, config, trained, recomputes, *others):
-        calls.append((len(subjects), recomputes))
-        if not recomputes and len(subjects) > 1:
+    def optimize(fit, recomputes, *others):
+        calls.append((len(fit.subjects), recomputes))
+        if not recomputes and len(fit.subjects) > 1:
             raise RuntimeError(sentence)
-        return original(base, space, subjects, config, trained, recomputes, *others)
+        return original(fit, recomputes, *others)
 
     monkeypatch.setattr(engine, "_optimize", optimize)
     monkeypatch.setattr(engine, "_too_large", weakref.WeakKeyDictionary())
