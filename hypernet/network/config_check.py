@@ -48,6 +48,7 @@ _LARGEST = {
     "patch_size": 4096, "num_channels": 16, "intermediate_size": 65_536, "mlp_ratio": 64, "num_register_tokens": 1024,
 }  # fmt: skip
 _LARGEST_COUNT = 65_536  # of what is not listed
+_SHARES = ("_prob", "_rate", "dropout")  # endings of settings from 0 to 1
 _MAX_TEXT_CHARS, _MAX_LIST = 500, 5000
 _RECORD_CHARS = 1_000_000
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -156,9 +157,10 @@ def _check_value(where: str, name: str, value: Any, default: Any) -> None:
         is_good = isinstance(value, bool)
     elif isinstance(default, int | float):
         largest = _LARGEST.get(name, _LARGEST_COUNT)
-        is_good = _is_number(value) and abs(value) <= largest and (isinstance(default, float) or value == int(value))
+        has_fractions = isinstance(default, float) or name.endswith(_SHARES) or name == "mlp_ratio"
+        is_good = _is_number(value) and abs(value) <= largest and (has_fractions or isinstance(value, int))
         is_good = is_good and (value >= 0 if name not in _LARGEST or name == "num_register_tokens" else value >= 1)
-        is_good = is_good and (not name.endswith(("_prob", "_rate", "dropout")) or value < 1)
+        is_good = is_good and (not name.endswith(_SHARES) or value < 1)
     elif isinstance(default, str):
         is_good = isinstance(value, str) and value.isprintable() and len(value) <= _MAX_TEXT_CHARS
         is_good = is_good and (not name.endswith("_act") or value in ACT2FN)

@@ -194,7 +194,7 @@ class HyperNetwork(PreTrainedModel):
         """Raise ValueError unless the predictions are thetas of ``space``; warn if only the base's weights differ."""
         source = f"the hypernetwork {self.name_or_path}".rstrip()
         check_record(self.config.record, space, source)
-        if not torch.allclose(self.theta_0.cpu(), space.theta_0, rtol=0.0, atol=_THETA_0_TOLERANCE):
+        if not torch.allclose(self.theta_0.float().cpu(), space.theta_0, rtol=0.0, atol=_THETA_0_TOLERANCE):
             raise ValueError(
                 f"{source} starts at another theta_0 than this space: it is damaged or was cast to half precision; "
                 f"load it again, in float32"

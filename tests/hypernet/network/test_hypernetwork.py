@@ -187,6 +187,8 @@ def test_other_bases_and_another_start_are_refused_and_other_weights_are_a_warni
     net.theta_0[0, 0] += 1e-3
     with pytest.raises(ValueError, match="starts at another theta_0 than this space"):
         net.check_space(padded_space)
+    with pytest.raises(ValueError, match="was cast to half precision; load it again, in float32"):
+        make(padded_space).half().check_space(padded_space)
     net = make(padded_space)
     net.config.record["base_fingerprint"] = net.config.record["base_fingerprint"].replace("0.", "1.")
     with pytest.warns(UserWarning, match="was made on mini, whose weights differ"):
