@@ -11,6 +11,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hypernet.errors import first_sentence
 from lidb_peft.files import atomic_path
 
@@ -27,6 +29,7 @@ class Mirror:
 
     Attributes:
         folder: the copy, in the Hugging Face cache (``HF_ASSETS_CACHE``).
+        lock: held by the one process of this machine that changes the copy; the system releases it when that ends.
     """
 
     def __init__(self, url: str, files: re.Pattern[str]) -> None:
@@ -49,6 +52,7 @@ class Mirror:
         name = hashlib.sha256(url.encode()).hexdigest()[:32]
         self.folder = Path(constants.HF_ASSETS_CACHE) / "lidb-peft" / "mirrors" / name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
 
     def fetch(self) -> None:
         """Bring the copy up to date: files that are new or changed at the URL come, those that are gone go.
@@ -56,19 +60,20 @@ class Mirror:
         Raises:
             OSError: the URL cannot be read.
         """
-        there = self._listed()
-        keys = self._keys()
-        for file in self.folder.iterdir():
-            if not file.name.startswith(".") and file.name not in there:
-                file.unlink(missing_ok=True)
-        for name, key in there.items():
-            if keys.get(name) != key or not (self.folder / name).exists():
-                with atomic_path(self.folder / name) as temporary:
-                    self.fs.get_file(f"{self.path}/{name}", str(temporary))
-        self._note(there)
+        with self.lock:
+            there = self._listed()
+            keys = self._keys()
+            for file in self.folder.iterdir():
+                if not file.name.startswith(".") and file.name not in there:
+                    file.unlink(missing_ok=True)
+            for name, key in there.items():
+                if keys.get(name) != key or not (self.folder / name).exists():
+                    with atomic_path(self.folder / name) as temporary:
+                        self.fs.get_file(f"{self.path}/{name}", str(temporary))
+            self._note(there)
 
     def send(self, file: Path) -> None:
-        """Bring a file of the copy to the URL, whole or not at all.
+        """Bring a file of the copy to the URL, whole or not at all; ``lock`` is to be held since before it was written.
 
         Raises:
             OSError: the URL cannot be written.

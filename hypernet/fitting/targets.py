@@ -9,7 +9,8 @@ is in the files, so processes share none.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,10 +100,19 @@ def create_targets(
     folder.mkdir(parents=True, exist_ok=True)
     record = space_record(space, base_model_name)
     manifest = {"format": FORMAT_VERSION, "space": record, "fit": dict(fit), "batch": batch, "source": source}
-    with atomic_path(folder / _MANIFEST) as temporary:
+    with _sent(folder / _MANIFEST, mirror) as file, atomic_path(file) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if mirror is not None:
-        mirror.send(folder / _MANIFEST)
+
+
+@contextmanager
+def _sent(file: Path, mirror: Mirror | None) -> Iterator[Path]:
+    """Yield a file to write, and bring it to the URL, if the store is at one."""
+    if mirror is None:
+        yield file
+        return
+    with mirror.lock:  # or another process would remove from the copy what is not at the URL yet
+        yield file
+        mirror.send(file)
 
 
 class TargetStore:
@@ -182,12 +192,8 @@ class TargetStore:
         """Write a shard whole: ``thetas`` ``(n, L, row)`` and ``losses`` ``(n,)``, float32."""
         self._read.pop(index, None)
         text = {name: json.dumps(value) for name, value in vars(shard).items()}
-        write_sealed(self.path(index), {"theta": thetas, "losses": losses}, text | {"run": json.dumps(self.run)})
-        self._send(self.path(index))
-
-    def _send(self, file: Path) -> None:
-        if self._mirror is not None:
-            self._mirror.send(file)
+        with _sent(self.path(index), self._mirror) as file:
+            write_sealed(file, {"theta": thetas, "losses": losses}, text | {"run": json.dumps(self.run)})
 
     @property
     def can_be_claimed(self) -> bool:
@@ -269,8 +275,8 @@ class TargetStore:
         """Write what was left out to ``skipped.jsonl``, a name and a reason on each line; safe in every process."""
         path, listed = self.folder / SKIPPED_FILE, None
         while listed != (listed := self.shards()):  # another process may have added one while this one wrote
-            write_skipped(path, self.skipped())
-            self._send(path)
+            with _sent(path, self._mirror) as file:
+                write_skipped(file, self.skipped())
 
 
 def _read_manifest(folder: Path, place: str) -> dict:

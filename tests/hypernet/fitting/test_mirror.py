@@ -1,5 +1,6 @@
 """Target stores at URLs: as a folder's to the bit, whole or not there, and what cannot work said in a sentence."""
 
+import threading
 import uuid
 
 import fsspec
@@ -103,6 +104,27 @@ def test_the_copy_follows_what_changes_at_the_url(url):
     fs.rm_file(f"{path}/manifest.json")
     mirror.fetch()
     assert not (mirror.folder / "manifest.json").exists()
+
+
+def test_a_shard_that_is_being_sent_is_not_removed_from_the_copy_by_another_process(run, url, monkeypatch):
+    """A process that starts, or is done, brings the copy up to date with a URL that has not got the shard yet."""
+    fs, others = fsspec.filesystem("memory"), []
+    original = type(fs).put_file
+
+    def put_while_another_starts(self, source, target, *arguments, **options):
+        others.append(threading.Thread(target=lambda: Mirror(url, _FILES).fetch()))
+        others[-1].start()
+        others[-1].join(timeout=0.2)
+        return original(self, source, target, *arguments, **options)
+
+    monkeypatch.setattr(type(fs), "put_file", put_while_another_starts)
+    store, result = run(url)
+    for other in others:
+        other.join()
+    assert len(others) > len(SHARDS)
+    assert result.fitted == 5
+    assert {*SHARDS} <= set(there(url))
+    assert store.shards() == [0, 1, 2]
 
 
 def test_what_cannot_work_is_said_in_a_sentence(url, space, tmp_path):
