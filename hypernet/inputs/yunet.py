@@ -36,6 +36,7 @@ _LEAST_SCORE = 0.6
 _OVERLAP = 0.3  # of two boxes of one face; the weaker is dropped
 _SIDE_PER_EYES, _SIDE_PER_FACE = 2.6, 2.34  # from brows to chin, in distances between eyes, eyes and mouth
 _CENTRE = 0.3  # fraction of the way from the eyes to the mouth
+_LEAST_SIDE_PX = 64  # in smaller ones OpenCV's network reads uninitialised memory, and may find a face in it
 _LARGEST_FACE_PX, _SECOND_LOOK = 320, 0.5  # larger faces may be missed at full size; half the size is searched too
 _STRAIGHT_DEG, _STRAIGHT_SCORE = 4, 0.92  # a head with less roll and a higher score is not checked again
 _ROLLS_DEG = (-45.0, -22.5, 0.0, 22.5, 45.0)  # of these checks, besides the one at which it was found
@@ -107,8 +108,11 @@ def _look_again(image: Image.Image, face: Face, roll_deg: float) -> list[tuple[f
 
 
 def _detect(image: Image.Image, scale: float) -> list[Face]:
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image if scale == 1 else image.resize((width, height), Image.Resampling.LANCZOS)
+    size = [max(1, round(side * scale)) for side in image.size]
+    small = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(side, _LEAST_SIDE_PX) for side in size)
+    if small.size != (width, height):
+        small = small.crop((0, 0, width, height))  # black beyond its edges, as OpenCV's own padding is
     pixels = np.ascontiguousarray(np.asarray(small)[..., ::-1])  # OpenCV's colours are BGR
     with _lock:
         detector = _detector(os.getpid())

@@ -112,6 +112,22 @@ def test_a_face_that_fills_the_photo_is_found(astronaut, yunet):
     assert find_faces(head, "yunet")
 
 
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (200, 20)])
+def test_what_yunet_sees_in_a_small_picture_does_not_depend_on_what_memory_held(yunet, monkeypatch, size):
+    monkeypatch.setattr(yunet_module, "_LEAST_SCORE", 0.001)  # so that something is seen
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    seen = set()
+    for _ in range(12):
+        yunet_module._detector.cache_clear()
+        seen.add(tuple(yunet_module.look(picture)))
+        used = [np.full(rng.integers(10, 40_000), 1e3 * rng.random(), np.float32) for _ in range(20)]
+        del used
+    yunet_module._detector.cache_clear()
+    assert len(seen) == 1
+    assert seen != {()}
+
+
 def test_both_detectors_draw_the_same_square(astronaut, yunet):
     if cascades.unavailable():
         pytest.skip(cascades.unavailable())
