@@ -149,7 +149,7 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     """Carry out a request for targets, or this process's share of it; see `preoptimize`."""
     state, base = _on_own_device(request.base)
     config, recipe = request.config, request.config.recipe
-    people = cache.prepared(request.people, base.size_px, recipe.crop, recipe.face_detector, make=False)
+    people = cache.prepared(request.people, base.size_px, recipe, make=False)
     space = LiDBSpace(base.adapted, request.lidb_config)
     predict, start_name = (
         (None, "theta_0") if request.network is None else predicted_start(request.network, space, base.device)
@@ -249,10 +249,7 @@ def _prepared(people: People, size_px: int, config: TrainConfig, world: int, pro
     if not config.cache:
         return people
     looks = config.steps * config.gradient_accumulation_steps * config.batch_size * world
-    return cache.prepared(
-        people, size_px, config.crop, config.face_detector, config.num_workers, progress,
-        make=looks >= (people.count() or 0),
-    )  # fmt: skip
+    return cache.prepared(people, size_px, config, config.num_workers, progress, make=looks >= (people.count() or 0))
 
 
 def learn_start(

@@ -403,6 +403,7 @@ class TrainConfig:
         crop: find each face and crop to it; otherwise crop the centre square of the photo.
         face_detector: face detector: ``yunet``, downloaded (233 KB) from the Hugging Face hub on first use, or OpenCV
             4's ``cascade``, which misses more faces; ``auto`` is ``yunet`` if available.
+        face: which face to use in a photo of several people, as for `PersonalizeConfig`.
         seed: random seed for the order of people, the noise and who is held out.
         gradient_checkpointing: save memory at the cost of speed; ``auto`` turns it on if a step would not fit into GPU
             memory.
@@ -438,6 +439,7 @@ class TrainConfig:
     validation: float = setting(0.02, least=0, below=1)
     crop: bool = True
     face_detector: str = setting("auto", FACE_DETECTORS)
+    face: str = "largest"
     seed: int = setting(0, least=0, most=2**32 - 1)
     gradient_checkpointing: str = setting("auto", AUTO)
     log_every: int = setting(10, least=1)
@@ -447,6 +449,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_face(self.face)
         if not self.denoising and not self.target_distance:
             raise ValueError(
                 "denoising and target_distance are both 0; nothing would be learned: choose at least one above 0"

@@ -25,7 +25,7 @@ from hypernet.fitting.batch_size import choose_batch
 from hypernet.fitting.engine import DivergedError, KeptStep, fit_theta
 from hypernet.fitting.mirror import is_url
 from hypernet.fitting.subjects import check_moments, make_subjects
-from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, detector_fit, has_targets
+from hypernet.fitting.targets import SKIPPED_FILE, Shard, TargetStore, create_targets, crop_fit, has_targets
 from hypernet.inputs.people import People, Person, PreparedPerson, Skipped, prepare_person, with_detector
 from hypernet.network.prediction import Start
 from hypernet.optimizers import chosen_optimizer
@@ -100,9 +100,9 @@ def open_targets(
     fit = asdict(recipe.theta_fit)
     del fit["gradient_checkpointing"], fit["graph"]  # they change what a fit takes, not what it gives
     fit["optimizer"] = chosen_optimizer(fit["optimizer"])
-    fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "crop": recipe.crop, "start": start_name}
+    fit |= {"prompt": recipe.trigger, "class_prompt": recipe.class_prompt, "start": start_name}
     fit |= base.settings | {"size_px": base.size_px, "dtype": str(base.dtype).removeprefix("torch.")}
-    fit |= detector_fit(recipe.crop, recipe.face_detector) | {"moments": "float16" if people.vae else "float32"}
+    fit |= crop_fit(recipe) | {"moments": "float16" if people.vae else "float32"}
     with nullcontext() if is_url(folder) else one_at_a_time(Path(folder)):
         if not has_targets(folder):
             batch = config.batch_size or choose_batch(base, space, recipe.theta_fit)
@@ -306,7 +306,7 @@ def _prepare(
         if is_double:
             left_out.append(Skipped(person.name, "an earlier row of the data set has the same name"))
             continue
-        prepared, skipped = prepare_person(person, size_px, recipe.crop, recipe.face_detector)
+        prepared, skipped = prepare_person(person, size_px, recipe.crop, recipe.face_detector, face=recipe.face)
         left_out += skipped
         if prepared is not None and prepared.key in people:
             left_out.append(Skipped(person.name, f"its photo is the same as that of {people[prepared.key].name}"))

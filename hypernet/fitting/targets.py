@@ -22,7 +22,7 @@ from torch import Tensor
 from hypernet.fitting.mirror import Mirror, is_url
 from hypernet.inputs.faces import choose_detector
 from hypernet.inputs.people import Skipped, write_skipped
-from hypernet.recipe import NUM_TIMESTEPS
+from hypernet.recipe import NUM_TIMESTEPS, PersonalizeConfig, TrainConfig
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path
 from lidb_peft.record import missing_fields, same_base
@@ -36,7 +36,11 @@ _MANIFEST = "manifest.json"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 _FILES = re.compile(rf"{_SHARD.pattern}|{re.escape(_MANIFEST)}|{re.escape(SKIPPED_FILE)}")
 # Fields that manifests omitted while they had only one possible value.
-_EARLIER_FIT = {"optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade", "moments": "float32"}
+_EARLIER_FIT = {
+    "optimizer": "adamw", "max_timestep": NUM_TIMESTEPS, "face_detector": "cascade", "face": "largest",
+    "moments": "float32",
+}  # fmt: skip
+_IN_EVERY_RUN = ("optimizer", "max_timestep", "face_detector")  # of these a run's digest names omitted ones too
 _REMEDY = "delete it and run hdb preoptimize again to make it again"
 
 
@@ -58,9 +62,11 @@ class Shard:
     photos: tuple[str, ...] = ()
 
 
-def detector_fit(crop: bool, detector: str) -> dict[str, str]:
-    """What a store records about the face detector that cropped the photos: the resolved ``detector``."""
-    return {"face_detector": choose_detector(detector)} if crop else {}
+def crop_fit(config: PersonalizeConfig | TrainConfig) -> dict[str, bool | str]:
+    """What a store records about how the photos were cropped; of the face detector the one that ``auto`` meant."""
+    if not config.crop:
+        return {"crop": False}
+    return {"crop": True, "face_detector": choose_detector(config.face_detector), "face": config.face}
 
 
 def has_targets(folder: str | Path) -> bool:
@@ -152,7 +158,10 @@ class TargetStore:
     @property
     def run(self) -> str:
         """A digest of what all shards of the store have in common, which each of them records."""
-        common = [self.manifest["space"], _EARLIER_FIT | self.manifest["fit"], self.manifest["batch"]]
+        fit = _EARLIER_FIT | self.manifest["fit"]
+        # A setting that comes to be recorded must not make earlier shards those of another run.
+        named = {name: fit[name] for name in fit if name in _IN_EVERY_RUN or fit[name] != _EARLIER_FIT.get(name)}
+        common = [self.manifest["space"], named, self.manifest["batch"]]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:32]
 
     def check_fit(self, fit: Mapping) -> None:

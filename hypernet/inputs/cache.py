@@ -6,15 +6,18 @@ import logging
 import os
 import shutil
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import lidb_peft
 from hypernet.errors import first_sentence
 from hypernet.inputs.people import People, RawPhoto, is_told_by_parts, open_people, with_detector
 from hypernet.inputs.prepared import is_complete, prepare, settings_of
-from hypernet.recipe import PersonalizeConfig, StageProgress
+from hypernet.recipe import PersonalizeConfig, StageProgress, TrainConfig
 
 CACHE_BYTES = 20 * 10**9
 """What the cache may hold: by the estimate, 25,000 photos of 512 pixels. The data sets used longest ago make room."""
@@ -26,8 +29,7 @@ _log = logging.getLogger(__name__)
 def prepared(
     people: People,
     size_px: int,
-    crop: bool,
-    face_detector: str,
+    config: PersonalizeConfig | TrainConfig,
     num_workers: int = 0,
     progress: StageProgress | None = None,
     make: bool = True,
@@ -38,13 +40,14 @@ def prepared(
     share the work.
 
     Args:
+        config: whether and how faces are found: its ``crop``, ``face_detector`` and ``face``.
         make: prepare it if it is not there; otherwise, and if the cache has no room for it, ``people`` are returned.
     """
     if people.is_prepared or people.is_streamed:
         return people
     if not make and not _root().is_dir():
         return people
-    config = with_detector(PersonalizeConfig(crop=crop, face_detector=face_detector))
+    config = with_detector(PersonalizeConfig(crop=config.crop, face_detector=config.face_detector, face=config.face))
     folder = _root() / _key(people, size_px, config)
     if not is_complete(folder, people):
         try:
@@ -56,8 +59,12 @@ def prepared(
             warnings.warn(f"{people.source} is not prepared in the cache, and is slower to read so: "
                           f"{first_sentence(error)}", stacklevel=2)  # fmt: skip
             return people
-    os.utime(folder)
-    return replace(open_people(folder, cache_dir=folder / ".arrow"), source=people.source)
+    try:
+        os.utime(folder)
+        arrow: Path | None = folder / ".arrow"
+    except OSError:  # somebody else's cache, which is only read here
+        arrow = None
+    return replace(open_people(folder, cache_dir=arrow), source=people.source)
 
 
 def _root() -> Path:
@@ -67,11 +74,11 @@ def _root() -> Path:
 
 
 def _key(people: People, size_px: int, config: PersonalizeConfig) -> str:
-    """A digest of photos and settings, and of the libraries that decode and crop."""
+    """A digest of photos and settings, and of the versions of what decodes and crops."""
     import cv2
     import PIL
 
-    versions = [PIL.__version__, cv2.__version__]
+    versions = [lidb_peft.__version__, PIL.__version__, cv2.__version__]
     text = json.dumps([settings_of(people, size_px, config), versions, list(_changes(people))])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -90,12 +97,16 @@ def _has_room(people: People, size_px: int, folder: Path) -> bool:
     needed = int(sum(1 for _ in _photos(people)) * size_px**2 * _BYTES_PER_PIXEL)
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    others = sorted((entry for entry in root.iterdir() if entry != folder), key=lambda entry: entry.stat().st_mtime)
-    held = {entry: sum(file.stat().st_size for file in entry.rglob("*") if file.is_file()) for entry in others}
-    for entry in others if needed <= CACHE_BYTES else ():
-        if sum(held.values()) + needed <= CACHE_BYTES or time.time() - entry.stat().st_mtime < _KEPT_S:
+    used: dict[Path, float] = {}
+    for entry in root.iterdir():
+        with suppress(FileNotFoundError):  # another process makes room too
+            used[entry] = entry.stat().st_mtime
+    used.pop(folder, None)
+    held = {entry: _size(entry) for entry in used}
+    for entry in sorted(used, key=used.__getitem__) if needed <= CACHE_BYTES else ():
+        if sum(held.values()) + needed <= CACHE_BYTES or time.time() - used[entry] < _KEPT_S:
             break
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
         del held[entry]
     if sum(held.values()) + needed <= CACHE_BYTES and needed <= shutil.disk_usage(root).free:
         return True
@@ -104,3 +115,21 @@ def _has_room(people: People, size_px: int, folder: Path) -> bool:
         "prepare it with hdb prepare", people.source, needed / 1e9, root,
     )  # fmt: skip
     return False
+
+
+def _size(entry: Path) -> int:
+    """The bytes below a folder, which another process may be filling or removing."""
+    size = 0
+    for folder, _, names in os.walk(entry):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(folder, name)).st_size
+    return size
+
+
+def _remove(entry: Path) -> None:
+    """Remove a data set at once: one that lacks files would be taken for one that is being prepared."""
+    gone = entry.with_name(f".{uuid.uuid4().hex}")
+    with suppress(OSError):  # another process has removed it, or on Windows somebody reads it
+        entry.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

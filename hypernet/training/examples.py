@@ -124,8 +124,9 @@ class Examples(Dataset):
             return self._blank()
         # Through People, which decodes only this row.
         (person,) = replace(self.people, dataset=self.people.dataset.select([row]))
+        config = self.config
         prepared, skipped = prepare_person(
-            person, self.size_px, self.config.crop, self.config.face_detector, self._faces
+            person, self.size_px, config.crop, config.face_detector, self._faces, config.face
         )
         if prepared is None:
             return self._blank(*skipped)

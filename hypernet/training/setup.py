@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from hypernet.base_models.base import BaseModel
 from hypernet.devices import release_memory, use_device
 from hypernet.errors import is_out_of_memory
-from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, detector_fit
+from hypernet.fitting.targets import SKIPPED_FILE, TargetStore, crop_fit
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import load_network
@@ -137,8 +137,7 @@ def targets_to_learn(
     if network.bases is not None and config.compare == "factors":
         raise ValueError("compare is 'factors', which mean nothing on learned bases; choose 'updates'")
     store = TargetStore(folder, space)
-    fit = {"prompt": network.config.trigger, "crop": config.crop, "size_px": base.size_px}
-    store.check_fit(fit | detector_fit(config.crop, config.face_detector))
+    store.check_fit({"prompt": network.config.trigger, "size_px": base.size_px} | crop_fit(config))
     return store
 
 

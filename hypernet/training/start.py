@@ -74,7 +74,9 @@ def rounds_of(
         for place in range(first, first + len(order)):
             row = int(order[place % len(order)])
             (person,) = replace(people, dataset=people.dataset.select([row]))
-            prepared, skipped = prepare_person(person, base.size_px, recipe.crop, recipe.face_detector)
+            prepared, skipped = prepare_person(
+                person, base.size_px, recipe.crop, recipe.face_detector, face=recipe.face
+            )
             if prepared is not None:
                 found[prepared.key] = prepared
             if len(found) == config.people:

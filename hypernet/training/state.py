@@ -25,7 +25,7 @@ _FREE = {
     "gradient_accumulation_steps", "cache",
 }  # fmt: skip
 # Fields that states omitted while they had only one possible value.
-_EARLIER: dict[str, Any] = {"face_detector": "cascade", "ema_decay": 0.0}
+_EARLIER: dict[str, Any] = {"face_detector": "cascade", "face": "largest", "ema_decay": 0.0}
 # Older names of fields -> current ones.
 _RENAMED = {
     "batch": "batch_size", "accumulation": "gradient_accumulation_steps", "schedule": "lr_scheduler",
@@ -152,7 +152,7 @@ def _check_config(path: Path, theirs: dict[str, Any], their_world: int, config: 
     missing = [name for name in ("batch_size", "gradient_accumulation_steps") if not isinstance(theirs.get(name), int)]
     if missing:
         raise ValueError(f"{path} is damaged: its config lacks {missing[0]}; train again")
-    free = _FREE if config.crop else _FREE | {"face_detector"}
+    free = _FREE if config.crop else _FREE | {"face_detector", "face"}
     differing = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
     if differing:
         found = ", ".join(f"{name} {printable(repr(theirs.get(name)))} (here {ours[name]!r})" for name in differing)

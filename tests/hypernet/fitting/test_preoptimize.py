@@ -18,6 +18,7 @@ from hypernet.fitting.batch_size import LARGEST_BATCH, _largest_batch, choose_ba
 from hypernet.fitting.engine import fit_theta
 from hypernet.fitting.preoptimize import open_targets, preoptimize
 from hypernet.fitting.subjects import make_subjects
+from hypernet.inputs.face import Face
 from hypernet.inputs.people import People, PreparedPerson, identity_key, open_people
 from hypernet.inputs.photos import load_photo
 from hypernet.network.hypernetwork import read_config
@@ -273,6 +274,22 @@ def test_without_faces_all_are_skipped_and_none_again(run, fits, tmp_path):
     assert not fits
 
 
+def test_of_several_people_in_a_photo_the_one_that_is_asked_for_is_fitted(run, base, space, face_folder, monkeypatch):
+    faces = [Face(16.0, 8.0, 16.0, 0.9), Face(0.0, 8.0, 12.0, 0.9)]
+    monkeypatch.setattr("hypernet.inputs.photos.find_faces", lambda image, detector: faces)
+    recipe, (person, *_) = replace(RECIPE, crop=True, face_detector="yunet"), open_people(face_folder)
+    keys = []
+    for face in ("largest", "leftmost"):
+        config = replace(QUICK, recipe=replace(recipe, face=face))
+        store, _ = run(face_folder.parent / face, config)
+        expected = preoptimize_module.prepare_person(person, base.size_px, True, "yunet", face=face)[0].key
+        assert store.read(0).keys[0] == expected
+        keys.append(expected)
+    assert keys[0] != keys[1]
+    with pytest.raises(ValueError, match=r"another fit, with face 'leftmost' \(here 'largest'\)"):
+        run(face_folder.parent / "leftmost", replace(QUICK, recipe=recipe))
+
+
 def test_a_data_set_without_people_is_refused(run, tmp_path):
     nobody = People("nowhere", Dataset.from_dict({"name": [], "photos": [], "paths": []}), None)
     with pytest.raises(ValueError, match="nowhere holds no people"):
@@ -353,11 +370,11 @@ def test_the_next_shard_is_prepared_while_one_is_fitted(run, tmp_path, monkeypat
     original, fit, second = preoptimize_module.prepare_person, preoptimize_module.fit_theta, threading.Event()
     prepared = []
 
-    def prepare(person, *arguments):
+    def prepare(person, *arguments, **options):
         prepared.append(person.name)
         if len(prepared) == 3:  # two in a shard
             second.set()
-        return original(person, *arguments)
+        return original(person, *arguments, **options)
 
     def fit_when_the_next_is_prepared(*arguments, **options):
         assert second.wait(timeout=30)

@@ -98,18 +98,18 @@ def test_the_denoiser_alone_is_adapted_from_the_start_that_is_named(base, denois
         assert torch.allclose(lora_B, expected[name][1], atol=1e-5)
 
 
-def test_faces_are_found_by_the_recipe_s_detector(base, tmp_path, monkeypatch):
+def test_the_recipe_says_with_which_detector_faces_are_found_and_which_is_taken(base, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "ann.png")
-    detectors = []
+    asked = []
 
-    def note(person, size_px, crop, detector, *others):
-        detectors.append(detector)
+    def note(person, size_px, crop, detector, face):
+        asked.append((detector, face))
         return prepare_person(person, size_px, False)
 
     monkeypatch.setattr(learning, "prepare_person", note)
-    recipe = replace(MINIATURE_RECIPE, face_detector="yunet")
+    recipe = replace(MINIATURE_RECIPE, face_detector="yunet", face="leftmost")
     subjects, theta = rounds_of(open_people(tmp_path), base, recipe, StartConfig(people=1))(0)
-    assert (len(subjects), theta, detectors) == (1, None, ["yunet"])
+    assert (len(subjects), theta, asked) == (1, None, [("yunet", "leftmost")])
 
 
 @pytest.mark.parametrize("told", ["{", "[]", "{}", '{"layers_hash": "x", "rounds": null, "losses": []}'])

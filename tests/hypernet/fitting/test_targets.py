@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hypernet.fitting.targets as targets_module
 import lidb_peft.files
 from hypernet.fitting.targets import Shard, TargetStore, create_targets, has_targets
 from hypernet.inputs.people import Skipped
@@ -185,6 +187,26 @@ def test_a_shard_of_another_run_is_refused(store, space, tmp_path, change):
         ValueError, match=r"shard-00000\.safetensors is of another run than .*manifest\.json.* delete it"
     ):
         store.read(0)
+
+
+def test_a_shard_of_before_a_setting_was_recorded_is_of_the_same_run(store, space, monkeypatch):
+    """What is recorded today has the value then that all fits had before."""
+    add(store, 0, "ann")
+    monkeypatch.setattr(targets_module, "_EARLIER_FIT", targets_module._EARLIER_FIT | {"new": "off"})
+    assert TargetStore(store.folder, space).read(0).names == ("ann",)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    for value, is_same in (("off", True), ("on", False)):
+        manifest["fit"]["new"] = value
+        (store.folder / "manifest.json").write_text(json.dumps(manifest))
+        again = TargetStore(store.folder, space)
+        assert (again.run == store.run) == is_same
+
+
+def test_the_digest_of_a_run_stays_as_it_was(store):
+    """As shards have recorded it since there are digests."""
+    fit = {"optimizer": "adamw", "max_timestep": 1000, "face_detector": "cascade"} | store.manifest["fit"]
+    text = json.dumps([store.manifest["space"], fit, 2], sort_keys=True)
+    assert store.run == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def test_a_store_of_before_there_were_checksums_is_read_and_a_shard_that_has_lost_its_own_is_not(store, space):

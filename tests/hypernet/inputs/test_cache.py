@@ -9,6 +9,7 @@ from PIL import Image
 
 from hypernet.inputs import cache, prepared
 from hypernet.inputs.people import open_people, prepare_person
+from hypernet.recipe import PersonalizeConfig
 from testbed.protocol import photo
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -38,8 +39,9 @@ def looked(monkeypatch):
     return names
 
 
-def ask(folder, size_px=32, crop=False, **options):
-    return cache.prepared(open_people(folder), size_px, crop, "cascade", **options)
+def ask(folder, size_px=32, crop=False, face="largest", **options):
+    config = PersonalizeConfig(crop=crop, face_detector="cascade", face=face)
+    return cache.prepared(open_people(folder), size_px, config, **options)
 
 
 def test_everybody_is_prepared_once_and_is_the_same_bit_for_bit(folder, looked):
@@ -60,16 +62,20 @@ def test_changed_photos_and_settings_are_prepared_anew(folder, looked, monkeypat
     ask(folder, size_px=16)
     ask(folder, crop=True)
     assert len(looked) == 9
+    ask(folder, crop=True, face="leftmost")
+    monkeypatch.setattr("lidb_peft.__version__", "another")  # which may crop otherwise
+    ask(folder)
+    assert len(looked) == 15
     (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
     ask(folder)
-    assert len(looked) == 12
+    assert len(looked) == 18
     monkeypatch.setattr("hypernet.inputs.people._WHOLE_BYTES", 1000)  # of larger files a digest sees parts
     ask(folder)
     ask(folder)
-    assert len(looked) == 15
+    assert len(looked) == 21
     os.utime(folder / "1.png", (1, 1))
     ask(folder)
-    assert len(looked) == 18
+    assert len(looked) == 24
 
 
 def test_a_preparation_that_was_stopped_goes_on(folder, looked, monkeypatch):
@@ -113,3 +119,40 @@ def test_where_the_cache_cannot_be_written_the_photos_are_read_as_before(folder,
     (folder.parent / "assets").write_text("no folder")
     with pytest.warns(UserWarning, match=r"is not prepared in the cache.*assets"):
         assert not ask(folder).is_prepared
+
+
+def test_a_cache_that_can_only_be_read_is_read(folder, looked, monkeypatch):
+    made = ask(folder)
+
+    def refuse(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (entry,) = cache._root().iterdir()
+    (entry / ".arrow").rename(entry.parent / "taken-away")
+    monkeypatch.setattr(cache.os, "utime", refuse)
+    found = ask(folder)
+    assert found.is_prepared
+    assert found.roster == made.roster
+    assert not (entry / ".arrow").exists()
+    assert len(looked) == 3
+
+
+def test_a_data_set_that_makes_room_goes_at_once_even_if_removing_it_is_interrupted(folder, looked, monkeypatch):
+    ask(folder)
+    (old,) = cache._root().iterdir()
+    held = sum(file.stat().st_size for file in old.rglob("*") if file.is_file())
+    monkeypatch.setattr(cache, "CACHE_BYTES", held + 3 * 16**2 * 3 - 1)
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+
+    def die(path, **options):
+        (path / "prepared.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            ask(folder, size_px=16)
+    assert not old.exists()
+    monkeypatch.setattr(cache, "CACHE_BYTES", 10**9)
+    assert ask(folder).is_prepared
+    assert len(looked) == 6

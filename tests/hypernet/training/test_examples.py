@@ -104,6 +104,20 @@ def test_a_face_is_looked_for_once_however_often_its_photo_comes(face_folder, mo
     assert torch.equal(again[2, 0].seen, drawn[2][0].seen)
 
 
+def test_of_several_people_in_a_photo_the_one_that_is_asked_for_is_taken(face_folder, monkeypatch):
+    left, right = Face(0.0, 8.0, 12.0, 0.9), Face(16.0, 8.0, 16.0, 0.9)
+    monkeypatch.setattr(photos, "find_faces", lambda image, detector: [right, left])
+    config = replace(CONFIG, crop=True, face_detector="yunet")
+    shown = {
+        face: Examples(open_people(face_folder), 32, replace(config, face=face))[0, 0].seen
+        for face in ("largest", "leftmost", "rightmost")
+    }
+    assert torch.equal(shown["largest"], shown["rightmost"])
+    assert not torch.equal(shown["largest"], shown["leftmost"])
+    with pytest.raises(ValueError, match="face is 'middle'"):
+        replace(config, face="middle")
+
+
 def test_workers_that_are_spawned_get_the_same_examples(face_folder):
     """As on Windows and macOS: what a data loader hands to them is pickled, and holds no base model."""
     examples = Examples(open_people(face_folder), 32, CONFIG)
