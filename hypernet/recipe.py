@@ -403,7 +403,8 @@ class TrainConfig:
         crop: find each face and crop to it; otherwise crop the centre square of the photo.
         face_detector: face detector: ``yunet``, downloaded (233 KB) from the Hugging Face hub on first use, or OpenCV
             4's ``cascade``, which misses more faces; ``auto`` is ``yunet`` if available.
-        face: which face to use in a photo of several people, as for `PersonalizeConfig`.
+        face: which face to use in a photo of several people: the ``largest`` clear one, ``leftmost``, ``rightmost``,
+            or its number from the left, starting at 1.
         seed: random seed for the order of people, the noise and who is held out.
         gradient_checkpointing: save memory at the cost of speed; ``auto`` turns it on if a step would not fit into GPU
             memory.
