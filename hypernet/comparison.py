@@ -3,6 +3,7 @@
 It also evaluates single LoRA files, whoever made them. Pictures and scores are kept, and an interrupted run resumes.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,8 @@ from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, PreparedPerson, Skipped, derive_seed, open_people, prepare_person
 from hypernet.inputs.photos import to_pixels
-from hypernet.network.prediction import Hypernet
+from hypernet.network.config import HyperNetworkConfig
+from hypernet.network.prediction import Hypernet, load_network, weights_digest
 from hypernet.opened_request import OpenedRequest, recipe_space
 from hypernet.recipe import (
     DEFAULT_BASE,
@@ -305,6 +307,7 @@ def evaluate(
         "people": {"source": opened.source, "names": list(shown), "photos": photos},
         "baselines": asdict(fitted_by),
         "recipe": {name: value for name, value in asdict(recipe).items() if name not in ("steps", "theta_steps")},
+        "rows": {name: _fit_settings(request) for name, request in requests.items() if name in methods},
     }  # fmt: skip
     return _compare(bench, {method: rows[method] for method in methods}, references, settings, skipped, progress)
 
@@ -350,7 +353,10 @@ def evaluate_loras(
     reference = Reference("person", [photos[0].image], [photo.image for photo in photos])
     bench = PeopleBench(base, judge, config, recipe, texts, out, {"person": person}, BaselineConfig(), triggers)
     rows: dict[str, Method] = {row: partial(from_file, lora=file) for row, file in files.items()}
-    settings = {"references": person.key, "trigger": trigger or ""}
+    settings = {
+        "references": person.key, "trigger": trigger or "",
+        "rows": {row: {"file": _file_digest(file)} for row, file in files.items()},
+    }  # fmt: skip
     skipped = [Skipped("a reference photo", reason) for reason in left_out]
     return _compare(bench, rows, [reference], settings, skipped, progress)
 
@@ -428,6 +434,21 @@ def _requests(
         raise ValueError(f"the methods would be drawn with different prompts, {' and '.join(sorted(triggers))}; give "
                          "the hypernetwork's --token and --prompt")  # fmt: skip
     return found
+
+
+def _fit_settings(request: PeopleRequest) -> dict[str, Any]:
+    """What the scores of one of our own methods depend on, and those of the others do not."""
+    network = load_network(request.network) if isinstance(request.network, HyperNetworkConfig) else request.network
+    digest = "" if network is None else weights_digest(network)
+    return {"steps": request.config.steps, "theta_steps": request.config.theta_steps, "hypernetwork": digest}
+
+
+def _file_digest(path: Path) -> str:
+    """16 hex digits that change with the tensors of a LoRA, which may be a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _meet(

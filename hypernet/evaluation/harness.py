@@ -59,7 +59,8 @@ class Results:
 
         Args:
             columns: of the table.
-            settings: what scores depend on, the file's first line; None writes none.
+            settings: what scores depend on, the file's first line; None writes none. ``rows`` has what those of single
+                rows do; rows that are not among them stay as they are.
 
         Raises:
             ValueError: the file is of other settings, or no such file.
@@ -82,10 +83,15 @@ class Results:
 
     def _check(self, found: dict[str, Any]) -> None:
         asked = json.loads(json.dumps(self.settings))
-        for name in (*asked, *found):
-            if asked.get(name) != found.get(name):
-                raise ValueError(f"{self.path} is of another run: its {name} is {_short(found.get(name))}, and here it "
-                                 f"is {_short(asked.get(name))}; choose another output folder")  # fmt: skip
+        rows, known = asked.pop("rows", {}), found.pop("rows", {})
+        pairs = {name: (found.get(name), asked.get(name)) for name in (*asked, *found)}
+        pairs |= {f"row {row!r}": (known[row], rows[row]) for row in rows if row in known}
+        for name, (there, here) in pairs.items():
+            if there != here:
+                raise ValueError(f"{self.path} is of another run: its {name} is {_short(there)}, and here it is "
+                                 f"{_short(here)}; choose another output folder")  # fmt: skip
+        if known | rows:
+            self.settings = asked | {"rows": known | rows}
 
     def complete(
         self,

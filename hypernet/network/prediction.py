@@ -63,11 +63,17 @@ def predicted_start(config: HyperNetworkConfig, space: LiDBSpace, device: torch.
     network.check_space(space)
     if network.bases is not None:
         raise ValueError(f"{source} has learned bases, on which no target is fitted; pass one with frozen bases")
+    named = f"{Path(str(source)).name} {weights_digest(network)}"
+    cast(nn.Module, network).to(device)
+    return network.predict, named
+
+
+def weights_digest(network: HyperNetwork) -> str:
+    """16 hex digits that change with a hypernetwork's weights."""
     digest = hashlib.sha256()
     for value in network.state_dict().values():
-        digest.update(value.contiguous().numpy().tobytes())
-    cast(nn.Module, network).to(device)
-    return network.predict, f"{Path(str(source)).name} {digest.hexdigest()[:16]}"
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def predicted_recipe(network: HyperNetworkConfig, recipe: PersonalizeConfig | None = None) -> PersonalizeConfig:

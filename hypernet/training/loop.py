@@ -417,7 +417,8 @@ def _logged_validation(path: Path, step: int) -> float | None:
 def _read_skipped(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:  # a name may hold what splitlines takes for the end of a line
+        entries = [json.loads(line) for line in file]
     return {entry["name"]: entry["reason"] for entry in entries}
 
 

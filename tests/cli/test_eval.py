@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hypernet import comparison
 from testbed.protocol import photo
@@ -95,6 +96,19 @@ def test_results_of_another_run_are_kept(hdb, people):
     assert (hdb.folder / "out" / "results.jsonl").read_bytes() == before
 
 
+def test_a_row_of_other_steps_is_kept_and_other_rows_are_added(hdb, people):
+    arguments = ("eval", people, *QUICK, "--people", 2, "--methods")
+    hdb.run(*arguments, "no-hypernetwork")
+    before = scores(hdb)
+    message = hdb.run(*arguments, "no-hypernetwork", "--steps", 2, code=1)
+    assert "is of another run: its row 'no-hypernetwork' is {\"steps\": 1" in message
+    hdb.run(*arguments, "only-hypernetwork")
+    assert scores(hdb)[: len(before)] == before
+    settings = json.loads((hdb.folder / "out" / "results.jsonl").read_text().splitlines()[0])["settings"]
+    assert settings["rows"].keys() == {"no-hypernetwork", "only-hypernetwork"}
+    assert settings["rows"]["only-hypernetwork"]["hypernetwork"]
+
+
 def test_lora_files_of_anybody_are_judged_by_photos(hdb, people, made):
     shutil.copy(made / "me.safetensors", "me.safetensors")
     printed = hdb.run("eval", "--lora", "me.safetensors", "--reference", "people/p0/0.png", *QUICK)
@@ -103,6 +117,10 @@ def test_lora_files_of_anybody_are_judged_by_photos(hdb, people, made):
     assert (line["row"], line["person"]) == ("me", "person")
     assert "found" not in line  # there is nobody else
     assert (hdb.folder / "out" / "pictures" / "me" / "0000-person" / "seed-0" / "02-0.png").is_file()
+    state = load_file("me.safetensors")
+    save_file({name: tensor * 2 for name, tensor in state.items()}, "me.safetensors")
+    message = hdb.run("eval", "--lora", "me.safetensors", "--reference", "people/p0/0.png", *QUICK, code=1)
+    assert "is of another run: its row 'me' is" in message
 
 
 def test_what_is_wrong_is_said_before_anything_is_fitted(hdb, people, made):
@@ -121,7 +139,6 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(hdb, people, made):
 
 def test_a_lora_of_another_base_is_refused(hdb, people, tmp_path_factory):
     import torch
-    from safetensors.torch import save_file
 
     save_file({f"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_{end}.weight": torch.zeros(shape)
                for end, shape in (("down", (2, 640)), ("up", (640, 2)))}, "xl.safetensors")  # fmt: skip

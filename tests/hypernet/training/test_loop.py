@@ -1,6 +1,7 @@
 """Training the hypernetwork: that it learns, is resumed exactly, and is shared between processes."""
 
 import errno
+import itertools
 import json
 import shutil
 import sys
@@ -17,11 +18,11 @@ import hypernet.training.setup as setup
 import hypernet.training.validation as validation
 import lidb_peft.sealed
 from hypernet.fitting.targets import Shard, TargetStore, create_targets
-from hypernet.inputs.people import open_people, prepare_person
+from hypernet.inputs.people import Skipped, open_people, prepare_person, write_skipped
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import TrainConfig
-from hypernet.training.loop import train
+from hypernet.training.loop import _read_skipped, train
 from hypernet.training.objective import Objective
 from hypernet.training.setup import make_optimizer
 from lidb_peft import LiDBConfig, LiDBSpace
@@ -319,7 +320,7 @@ from hypernet.base_models.loading import load_base
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.inputs.people import open_people
 from hypernet.recipe import TrainConfig
-from hypernet.training.loop import train
+from hypernet.training.loop import _read_skipped, train
 from hypernet.training.objective import Objective
 from testbed import miniature_path
 
@@ -369,6 +370,12 @@ def test_what_cannot_be_used_is_skipped_and_listed(run, face_folder):
     listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert {entry["name"]: entry["reason"] for entry in listed} == result.skipped
     assert all(entry["people"] == 4 for entry in log(folder))
+
+
+def test_any_name_of_what_was_skipped_is_read_back(tmp_path):
+    names = {"a\u2028b.png": "no picture", "c\x85\n.png": "too small", "d\udcff.png": "no face"}
+    write_skipped(tmp_path / "skipped.jsonl", itertools.starmap(Skipped, names.items()))
+    assert _read_skipped(tmp_path / "skipped.jsonl") == names
 
 
 def test_it_goes_on_past_those_who_cannot_be_used_unless_that_is_everybody(run, face_folder):
