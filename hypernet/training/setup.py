@@ -100,15 +100,10 @@ def recomputes(objective: Objective, examples: Examples) -> bool:
 
 def _fits(objective: Objective, batch: Batch) -> bool:
     """Whether a pass, and what the optimizer will hold beside it, fit into the memory; nothing stays of it."""
-    device, dtype = objective.base.device, objective.base.dtype
+    device = objective.base.device
     objective.to(device).train()
     try:
-        copies = 2 + (objective.config.ema_decay > 0)  # Adam's two moments and the average
-        held = [torch.empty_like(each) for each in trained_parameters(objective.network) for _ in range(copies)]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, _ = objective(batch.to(device))
-        loss.backward()
-        del held, loss
+        _try_pass(objective, batch)
         is_full = False
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -118,6 +113,17 @@ def _fits(objective: Objective, batch: Batch) -> bool:
     if is_full:
         release_memory(device)  # only here has the failed attempt let go of its tensors
     return not is_full
+
+
+def _try_pass(objective: Objective, batch: Batch) -> None:
+    """Take a pass; what it holds is gone with its frame, also where it fails."""
+    device, dtype = objective.base.device, objective.base.dtype
+    copies = 2 + (objective.config.ema_decay > 0)  # Adam's two moments and the average
+    held = [torch.empty_like(each) for each in trained_parameters(objective.network) for _ in range(copies)]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss, _ = objective(batch.to(device))
+    loss.backward()
+    del held
 
 
 def targets_to_learn(

@@ -1,11 +1,14 @@
 """Training the hypernetwork: that it learns, is resumed exactly, and is shared between processes."""
 
 import errno
+import gc
 import itertools
 import json
 import shutil
 import sys
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -357,6 +360,37 @@ def test_two_processes_train_as_one_in_two_passes_bit_for_bit_and_tell_when_the_
         assert one == pytest.approx(other, abs=1e-5)
     assert [process.returncode for process in pair] == [9, 0], told
     assert "TOLD another process of this training has died or hangs" in told[1][0]
+
+
+class FullPass(torch.nn.Module):
+    """Stands for an objective whose backward pass does not fit into the memory."""
+
+    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    config = SimpleNamespace(ema_decay=0.0)
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.losses = torch.nn.Linear(4, 4), []
+
+    def forward(self, pixels):
+        loss = self.network(pixels).sum()
+        loss.register_hook(self.run_out)
+        self.losses.append(weakref.ref(loss))
+        return loss, None
+
+    def run_out(self, gradient):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_a_pass_that_does_not_fit_lets_go_of_its_tensors_before_memory_is_released(monkeypatch):
+    objective, left = FullPass(), []
+    monkeypatch.setattr(setup, "release_memory", lambda device: left.extend(loss() for loss in objective.losses))
+    gc.disable()
+    try:
+        assert not setup._fits(objective, torch.ones(1, 4))
+    finally:
+        gc.enable()
+    assert left == [None]
 
 
 # ---- bad input ----
