@@ -26,7 +26,7 @@ from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import TARGET_STEPS
 from lidb_peft import LiDBSpace
-from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
+from testbed import MINIATURE_RECIPE, miniature_path
 from testbed.portraits import SPLITS
 from testbed.protocol import shown_photos, shown_subjects
 
@@ -58,10 +58,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     base = load_base(str(miniature_path()), arguments.device, arguments.precision)
-    space = LiDBSpace(base.adapted, miniature_lidb_config())
     people = SPLITS["validation"][: arguments.people]
     subjects = shown_subjects(base, people)
-    predict, _ = predicted_start(read_config(arguments.hypernet), space, base.device)
+    space, predict, _ = predicted_start(read_config(arguments.hypernet), base.adapted, base.device)
     starts = {"theta_0": space.theta_0.expand(len(people), -1, -1), "prediction": predict(shown_photos(people))}
     recipe = replace(MINIATURE_RECIPE, theta_lr=arguments.lr)
     losses = {name: [] for name in starts}

@@ -9,7 +9,7 @@ from cli.options import Command, FolderOrUrl, field_option
 from hypernet.recipe import TARGET_STEPS, PersonalizeConfig
 
 # Fields of the finetuning and of pictures.
-_OTHERS = {"steps", "lr", "rank", "max_timestep", "adapt", "guidance"}
+_OTHERS = {"steps", "lr", "rank", "max_timestep", "guidance"}
 
 
 @click.command(name="preoptimize", cls=Command)

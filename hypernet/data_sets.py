@@ -39,7 +39,7 @@ from hypernet.recipe import (
 from hypernet.training import loop, start
 from hypernet.training.setup import check_folder, open_network
 from hypernet.training.start import StartState
-from lidb_peft import LiDBConfig, LiDBSpace
+from lidb_peft import LiDBConfig
 from lidb_peft.outputs import check_output
 
 if TYPE_CHECKING:
@@ -150,10 +150,10 @@ def make_targets(request: TargetsRequest, progress: StageProgress | None = None)
     state, base = _on_own_device(request.base)
     config, recipe = request.config, request.config.recipe
     people = cache.prepared(request.people, base.size_px, recipe, make=False)
-    space = LiDBSpace(base.adapted, request.lidb_config)
-    predict, start_name = (
-        (None, "theta_0") if request.network is None else predicted_start(request.network, space, base.device)
-    )
+    if request.network is None:
+        space, predict, start_name = recipe_space(base, recipe, request.lidb_config), None, "theta_0"
+    else:
+        space, predict, start_name = predicted_start(request.network, base.adapted, base.device)
     with state.main_process_first():  # which makes the store
         store = preoptimization.open_targets(request.out, base, space, people, config, start_name)
     count = people.count()

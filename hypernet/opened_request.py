@@ -261,8 +261,7 @@ def _stopped_at(losses: dict[str, Tensor], stage: str, num_steps: int) -> tuple[
 
 def recipe_space(base: BaseModel, config: PersonalizeConfig, lidb_config: LiDBConfig) -> LiDBSpace:
     """The layers that a recipe adapts, unless a hypernetwork or theta file determines them."""
-    models = base.adapted
-    return LiDBSpace(models if config.adapt == "all" else dict([next(iter(models.items()))]), lidb_config)
+    return LiDBSpace(base.models_to_adapt(config.adapt), lidb_config)
 
 
 def _theta_space(base: BaseModel, file: ThetaFile, source: str) -> LiDBSpace:

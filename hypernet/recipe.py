@@ -186,7 +186,7 @@ class PersonalizeConfig:
 
     token: str = "sks"
     prompt: str = "a [V] face"
-    adapt: str = setting("all", ("denoiser", "all"))
+    adapt: str = setting("denoiser", ("denoiser", "all"))
     theta_steps: int = setting(0, least=0)
     theta_lr: float = setting(5e-3, above=0)
     steps: int = setting(80, least=0)
@@ -349,6 +349,8 @@ class NetworkConfig:
 
     Attributes:
         encoder: vision transformer that encodes the photos, an id or a folder.
+        adapt: layers whose LiDB weights are predicted: those of the ``denoiser``, or ``all``, which includes the text
+            encoders, as the paper's do. Predicted text encoders forget prompts.
         train_encoder: train the encoder too.
         learned_bases: learn the bases too, which everybody shares.
         k: number of refinements of each prediction, the paper's k.
@@ -358,6 +360,7 @@ class NetworkConfig:
     """
 
     encoder: str = DEFAULT_ENCODER
+    adapt: str = setting("denoiser", ("denoiser", "all"))
     train_encoder: bool = False
     learned_bases: bool = False
     k: int = setting(4, least=1)

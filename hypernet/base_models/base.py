@@ -18,7 +18,7 @@ from hypernet.base_models.prediction import Prediction
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
 from lidb_peft import base_fingerprint
-from lidb_peft.families import Family
+from lidb_peft.families import Family, get_family
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -137,7 +137,18 @@ class BaseModel(ABC):
     @property
     @abstractmethod
     def adapted(self) -> dict[str, nn.Module]:
-        """The models whose layers are adapted, by component name, the denoiser first."""
+        """The models whose layers can be adapted, by component name, the denoiser first."""
+
+    def models_to_adapt(self, adapt: str) -> dict[str, nn.Module]:
+        """Those of `adapted` that a setting ``adapt`` means, ``denoiser`` or ``all``.
+
+        A text encoder that its family leaves as it is unless asked, FLUX.1's CLIP, was asked for if it is there.
+        """
+        if adapt == "all":
+            return self.adapted
+        family = get_family(self.family)
+        asked_for = {component.name for component in family.components if not component.is_adapted}
+        return {name: model for name, model in self.adapted.items() if name in asked_for | {family.denoiser.name}}
 
     @property
     @abstractmethod

@@ -25,7 +25,7 @@ from hypernet.inputs.people import Skipped, write_skipped
 from hypernet.recipe import NUM_TIMESTEPS, PersonalizeConfig, TrainConfig
 from lidb_peft import LiDBSpace, base_fingerprint, check_record, space_record
 from lidb_peft.files import atomic_path
-from lidb_peft.record import missing_fields, same_base
+from lidb_peft.record import fingerprint_components, missing_fields, same_base
 from lidb_peft.safe_read import printable, read_json_object
 from lidb_peft.sealed import read_sealed, write_sealed
 
@@ -146,6 +146,12 @@ class TargetStore:
         self.manifest = _read_manifest(self.folder, self.place)
         record = self.manifest["space"]
         theirs, ours = record["base_fingerprint"], base_fingerprint(space.models)
+        parts, here = fingerprint_components(theirs, str(folder)), tuple(space.models)
+        if parts and parts != here:
+            raise ValueError(
+                f"{folder} holds targets for {' and '.join(parts)}, not for {' and '.join(here)}; pass the --adapt "
+                f"that they were fitted with, or fit new ones with hdb preoptimize"
+            )
         if theirs and ours and not same_base(theirs, ours):
             name = printable(record["base_model_name"]) or "another base model"
             raise ValueError(

@@ -53,19 +53,27 @@ def predict_people(
     return thetas, {label: basis.detach().to("cpu", copy=True) for label, basis in network.bases.items()}
 
 
-def predicted_start(config: HyperNetworkConfig, space: LiDBSpace, device: torch.device) -> tuple[Start, str]:
-    """Load a hypernetwork to start many fits at its predictions; return that and a name for the manifest.
+def predicted_start(
+    config: HyperNetworkConfig, models: dict[str, nn.Module], device: torch.device
+) -> tuple[LiDBSpace, Start, str]:
+    """Load a hypernetwork to start many fits at its predictions.
+
+    Args:
+        models: those that a base adapts, by component name.
+
+    Returns:
+        The space of its predictions, the start, and a name for the manifest.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it predicts no thetas of ``space``.
+        FileNotFoundError, ValueError: there is none, or it is of other models.
     """
     source, network = config.name_or_path, load_network(config)
-    network.check_space(space)
+    space = network.space_on(models)
     if network.bases is not None:
         raise ValueError(f"{source} has learned bases, on which no target is fitted; pass one with frozen bases")
     named = f"{Path(str(source)).name} {weights_digest(network)}"
     cast(nn.Module, network).to(device)
-    return network.predict, named
+    return space, network.predict, named
 
 
 def weights_digest(network: HyperNetwork) -> str:

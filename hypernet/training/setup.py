@@ -21,7 +21,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import load_network
 from hypernet.optimizers import make_adamw
 from hypernet.processes import WAIT
-from hypernet.recipe import TrainConfig
+from hypernet.recipe import NetworkConfig, TrainConfig
 from hypernet.training.examples import Batch, Examples
 from hypernet.training.objective import Objective
 from hypernet.training.state import has_state
@@ -163,6 +163,7 @@ def open_network(
     lidb_config: LiDBConfig,
     base_model_name: str,
     seed: int,
+    adapt: str = NetworkConfig.adapt,
     **options: Any,
 ) -> tuple[HyperNetwork, LiDBSpace]:
     """The hypernetwork to train, and the space of its predictions on ``base``.
@@ -171,6 +172,7 @@ def open_network(
         trained: folder of the training to go on with; None begins one.
         start: of the hypernetwork that it begins, or began, with; None makes a fresh one around ``encoder``.
         lidb_config: of a fresh one's predictions.
+        adapt: a fresh one's layers, as in `hypernet.recipe.NetworkConfig`.
         options: of a fresh one's `HyperNetworkConfig`.
 
     Raises:
@@ -181,15 +183,18 @@ def open_network(
         if start is not None:
             network = load_network(start)
             return network, network.space_on(base.adapted)
-        space = LiDBSpace(base.adapted, lidb_config)
+        space = LiDBSpace(base.models_to_adapt(adapt), lidb_config)
         return HyperNetwork.from_encoder(encoder, space, Path(base_model_name).name, seed, **options), space
     check_resumable(trained)
     network = HyperNetwork.from_pretrained(trained / LAST)
     found = {} if start is not None else {name: getattr(network.config, name) for name in options}
     differing = [f"{name} {value} (here {options[name]})" for name, value in found.items() if value != options[name]]
+    space = network.space_on(base.adapted)
+    if start is None and space.layer_names != LiDBSpace(base.models_to_adapt(adapt), lidb_config).layer_names:
+        differing.append(f"other layers (here those of --adapt {adapt})")
     if differing:
         raise ValueError(f"{trained} trains a hypernetwork with {', '.join(differing)}; resume with the same options")
-    return network, network.space_on(base.adapted)
+    return network, space
 
 
 def check_folder(out: Path, resume: bool, inputs: Sequence[str | Path | None]) -> None:

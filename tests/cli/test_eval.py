@@ -128,7 +128,7 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(hdb, people, made):
     assert "'magic' is not a method; choose from ours, only" in hdb.fail(*run, "--methods", "magic", code=2)
     message = hdb.fail(*run, "--methods", "ours", "--hypernet", "none")
     assert message.startswith("ours: there is no hypernetwork for testbed to start from; pass --hypernet")
-    assert "DINO, 'nobody/dino', is not a folder here" in hdb.fail("eval", people, *QUICK, "--dino", "nobody/dino")
+    assert "the DINO 'nobody/dino' is not a folder here" in hdb.fail("eval", people, *QUICK, "--dino", "nobody/dino")
     assert "did you mean 'lora_steps'?" in hdb.fail(*run, "--baseline", "lora_step=3")
     assert "no folder of PEOPLE" not in hdb.fail("eval", *QUICK, code=2)
     assert "--lora requires --reference" in hdb.fail("eval", "--lora", "x.safetensors", *QUICK, code=2)

@@ -42,6 +42,21 @@ def test_train_makes_a_hypernetwork_with_and_without_targets(hdb, faces):
     assert [set(line) for line in lines] == [{"step", "loss", "target_distance", "people", "lr"}] * 2
 
 
+def test_the_denoiser_alone_or_all_layers_are_predicted_and_have_targets(hdb, faces):
+    few = ("--base", "testbed", "--no-crop", "--steps", 1, "--timesteps-per-step", 1)
+    for adapt, count in (("denoiser", 128), ("all", 176)):
+        chosen = () if adapt == "denoiser" else ("--adapt", adapt)
+        hdb.run("preoptimize", faces, *few, *chosen, "--out", f"targets-{adapt}")
+        arguments = ("train", faces, *QUICK, *chosen, "--validation", 0, "--out", f"net-{adapt}")
+        hdb.run(*arguments, "--targets", f"targets-{adapt}")
+        assert len(HyperNetwork.from_pretrained(hdb.folder / f"net-{adapt}" / "last").config.layers) == count
+    assert "net-all trains a hypernetwork with other layers (here those of --adapt denoiser)" in hdb.fail(
+        "train", faces, *QUICK, "--validation", 0, "--out", "net-all", "--targets", "targets-all", "--resume"
+    )
+    message = hdb.fail("train", faces, *QUICK, "--out", "net", "--targets", "targets-all")
+    assert "holds targets for unet and text_encoder, not for unet; pass the --adapt" in message
+
+
 def test_train_goes_on_from_another_training(hdb, faces):
     hdb.run("train", faces, *QUICK, "--out", "net", "--validation", 0, "--learned-bases", "--token", "ohwx")
     further = ("train", faces, *ANY_NETWORK, "--init-from", "net/last", "--preservation", 1, "--validation", 0)

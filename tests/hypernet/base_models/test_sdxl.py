@@ -23,7 +23,7 @@ from lidb_peft import LiDBConfig, LiDBSpace
 from lidb_peft.safe_read import read_header
 
 LIDB = LiDBConfig(down_dim=8, up_dim=6)
-QUICK = PersonalizeConfig(theta_steps=2, theta_lr=0.1, steps=2, lr=0.05, rank=2, crop=False)
+QUICK = PersonalizeConfig(adapt="all", theta_steps=2, theta_lr=0.1, steps=2, lr=0.05, rank=2, crop=False)
 PROMPTS = ("a sks face", "a pencil drawing of a sks face")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig
 
 import hypernet.fitting.preoptimize as preoptimize_module
+from hypernet.base_models.loading import load_base
 from hypernet.claims import Claims, Shares
 from hypernet.fitting.batch_size import LARGEST_BATCH, _largest_batch, choose_batch
 from hypernet.fitting.engine import fit_theta
@@ -24,6 +25,7 @@ from hypernet.inputs.photos import load_photo
 from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import predicted_start
 from hypernet.recipe import PersonalizeConfig, PreoptimizeConfig
+from testbed import miniature_path
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -324,18 +326,24 @@ def test_a_hypernetwork_starts_fits_and_names_itself_by_its_weights(space, tmp_p
     small = {"hidden_size": 16, "num_attention_heads": 2, "k": 1}
     network = HyperNetwork(HyperNetworkConfig.for_space(space, encoder, **small)).eval()
     network.save_pretrained(tmp_path / "first")
-    start, name = predicted_start(read_config(tmp_path / "first"), space, torch.device("cpu"))
+    models = load_base(str(miniature_path()), device="cpu").adapted
+
+    def started(name):
+        return predicted_start(read_config(tmp_path / name), models, torch.device("cpu"))
+
+    found, start, name = started("first")
+    assert found.layer_names == space.layer_names
     pixels = torch.zeros(2, 3, 32, 32)
     with torch.no_grad():  # the decoder's layers take another path, and round otherwise
         assert torch.equal(start(pixels), network(pixels))
     HyperNetwork(network.config, seed=1).save_pretrained(tmp_path / "first")
-    other = predicted_start(read_config(tmp_path / "first"), space, torch.device("cpu"))[1]
+    other = started("first")[2]
     assert name.startswith("first ")
     assert name != other
     learned = HyperNetworkConfig.for_space(space, encoder, learned_bases=True, **small)
     HyperNetwork(learned).save_pretrained(tmp_path / "learned")
     with pytest.raises(ValueError, match="learned bases"):
-        predicted_start(read_config(tmp_path / "learned"), space, torch.device("cpu"))
+        started("learned")
 
 
 # ---- how many at once, and how far it is ----

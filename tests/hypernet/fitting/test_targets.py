@@ -87,7 +87,7 @@ def test_targets_of_another_space_are_refused(store, base, space, change):
 
 
 def test_targets_of_other_layers_are_refused(store, base):
-    with pytest.raises(ValueError, match="base"):
+    with pytest.raises(ValueError, match="targets for unet and text_encoder, not for unet"):
         TargetStore(store.folder, LiDBSpace({"unet": base.unet}, store_config(store)))
 
 
