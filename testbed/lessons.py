@@ -101,6 +101,7 @@ class Lessons:
         likeness: Likeness | None = None,
         likeness_from: int = 0,
         one_copy_from: float = math.inf,
+        preservation: float = 1.0,
     ) -> None:
         """Train ``network``, or with None whatever `loss` is called with.
 
@@ -109,9 +110,11 @@ class Lessons:
             likeness: the loss on pictures that predictions draw, used from step ``likeness_from`` on.
             one_copy_from: from this step on, there is one noisy copy of each picture instead of `COPIES`, which saves a
                 fifth of the time.
+            preservation: weight of what prompts are to go on changing.
         """
         self.base, self.space, self.network, self.seed = base, space, network, seed
         self.likeness, self.likeness_from, self.one_copy_from = likeness, likeness_from, one_copy_from
+        self.preservation = preservation
         self.templates = template_bank()
         side = base.latent_shape[-1]
         self.weights = torch.stack([loss_weights(side, background) for background in BACKGROUND])
@@ -155,7 +158,7 @@ class Lessons:
         with self.space.apply(*parts(slice(None))):
             found = self._denoise(noisy.flatten(0, 2), flat[2], asked.flatten(0, 2)).view(latents.shape)
         errors = ((found - target).square() * self.weights[:, None, None]).mean(dim=(0, 2, 3, 4, 5))
-        loss = errors.sum() + self._change(lesson, parts, noisy[:, 0], timesteps[:, 0], found[:, 0])
+        loss = errors.sum() + self.preservation * self._change(lesson, parts, noisy[:, 0], timesteps[:, 0], found[:, 0])
         if self.likeness is None or lesson.step < self.likeness_from:
             return loss
         return loss + LIKENESS * self._likeness(lesson, parts)

@@ -10,7 +10,7 @@ does, then `testbed.starting`). Each stage resumes where it was stopped.
 import math
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -60,12 +60,33 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
 RECOGNISER_PEOPLE, RECOGNISER_STEPS = 9_000, 2_200
-WITH_LIKENESS, LIKENESS_FROM, ONE_COPY_FROM = 1_900, 615, 846  # steps; the first are the same as on prompts
 START_LR, START_EMA, START_WARMUP = 1.5e-3, 0.9, 5  # of `testbed.starting`, after the rounds
 START_LESSONS = {"start-predicted": 30, "start-alone": 30}
 MOST_STEPS = {"start-predicted": 10, "start-alone": 20}  # of their finetunings
 START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
 START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
+
+
+@dataclass(frozen=True)
+class LikenessStage:
+    """A training whose loss has the likeness of drawn pictures; the options of `testbed.lessons.Lessons`.
+
+    Attributes:
+        name: of its folder.
+    """
+
+    name: str
+    steps: int
+    seed: int
+    likeness_from: int = 0
+    one_copy_from: int = 0
+    preservation: float = 1.0
+
+
+WITH_LIKENESS = (
+    LikenessStage("likeness", 1_900, seed=1, likeness_from=615, one_copy_from=846),
+    LikenessStage("hypernetwork", 2_300, seed=2, preservation=2.0),
+)
 
 
 class PhotoFeatures(nn.Module):
@@ -173,31 +194,29 @@ def train_in_prompts(run: Run, before: Path) -> Path:
     return folder
 
 
-def train_with_likeness(run: Run, before: Path) -> Path:
+def train_with_likeness(run: Run, stage: LikenessStage, before: Path) -> Path:
     """Continue training the hypernetwork in ``before``, with a loss on drawings; returns its folder, in float16."""
-    folder = run.out / "hypernetwork"
+    folder = run.out / stage.name
     if not (folder / "model.safetensors").exists():
         base, space = load_denoiser()
         network = HyperNetwork.from_pretrained(before).train()
         trainer = Trainer(
-            "likeness", run, network, WITH_LIKENESS, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
+            stage.name, run, network, stage.steps, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
         )
-        trainer.run(lessons_with_likeness(run, base, space, network, LIKENESS_FROM, ONE_COPY_FROM))
+        likeness = recogniser_loss(run, base, space)
+        trainer.run(
+            Lessons(
+                base, space, network, stage.seed, likeness, stage.likeness_from, stage.one_copy_from, stage.preservation
+            )
+        )
         network.save_pretrained(folder, dtype=torch.float16)
     return folder
 
 
-def lessons_with_likeness(
-    run: Run,
-    base: BaseModel,
-    space: LiDBSpace,
-    network: HyperNetwork | None = None,
-    likeness_from: int = 0,
-    one_copy_from: float = math.inf,
-) -> Lessons:
-    """Lessons with other people than the previous stage, and the run's recognition network."""
+def recogniser_loss(run: Run, base: BaseModel, space: LiDBSpace) -> Likeness:
+    """The loss on drawings, by the run's recognition network."""
     recogniser = train_recogniser(run, base, math.ceil(RECOGNISER_PEOPLE * run.fraction), RECOGNISER_STEPS)
-    return Lessons(base, space, network, 1, Likeness(base, space, recogniser), likeness_from, one_copy_from)
+    return Likeness(base, space, recogniser)
 
 
 def load_denoiser() -> tuple[BaseModel, LiDBSpace]:
@@ -229,7 +248,8 @@ def learn_a_start(
         with resumable_start(run.out / f"{name}.unfinished.safetensors", space, rank) as (state, checkpoint):
             learn_start(base, space, people, config, fit, state, rank, bases, checkpoint=checkpoint)
             start = Start(state.start.half().float())
-            lessons = StartLessons(lessons_with_likeness(run, base, space), start, network, MOST_STEPS[name])
+            of_people = Lessons(base, space, seed=1, likeness=recogniser_loss(run, base, space))
+            lessons = StartLessons(of_people, start, network, MOST_STEPS[name])
             schedule = START_LESSONS[name], START_LR, START_EMA
             Trainer(f"{name}-lessons", run, start, *schedule, warmup=START_WARMUP).run(lessons)
             save_start(file, start.flat.detach(), rank, space)
@@ -253,7 +273,9 @@ def main(
         init_from = train_from_nothing(out, people, encoder_steps, fraction)
     run = Run(out, fraction)
     in_prompts = train_in_prompts(run, init_from)
-    folder = train_with_likeness(run, in_prompts)
+    folder = in_prompts
+    for stage in WITH_LIKENESS:
+        folder = train_with_likeness(run, stage, folder)
     networks = [HyperNetwork.from_pretrained(each).requires_grad_(False) for each in (in_prompts, folder)]
     shutil.copy(learn_a_start(run, "start-predicted", START_PREDICTED, *networks), folder / START_FILE)
     alone = learn_a_start(run, "start-alone", START_ALONE, None, None)
