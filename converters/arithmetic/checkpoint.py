@@ -244,6 +244,8 @@ def differences(
     common = [name for name in tuned if name in base]
     for done, name in enumerate(common, 1):
         first, second = tuned[name].load(), base[name].load()
+        if progress is not None:
+            progress(done, len(common))
         are_alike = min(first.dim(), second.dim()) > 1 and first.flatten(1).shape == second.flatten(1).shape
         if not are_alike and first.shape != second.shape:  # of proj_in, one may be linear and one a 1x1 convolution
             if _is_trained(name):
@@ -256,8 +258,6 @@ def differences(
             raise ValueError(f"{name} holds NaN or infinity in {tuned[name].file} or {base[name].file}; it is damaged")
         if difference.any():
             yield name, difference, _is_rounding(first, second.view(first.shape), difference)
-        if progress is not None:
-            progress(done, len(common))
 
 
 def _is_rounding(first: Tensor, second: Tensor, difference: Tensor) -> bool:

@@ -176,16 +176,16 @@ def _examples(
 def _at_work(accelerator: Accelerator, base: BaseModel, recomputed: bool, out: Path, resume: bool) -> Iterator[None]:
     """Hold the folder, and what the base needs for training, until the training ends in whatever way."""
     is_main = accelerator.is_main_process
-    with (
-        locked_folder(out, "a training") if is_main else nullcontext(),
-        base.checkpointed(recomputed),
-    ):
-        if is_main:
-            check_start(out, resume)  # another may have begun, and ended, since
-        try:
+    try:
+        with (
+            locked_folder(out, "a training") if is_main else nullcontext(),
+            base.checkpointed(recomputed),
+        ):
+            if is_main:
+                check_start(out, resume)  # another may have begun, and ended, since
             yield
-        finally:
-            base.release_vae()
+    finally:
+        base.release_vae()
 
 
 class _Run:
