@@ -21,6 +21,20 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
+def without_data_set_bars() -> Iterator[None]:
+    """Keep datasets from showing bars in a block, of what is read in a moment."""
+    import datasets
+
+    had_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def silent_diffusers() -> Iterator[None]:
     """Keep diffusers from logging anything in a block: of a LoRA it logs an error for every layer that does not fit."""
     from diffusers.utils import logging as library

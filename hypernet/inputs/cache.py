@@ -17,6 +17,7 @@ import lidb_peft
 from hypernet.errors import first_sentence
 from hypernet.inputs.people import People, RawPhoto, is_told_by_parts, open_people, with_detector
 from hypernet.inputs.prepared import is_complete, prepare, settings_of
+from hypernet.quiet import without_data_set_bars
 from hypernet.recipe import PersonalizeConfig, StageProgress, TrainConfig
 
 CACHE_BYTES = 20 * 10**9
@@ -64,7 +65,8 @@ def prepared(
         arrow: Path | None = folder / ".arrow"
     except OSError:  # somebody else's cache, which is only read here
         arrow = None
-    return replace(open_people(folder, cache_dir=arrow), source=people.source)
+    with without_data_set_bars():
+        return replace(open_people(folder, cache_dir=arrow), source=people.source)
 
 
 def _root() -> Path:

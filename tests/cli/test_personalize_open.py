@@ -100,8 +100,15 @@ def test_a_preset_yields_to_a_config_and_both_to_the_command_line(hdb, seen):
 # ---- while it runs ----
 
 
-def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a shell takes away from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not(ctrl_c):
     with Stop() as stop:
         with pytest.raises(KeyboardInterrupt):  # nothing is fitted yet
             signal.raise_signal(signal.SIGINT)
@@ -111,7 +118,7 @@ def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not():
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 def test_the_loss_is_looked_at_once_a_second_and_stands_in_the_log(capsys):

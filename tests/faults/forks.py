@@ -70,8 +70,17 @@ def start(
     child = os.fork()
     if child == 0:
         os.environ.update(variables or {})
+        _forget_processes()
         _be_hdb(folder, arguments, log, die_before)
     return child
+
+
+def _forget_processes() -> None:
+    """What accelerate knows of other processes, since a test before this one has asked: there were none."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 def run(folder: Path, arguments: tuple[str, ...], log: Path, die_before: int = 0, die_after_s: float = 0.0) -> int:

@@ -250,7 +250,7 @@ def test_a_state_of_other_options_is_refused_and_one_of_other_people_begins_anew
 
 def test_samples_and_sheets_are_everybodys_own(run, tmp_path, monkeypatch):
     drawn = record_drawings(monkeypatch)
-    for module in ("personalization", "sheets"):
+    for module in ("opened_request", "sheets"):
         monkeypatch.setattr(f"hypernet.{module}.generate", lambda *rest, **options: generate(
             *rest, **{**options, "num_steps": 1}))  # fmt: skip
     reports = []
