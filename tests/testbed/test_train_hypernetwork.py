@@ -20,7 +20,6 @@ def test_the_recipe_makes_a_hypernetwork_from_nothing_and_goes_on(tmp_path, monk
     monkeypatch.setattr(recipe, "HELD_OUT", 1)
     for name in ("START_PREDICTED", "START_ALONE"):
         monkeypatch.setattr(recipe, name, StartConfig(rounds=2, people=2, inner_steps=1))
-    monkeypatch.setattr(recipe, "MOST_STEPS", dict.fromkeys(recipe.MOST_STEPS, 1))
     arguments = ["--out", str(tmp_path), "--people", "4", "--encoder-steps", "1", "--threads", "1",
                  "--fraction", "1e-6"]  # fmt: skip
     made = CliRunner().invoke(recipe.main, arguments, catch_exceptions=False)
