@@ -5,7 +5,7 @@ had claimed is taken over. A claim says who is at work, no more: a process that 
 has taken over. So a piece must be the same whoever makes it, and be written whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,16 @@ class Sharing(Protocol):
     def release(self, piece: int) -> None: ...
 
     def release_all(self) -> None: ...
+
+
+def take_missing(sharing: Sharing, piece: int, is_made: Callable[[int], bool]) -> bool:
+    """Claim a piece that is not made, not even in the moment before the claim; see `Claims.take`."""
+    if is_made(piece) or not sharing.take(piece):
+        return False
+    if is_made(piece):
+        sharing.release(piece)
+        return False
+    return True
 
 
 class Claims:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hypernet.base_models.base import BaseModel
-from hypernet.claims import LOOK_S, Claims, Sharing, one_at_a_time
+from hypernet.claims import LOOK_S, Claims, Sharing, one_at_a_time, take_missing
 from hypernet.devices import OUT_OF_MEMORY
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.batch_size import choose_batch
@@ -182,7 +182,7 @@ def _passes(
     others: set[int] = set()
     yield _free_shards(people, store, size_px, recipe, sharing, others)
     while sharing.waits and (others := {index for index in others if not store.has(index)}):
-        taken = next((index for index in sorted(others) if _take(store, index, sharing)), None)
+        taken = next((index for index in sorted(others) if take_missing(sharing, index, store.has)), None)
         if taken is None:
             time.sleep(LOOK_S)
             continue
@@ -203,22 +203,12 @@ def _free_shards(
     for index, rows in enumerate(_shards(people, store.batch)):
         if store.has(index):
             _check_rows(store, index, rows, people.source)
-        elif _take(store, index, sharing):
+        elif take_missing(sharing, index, store.has):
             yield index, _Prepared(rows, *_prepare(rows, size_px, recipe))
         else:
             others.add(index)
     if index < 0:
         raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
-
-
-def _take(store: TargetStore, index: int, sharing: Sharing) -> bool:
-    """Whether a shard is this process' to make."""
-    if store.has(index) or not sharing.take(index):
-        return False
-    if store.has(index):  # made in between
-        sharing.release(index)
-        return False
-    return True
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from hypernet.claims import LOOK_S, Claims, one_at_a_time
+from hypernet.claims import LOOK_S, Claims, one_at_a_time, take_missing
 from hypernet.inputs.people import (
     PREPARED_COLUMNS,
     PREPARED_MANIFEST,
@@ -210,13 +210,9 @@ def _make_shards(
 
     def claim() -> Iterator[int]:
         for shard in shards:
-            if _file(out, shard).exists() or not claims.take(shard):
-                continue
-            if _file(out, shard).exists():  # made in between
-                claims.release(shard)
-                continue
-            claimed.append(shard)
-            yield shard
+            if take_missing(claims, shard, lambda shard: _file(out, shard).exists()):
+                claimed.append(shard)
+                yield shard
 
     claiming = claim()
     first = next(claiming, None)

@@ -1,5 +1,7 @@
 """`hdb` in forks, which start in no time and are killed as by ``kill -9``: what the tests of kills share."""
 
+import collections
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -94,6 +96,27 @@ def run(folder: Path, arguments: tuple[str, ...], log: Path, die_before: int = 0
         time.sleep(die_after_s)
         os.killpg(child, signal.SIGKILL) if is_alive(child) else None
     return finish(child, LONGEST_S)
+
+
+def count_kills(names: Sequence[str], kills: int, kill: Callable[[str, int], str], kind: str = "") -> None:
+    """Kill so many times, name by name in turns, and print what was lost and how often; Ctrl-C ends it early.
+
+    Args:
+        kill: called with a name and the kill's number; returns what went wrong, or an empty string.
+        kind: what is said of each, such as ", 2 processes".
+    """
+    done, lost = collections.Counter(), collections.Counter()
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in range(kills):
+            name = names[number % len(names)]
+            problem = kill(name, number)
+            done[name] += 1
+            if problem:
+                lost[name] += 1
+                print(problem, flush=True)
+    for name in names:
+        print(f"{name}{kind}: {done[name]} killed, {lost[name]} lost")
+    print(f"{sum(done.values())} killed, {sum(lost.values())} lost")
 
 
 def finish(child: int, seconds: float) -> int:

@@ -5,8 +5,6 @@ kills run with the tests; by hand, over all commands: ``python tests/faults/test
 """
 
 import argparse
-import collections
-import contextlib
 import os
 import random
 import shutil
@@ -23,7 +21,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from forks import contents, copy_inputs, differences, find_torn, num_changes, prepare_people, run
+from forks import contents, copy_inputs, count_kills, differences, find_torn, num_changes, prepare_people, run
 from PIL import Image
 
 BASE = ("--base", "testbed", "--hypernet", "none", "--no-crop")
@@ -164,18 +162,8 @@ def main() -> None:
     names = arguments.only or list(SCENARIOS)
     place = Path(tempfile.mkdtemp())
     killer = Killer(place, arguments.seed)
-    done, lost = collections.Counter(), collections.Counter()
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it with what was found so far
-        for number in range(arguments.kills):
-            name = names[number % len(names)]
-            problem = killer.kill(name, by_time=number % 5 == 4)
-            done[name] += 1
-            if problem:
-                lost[name] += 1
-                print(problem, flush=True)
-    for name in names:
-        print(f"{name}: {done[name]} killed, {lost[name]} lost")
-    print(f"{sum(done.values())} killed, {sum(lost.values())} lost; seed {arguments.seed}")
+    count_kills(names, arguments.kills, lambda name, number: killer.kill(name, by_time=number % 5 == 4))
+    print(f"seed {arguments.seed}")
     shutil.rmtree(place)
 
 

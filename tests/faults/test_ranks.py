@@ -7,8 +7,6 @@ rounding: by less than a hundredth of what one step more changes. A few kills ru
 """
 
 import argparse
-import collections
-import contextlib
 import os
 import random
 import shutil
@@ -26,7 +24,18 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from forks import LONGEST_S, contents, copy_inputs, differences, find_torn, finish, is_alive, prepare_people, start
+from forks import (
+    LONGEST_S,
+    contents,
+    copy_inputs,
+    count_kills,
+    differences,
+    find_torn,
+    finish,
+    is_alive,
+    prepare_people,
+    start,
+)
 from safetensors.torch import load
 
 PEOPLE_A_STEP = 4  # so many processes at most
@@ -213,17 +222,12 @@ def main() -> None:
     names = arguments.only or list(SAYS)
     place = Path(tempfile.mkdtemp())
     ranks = Ranks(place, arguments.seed)
-    done, lost = collections.Counter(), collections.Counter()
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it with what was found so far
-        for number in range(arguments.kills):
-            name = names[number % len(names)]
-            problem = ranks.kill(name, arguments.processes)
-            done[name] += 1
-            if problem:
-                lost[name] += 1
-                print(problem, flush=True)
-    for name in names:
-        print(f"{name}, {arguments.processes} processes: {done[name]} killed, {lost[name]} lost")
+    count_kills(
+        names,
+        arguments.kills,
+        lambda name, _: ranks.kill(name, arguments.processes),
+        f", {arguments.processes} processes",
+    )
     print(f"the others ended within {ranks.slowest:.0f} s; seed {arguments.seed}")
     shutil.rmtree(place)
 
