@@ -33,7 +33,7 @@ from converters.shapes import fit_shapes, has_layer, kernel_side
 from converters.sidecar import Companions, check_companions, companions_first, read_companions, write_companions
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import Tensors, atomic_folder, write_safetensors
-from lidb_peft.outputs import check_output, check_output_folder
+from lidb_peft.outputs import OVERWRITE, check_output, check_output_folder
 from lidb_peft.safe_read import count, examples
 
 # Name -> what it is; LiDB's two hold what a LoRA cannot become without loss.
@@ -165,7 +165,7 @@ def check_target(
             if not is_adapter_folder(Path(target)):
                 raise FileExistsError(f"{target} is a folder of something else; name a new one")
             if not overwrite:
-                raise FileExistsError(f"{target} exists and is kept; choose another output, or pass --overwrite")
+                raise FileExistsError(f"{target} exists and is kept; choose another output, or {OVERWRITE}")
     else:
         check_output(target, sources, overwrite=overwrite, parents=parents)
 

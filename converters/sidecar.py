@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from converters.metadata import KohyaMetadata
 from lidb_peft.families import FAMILIES, get_family
 from lidb_peft.files import atomic_path
-from lidb_peft.outputs import check_not_an_input, check_output
+from lidb_peft.outputs import OVERWRITE, check_not_an_input, check_output
 from lidb_peft.safe_read import read_header
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def check_companions(
     text = str((earlier or {}).get("activation text") or "")
     if text and (not trigger or trigger not in text) and not overwrite and not lora_path.exists():
         raise FileExistsError(
-            f"{path} is the sidecar of another LoRA, whose activation text would be lost; choose another output, or"
-            " pass --overwrite"
+            f"{path} is the sidecar of another LoRA, whose activation text would be lost; choose another output, or "
+            f"{OVERWRITE}"
         )
     if preview:
         picture = _free_preview_path(lora_path)

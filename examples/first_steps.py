@@ -9,7 +9,9 @@ import sys
 from hypernet import generate, load_base, personalize, train
 from lidb_peft import load_theta
 
-faces = sys.argv[1]  # photos of people, one file each
+if len(sys.argv) != 2:
+    sys.exit("usage: python first_steps.py FACES, a folder with photos of people, one file each")
+faces = sys.argv[1]
 base = load_base("testbed")
 trained = train(faces, "hypernetwork", base, hypernet="testbed", steps=2, crop=False, num_workers=0, batch_size=2)
 me = personalize(f"{faces}/0.png", base, hypernet=trained.folder, steps=2, crop=False)

@@ -14,6 +14,7 @@ from .safe_read import printable
 
 # The suffix of an output that is a folder.
 FOLDER = ""
+OVERWRITE = "pass --overwrite (in Python overwrite=True)"
 _READERS = {
     ".safetensors": "name the file so, or readers will not find it",
     ".png": "pictures are written as PNG",
@@ -63,7 +64,7 @@ def check_output(
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; name a file to write")
     if not overwrite:
-        raise FileExistsError(f"{target} exists and is kept; choose another output, or pass --overwrite")
+        raise FileExistsError(f"{target} exists and is kept; choose another output, or {OVERWRITE}")
     if target.exists() and not target.is_file():
         raise FileExistsError(f"{target} is not a regular file and is kept; choose another output")
     if target.exists() and not target.stat().st_mode & _WRITABLE_BITS:
