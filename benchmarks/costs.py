@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -79,8 +79,8 @@ def save_random_sd15(folder: str | Path) -> None:
 
 
 def recipe_for(name: str) -> PersonalizeConfig:
-    """The recipe of `base_folder`'s base."""
-    return MINIATURE_RECIPE if name == "testbed" else PersonalizeConfig()
+    """The recipe of `base_folder`'s base, without the pictures that a step may draw."""
+    return replace(MINIATURE_RECIPE, likeness=0.0) if name == "testbed" else PersonalizeConfig()
 
 
 def lidb_config_for(name: str) -> LiDBConfig:

@@ -24,7 +24,8 @@ from testbed import MINIATURE_RECIPE
 from testbed.portraits import SPLITS
 
 LORA = replace(
-    MINIATURE_RECIPE, theta_steps=0, steps=40, lr=8e-3, rank=8, max_timestep=1000, background=1.0, preservation=0.0
+    MINIATURE_RECIPE, theta_steps=0, steps=40, lr=8e-3, rank=8, max_timestep=1000, background=1.0, preservation=0.0,
+    timesteps_per_step=4, likeness=0.0,
 )  # fmt: skip
 KEPT = replace(LORA, preservation=1.0, background=0.2)
 THETA = replace(KEPT, theta_steps=100, theta_lr=1e-2, steps=0)

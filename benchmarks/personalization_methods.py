@@ -37,6 +37,7 @@ from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.recipe import FitConfig
 from lidb_peft import LoraFactors
 from testbed import MINIATURE_RECIPE
+from testbed.faces import DrawnRecogniser
 from testbed.portraits import SPLITS
 from testbed.protocol import shown_photos
 
@@ -72,8 +73,9 @@ def relaxed(
     first = None if file is None else load_start(file).flat(space)
     if steps or first is not None:
         factors, _ = fit_lora(
-            world.base, space, world.subjects(people), recipe.lora_fit, recipe.rank, theta, bases=bases, start=first
-        )
+            world.base, space, world.subjects(people), recipe.lora_fit, recipe.rank, theta, bases=bases, start=first,
+            recogniser=DrawnRecogniser(),
+        )  # fmt: skip
         yield factors
     else:
         yield None if theta is None else [space.factors(each, bases) for each in theta]
@@ -154,17 +156,20 @@ def _relaxed_name(start: str, steps: int) -> str:
     return f"{start} + {steps} steps" if steps else f"{start} alone"
 
 
+BEFORE = {"likeness": 0.0, "timesteps_per_step": 4}  # of the recipe before 2026-11-30
 COMPARED_CLOSELY = {"people": 40, "seeds": 3}
 ROWS: dict[str, Row] = {
     "base": Row(untouched, **COMPARED_CLOSELY),
     **{_relaxed_name(PLAIN, steps): Row(partial(relaxed, steps=steps), **COMPARED_CLOSELY) for steps in (20, 40)},
     **{
-        f"{PLAIN} or start, {steps} steps": Row(partial(relaxed, steps=steps, start=False), **COMPARED_CLOSELY)
+        f"{PLAIN} or start, {steps} steps": Row(
+            partial(relaxed, steps=steps, start=False, **BEFORE), **COMPARED_CLOSELY
+        )
         for steps in (20, 80)
     },
     # The recipe before 2026-11-29 adapted the text encoder too and used noisier timesteps.
     f"{PLAIN} or start, 80 steps on all layers": Row(
-        partial(relaxed, steps=80, start=False, adapt="all", max_timestep=700), **COMPARED_CLOSELY
+        partial(relaxed, steps=80, start=False, adapt="all", max_timestep=700, **BEFORE), **COMPARED_CLOSELY
     ),
     "DreamBooth 1200": _dreambooth_row(1200, 1e-4),
     "DreamBooth 400": _dreambooth_row(400, 3e-4),
@@ -226,13 +231,17 @@ def network_rows(name: str, folder: Path, **sizes: int) -> dict[str, Row]:
     return {
         _relaxed_name(name, steps): Row(partial(relaxed, steps=steps, network=folder), **sizes)
         for steps in (40, 10, 3, 0)
+    } | {
+        f"{_relaxed_name(name, 10)} without likeness": Row(
+            partial(relaxed, steps=10, network=folder, **BEFORE), **sizes
+        )
     }
 
 
 def max_timestep_rows(hypernetwork: Path) -> dict[str, Row]:
     return {
         f"{_relaxed_name(PREDICTED, 40)} below {most}": Row(
-            partial(relaxed, steps=40, network=hypernetwork, max_timestep=most)
+            partial(relaxed, steps=40, network=hypernetwork, max_timestep=most, **BEFORE)
         )
         for most in (300, 500, 700, 1000)
     }

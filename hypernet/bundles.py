@@ -28,6 +28,7 @@ class Bundle:
         lidb_options: of its `LiDBConfig`.
         baselines: how what we compare with is fitted on it.
         faces: returns a `hypernet.evaluation.faces.FaceNetwork` for what it draws.
+        recogniser: returns a `hypernet.inputs.recognition.Recogniser` for what it draws.
     """
 
     base: Callable[[], Path] | None = None
@@ -36,6 +37,7 @@ class Bundle:
     lidb_options: dict[str, Any] = field(default_factory=dict)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
     faces: Callable[[], Any] | None = None
+    recogniser: Callable[[], Any] | None = None
 
     @property
     def lidb_config(self) -> "LiDBConfig":

@@ -20,6 +20,7 @@ from hypernet.fitting import preoptimize as preoptimization
 from hypernet.fitting.starts import save_start
 from hypernet.inputs import cache
 from hypernet.inputs.people import People, open_people, with_detector
+from hypernet.inputs.recognition import check_recogniser, load_recogniser
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import read_config
 from hypernet.network.prediction import load_network, predicted_recipe, predicted_start
@@ -287,16 +288,18 @@ def learn_start(
     if recipe is None:
         recipe = bundle.recipe if network_config is None else predicted_recipe(network_config, bundle.recipe)
     recipe = with_detector(changed(recipe, options))
+    check_recogniser(name, recipe)
     opened = open_people(people) if isinstance(people, str | Path) else people
     network = None if network_config is None else load_network(network_config).requires_grad_(False)
     base = as_base(base)
     space = recipe_space(base, recipe, bundle.lidb_config) if network is None else network.space_on(base.adapted)
-    of_round = start.rounds_of(opened, base, recipe, config, network)
+    recogniser = load_recogniser(name, recipe, base.device)
+    of_round = start.rounds_of(opened, base, recipe, config, network, recogniser)
     report = None if progress is None else partial(progress, "learn start")
     with start.resumable_start(out.with_suffix(".unfinished"), space, recipe.rank, config.seed) as (state, checkpoint):
         start.learn_start(
             base, space, of_round, config, recipe.lora_fit, state, recipe.rank,
-            None if network is None else network.bases, report, checkpoint,
+            None if network is None else network.bases, report, checkpoint, recogniser,
         )  # fmt: skip
         save_start(out, state.start, recipe.rank, space)
     return state

@@ -17,6 +17,7 @@ from hypernet.fitting.running import Observer, RunningFit
 from hypernet.fitting.starts import AUTO_START, LoraStart, find_start, load_start
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import PreparedPerson
+from hypernet.inputs.recognition import load_recogniser
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import load_network, predict_people
@@ -54,6 +55,7 @@ class OpenedRequest:
         space: of the thetas.
         start, start_source: the flat LoRA that finetunings start from, and its file; None and "" draw fresh ones.
         network: the hypernetwork that predicts where fits start, loaded; None if there is none.
+        recogniser: the network that recognises people in the finetuning; None if the recipe needs none.
         seconds: time of each stage; it becomes every result's.
         kept: the step of the people before, for the next ones; None keeps none.
     """
@@ -87,6 +89,7 @@ class OpenedRequest:
                 else _theta_space(base, file, request.theta_source)
             )
         self.start, self.start_source = self._open_start()
+        self.recogniser = load_recogniser(base.name, request.config, base.device)
 
     def _open_start(self) -> tuple[Tensor | None, str]:
         """The start of finetunings; ``auto`` uses an existing start that fits, and warns of one that does not.
@@ -151,7 +154,11 @@ class OpenedRequest:
         failed: dict[int, str] = {}
         snapshots: list[dict[int, LoraFactors]] = [{} for _ in people]
         with timed(self.seconds, "prepare photos"):
-            subjects = make_subjects(base, people, config.trigger, config.class_prompt, self.kept)
+            subjects = make_subjects(
+                base, people, config.trigger, config.class_prompt, self.kept, self.recogniser, failed
+            )
+        if len(failed) == len(people):
+            return [ValueError(reason) for reason in failed.values()]
         stage, state = (None, None) if resumed is None else (resumed["stage"], resumed["fit"])
         if resumed is not None and stage == FINETUNE:
             theta, losses = resumed["theta"], dict(resumed["losses"])
@@ -187,7 +194,7 @@ class OpenedRequest:
                 finetuned, losses[FINETUNE] = fit_lora(
                     base, space, subjects, config.lora_fit, config.rank, own,
                     _of_stage(progress, FINETUNE), bases, self.start, failed,
-                    self.kept, observe, state,
+                    self.kept, observe, state, self.recogniser,
                 )  # fmt: skip
             stopped_at = _stopped_at(losses, FINETUNE, config.steps)
         return [

@@ -164,7 +164,9 @@ class _Run:
         self.request, self.base, self.result, self.watch, self.report = request, base, result, watch, report
         config, draws = request.config, request.previews is not None
         self.opened = OpenedRequest(request, base, result.seconds)
-        self.batch_size = request.batch_size or choose_batch(base, self.opened.space, *_measured(config))
+        self.batch_size = request.batch_size or choose_batch(
+            base, self.opened.space, *_measured(config), self.opened.recogniser
+        )
         self.pictures = Pictures(base, self.opened.space, config, request.previews)
         self.stages = bool(config.theta_steps) + bool(config.steps) + draws + 1  # the last is writing
         # A kept step's memory is wanted for drawing, and for the other stage.

@@ -20,6 +20,7 @@ from hypernet.inputs.crops import open_photos
 from hypernet.inputs.people import People, with_detector
 from hypernet.inputs.photos import OpenPhoto
 from hypernet.inputs.pictures import PhotoLike, list_photos
+from hypernet.inputs.recognition import check_recogniser
 from hypernet.network.config import HyperNetworkConfig
 from hypernet.network.hypernetwork import HyperNetwork, read_config
 from hypernet.network.prediction import Hypernet, check_recipe, predicted_recipe
@@ -302,6 +303,7 @@ def _resolve(
     if described is not None:
         config = check_recipe(described, config)
     config = with_detector(config)
+    check_recogniser(name, config)
     if network is None and from_theta is None and not config.theta_steps and not config.steps:
         raise ValueError(
             "theta_steps and steps are both 0, so that nothing would be fitted; choose 1 or more of either"

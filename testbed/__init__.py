@@ -7,7 +7,8 @@ from hypernet.recipe import BaselineConfig, PersonalizeConfig
 
 MINIATURE_SIZE_PX = 32
 MINIATURE_RECIPE = PersonalizeConfig(
-    adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=4, max_timestep=500, guidance=3.0
+    adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=2, max_timestep=500, likeness=2.0,
+    guidance=3.0,
 )  # fmt: skip
 # Chosen on validation identities, docs/results.md.
 MINIATURE_BASELINES = BaselineConfig(
@@ -53,11 +54,18 @@ def miniature_lidb_config():
 def bundle() -> Bundle:
     """The recipe, hypernetwork and other settings for ``base="testbed"``."""
     return Bundle(
-        miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS, MINIATURE_BASELINES, _faces
-    )
+        miniature_path, miniature_hypernetwork_path, MINIATURE_RECIPE, MINIATURE_DIMS, MINIATURE_BASELINES, _faces,
+        _recogniser,
+    )  # fmt: skip
 
 
 def _faces():
     from testbed.faces import DrawnFaces
 
     return DrawnFaces()
+
+
+def _recogniser():
+    from testbed.faces import DrawnRecogniser
+
+    return DrawnRecogniser()

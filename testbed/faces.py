@@ -1,4 +1,4 @@
-"""The measuring network as the face network of `hdb eval`: who is in a picture of the miniature world."""
+"""Who is in a picture of the miniature world: the measuring network for `hdb eval`, another one for finetunings."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hypernet.evaluation.faces import SeenFace
 from testbed import MINIATURE_SIZE_PX
-from testbed.measuring import load_measuring_network, measuring_path, to_pixels
+from testbed.measuring import attributes_together, load_measuring_network, load_recogniser, measuring_path, to_pixels
 
 # Where the face is: the same place in all portraits.
 _BOX = (0.28, 0.25, 0.72, 0.85)
@@ -33,3 +33,16 @@ class DrawnFaces:
 
     def similarity(self, first: Tensor, second: Tensor) -> Tensor:
         return first @ second.T
+
+
+class DrawnRecogniser:
+    """The bundled recogniser, which is none of the networks that measure; see `testbed.likeness`."""
+
+    def __init__(self) -> None:
+        """Load it."""
+        self._network = load_recogniser()
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeddings ``(n, 101)``: half of their similarity is that of faces, half that of attributes."""
+        found = self._network(pixels)
+        return torch.cat([found.embedding, attributes_together(found.continuous, found.logits)], dim=1) * 0.5**0.5

@@ -8,47 +8,58 @@ words that may be seen, and half of its pictures were half denoised.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hypernet.base_models.base import BaseModel, PromptEmbeds
+from hypernet.fitting.likeness import STEPS, half_drawn
 from lidb_peft import LiDBSpace
 from lidb_peft.stacks import Stacks
 from testbed import MINIATURE_RECIPE
-from testbed.measuring import Measurement, MeasuringNetwork, labels, residual_trunk, to_images, to_pixels
+from testbed.measuring import (
+    RECOGNISER_WIDTH,
+    Measurement,
+    MeasuringNetwork,
+    labels,
+    residual_trunk,
+    to_images,
+    to_pixels,
+)
 from testbed.measuring_training import SHOTS, attribute_loss, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS, Identity, Scene, random_scene
 from testbed.prompts import scene_to_learn
 from testbed.trainer import Run, fixed_initialisation, step_generator
 
-RECOGNISER_WIDTH = 160
-RECOGNISER_NOISE = 0.15
 HALF_DENOISED = (20, 400)  # timesteps of its pictures
-STEPS = 8  # of sampling
-FIRST_STOP = 3
+FIRST_STOP = 3  # of a drawing's steps
 GUIDANCE = MINIATURE_RECIPE.guidance
 CONTINUOUS_WEIGHT = 30.0  # about the network's errors on true pictures
 SAME_FACE = 4.0  # weight of the cosine of embeddings, relative to attributes
 STAGE = 80
 
 
-def predicted_latents(base: BaseModel, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """The finished latents and the noise in ``noisy``, from a velocity (Salimans & Ho 2022, appendix D)."""
-    alpha = base.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-    return signal * noisy - noise * velocity, noise * noisy + signal * velocity
+@dataclass(frozen=True)
+class RecogniserStage:
+    """A training of a network that recognises people.
+
+    Attributes:
+        name: of its files.
+        people: of the training split.
+        noise: largest standard deviation of noise added to pixels.
+    """
+
+    name: str
+    people: int
+    steps: int
+    noise: float
 
 
-def decode(base: BaseModel, latents: Tensor) -> Tensor:
-    """Pictures ``(n, 3, h, w)`` of latents; differentiable."""
-    return base.vae.decode(latents / base.vae.config.scaling_factor).sample
-
-
-def train_recogniser(run: Run, base: BaseModel, count: int, num_steps: int) -> MeasuringNetwork:
-    """Train the network that reads pictures in training, on ``count`` people of the training split."""
-    batches = iter(range(count))
+def train_recogniser(run: Run, base: BaseModel, stage: RecogniserStage) -> MeasuringNetwork:
+    """Train a network that reads pictures in training."""
+    batches = iter(range(stage.people))
 
     def scenes_of(seed: int) -> list[Scene]:
         rng = np.random.default_rng((seed, 0xEC))
@@ -64,13 +75,13 @@ def train_recogniser(run: Run, base: BaseModel, count: int, num_steps: int) -> M
         noisy = base.add_noise(latents, second, timesteps)
         asked = base.encode_prompts(base.prepare_prompts([MINIATURE_RECIPE.class_prompt])).prompt_embeds
         velocity = base.denoise(noisy, timesteps, PromptEmbeds(asked.expand(len(noisy), -1, -1)))
-        output = to_images(decode(base, predicted_latents(base, noisy, velocity, timesteps)[0]))
+        output = to_images(base.decode_latents(base.finished(noisy, velocity, timesteps)[0]))
         return np.concatenate([images[:, :2], output.reshape(-1, 2, *images.shape[-3:])], axis=1)
 
-    people = draw_labelled(run.out, "recogniser", SPLITS["train"][-count:], scenes_of, half_denoised)
+    people = draw_labelled(run.out, stage.name, SPLITS["train"][-stage.people :], scenes_of, half_denoised)
     with fixed_initialisation():
         network = MeasuringNetwork(residual_trunk(RECOGNISER_WIDTH), RECOGNISER_WIDTH)
-    train_to_tell_people("recogniser", run, network, people, num_steps, RECOGNISER_NOISE)
+    train_to_tell_people(stage.name, run, network, people, stage.steps, stage.noise)
     return network.eval().requires_grad_(False)
 
 
@@ -79,9 +90,6 @@ class Likeness:
 
     def __init__(self, base: BaseModel, space: LiDBSpace, recogniser: MeasuringNetwork) -> None:
         self.base, self.space, self.recogniser = base, space, recogniser
-        last = base.scheduler.config.num_train_timesteps
-        self.timesteps = [round(last - last * i / STEPS) - 1 for i in range(STEPS)]  # "trailing", like users' sampling
-        self.nothing = base.encode_prompts(base.prepare_prompts([""])).prompt_embeds.detach()
 
     def __call__(
         self,
@@ -100,27 +108,10 @@ class Likeness:
             photos: true photos, ``(n, 3, 32, 32)``, other than the input photos.
         """
         stop = int(torch.randint(FIRST_STOP, STEPS, (), generator=generator))
-        latents = torch.randn((len(asked), *self.base.latent_shape), generator=generator)
+        noise = torch.randn((len(asked), *self.base.latent_shape), generator=generator)
         with self.space.apply(*parts):
-            with torch.no_grad():
-                for step in range(stop):
-                    found, noise = self._guided(latents, asked, step)
-                    alpha = self.base.scheduler.alphas_cumprod[self.timesteps[step + 1]]
-                    latents = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
-            found, _ = self._guided(latents, asked, stop)
-        pictures = decode(self.base, found)
-        return self._read(self.recogniser(pictures), people, scenes, photos)
-
-    def _guided(self, latents: Tensor, asked: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The finished latents and the noise, with guidance."""
-        timesteps = torch.full((len(latents),), self.timesteps[step])
-        # Grouped by person: the space applies each person's weights to the same number of samples.
-        told = torch.stack([self.nothing.expand_as(asked), asked], dim=1).flatten(0, 1)
-        doubled = latents.repeat_interleave(2, dim=0)
-        velocity = self.base.denoise(doubled, timesteps.repeat_interleave(2), PromptEmbeds(told))
-        without, with_prompt = velocity.unflatten(0, (-1, 2)).unbind(1)
-        velocity = without + GUIDANCE * (with_prompt - without)
-        return predicted_latents(self.base, latents, velocity, timesteps)
+            latents = half_drawn(self.base, noise, PromptEmbeds(asked), stop, GUIDANCE)
+        return self._read(self.recogniser(self.base.decode_latents(latents)), people, scenes, photos)
 
     def _read(self, found: Measurement, people, scenes, photos: Tensor) -> Tensor:
         right = [labels(who, scene) for who, scene in zip(people, scenes, strict=True)]

@@ -49,6 +49,7 @@ POSE = {
 }
 """How a scene is posed: mean and standard deviation over random scenes."""
 EMBEDDING_DIM = 64
+RECOGNISER_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ class AttributeNetwork(nn.Module):
         pose = dict(zip(POSE, self.pose(features).unbind(1), strict=True))
         continuous = dict(zip(CONTINUOUS, self.continuous(features).unbind(1), strict=True))
         logits = {name: head(features) for name, head in self.choices.items()}
-        return Measurement(_attributes_together(continuous, logits), continuous, logits, pose)
+        return Measurement(attributes_together(continuous, logits), continuous, logits, pose)
 
 
-def _attributes_together(continuous: dict[str, Tensor], logits: dict[str, Tensor]) -> Tensor:
+def attributes_together(continuous: dict[str, Tensor], logits: dict[str, Tensor]) -> Tensor:
     """All attributes of an `Identity` as numbers around 0 of equal variance over people: ``(n, 37)``, unit length."""
     parts = [(value - 0.5)[:, None] * 12**0.5 for value in continuous.values()]  # uniform in [0, 1]
     for name, shares in CHOICE_SHARES.items():
@@ -181,6 +182,17 @@ def load_measuring_network(path: Path | None = None) -> MeasuringNetwork:
     """The bundled measuring network, or the one at ``path``, ready to measure."""
     network = MeasuringNetwork()
     network.load_state_dict(load_file(path or measuring_path()))
+    return network.eval().requires_grad_(False)
+
+
+def recogniser_path() -> Path:
+    return Path(__file__).parent / "recogniser.safetensors"
+
+
+def load_recogniser(path: Path | None = None) -> MeasuringNetwork:
+    """The bundled network that training and finetunings recognise people with (`testbed.likeness`), or another one."""
+    network = MeasuringNetwork(residual_trunk(RECOGNISER_WIDTH), RECOGNISER_WIDTH)
+    network.load_state_dict(load_file(path or recogniser_path()))
     return network.eval().requires_grad_(False)
 
 

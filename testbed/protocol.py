@@ -17,6 +17,7 @@ from hypernet.fitting.engine import Subject
 from lidb_peft import LiDBSpace, LoraFactors
 from testbed import MINIATURE_RECIPE
 from testbed.drawing import draw
+from testbed.faces import DrawnRecogniser
 from testbed.measuring import CHOICES, AttributeNetwork, Measurement, MeasuringNetwork, to_pixels
 from testbed.portraits import SPLITS, Scene, identity, random_scene
 from testbed.prompts import PROMPTS, SEEN, split_prompts
@@ -47,11 +48,17 @@ def shown_photos(people: Sequence[int]) -> Tensor:
     return to_pixels([photo(person, SHOWN) for person in people])
 
 
+@torch.no_grad()
 def shown_subjects(base: BaseModel, people: Sequence[int]) -> list[Subject]:
-    """Each person as a subject with the input photo and the prompts of `MINIATURE_RECIPE`."""
-    moments = base.encode_photos(shown_photos(people))
+    """Each person as a subject: the input photo, seen by the bundled recogniser, with `MINIATURE_RECIPE`'s prompts."""
+    photos = shown_photos(people)
     trigger, class_prompt = MINIATURE_RECIPE.trigger, MINIATURE_RECIPE.class_prompt
-    return [Subject(str(person), m[None], trigger, class_prompt) for person, m in zip(people, moments, strict=True)]
+    return [
+        Subject(str(person), moments[None], trigger, class_prompt, embedding)
+        for person, moments, embedding in zip(
+            people, base.encode_photos(photos), DrawnRecogniser().embed(photos), strict=True
+        )
+    ]
 
 
 def true_picture(person: int, prompt: str) -> np.ndarray:

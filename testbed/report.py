@@ -23,6 +23,7 @@ from lidb_peft.files import atomic_path
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 from testbed.corpus import portrait
 from testbed.drawing import draw
+from testbed.faces import DrawnRecogniser
 from testbed.measuring import (
     CHOICES,
     CONTINUOUS,
@@ -135,7 +136,7 @@ def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple
     rows = []
     for seed in range(seeds):
         recipe = replace(MINIATURE_RECIPE, seed=seed)
-        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank)
+        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank, recogniser=DrawnRecogniser())
         prompts = [PROMPTS[name][0] for name in judge.prompts]
         pictures = draw_prompts(
             base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance, prompts=prompts

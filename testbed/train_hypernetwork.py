@@ -36,7 +36,7 @@ from lidb_peft import LiDBSpace
 from lidb_peft.families import get_family
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
 from testbed.lessons import Lessons, without_text_encoder
-from testbed.likeness import Likeness, train_recogniser
+from testbed.likeness import Likeness, RecogniserStage, train_recogniser
 from testbed.measuring import MeasuringNetwork
 from testbed.measuring_training import SHOTS, Labelled, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS
@@ -58,7 +58,7 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
-RECOGNISER_PEOPLE, RECOGNISER_STEPS = 9_000, 2_200
+RECOGNISER = RecogniserStage("recogniser", people=9_000, steps=2_200, noise=0.15)
 START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
 START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
 
@@ -211,7 +211,8 @@ def train_with_likeness(run: Run, stage: LikenessStage, before: Path) -> Path:
 
 def recogniser_loss(run: Run, base: BaseModel, space: LiDBSpace) -> Likeness:
     """The loss on drawings, by the run's recognition network."""
-    recogniser = train_recogniser(run, base, math.ceil(RECOGNISER_PEOPLE * run.fraction), RECOGNISER_STEPS)
+    people = math.ceil(RECOGNISER.people * run.fraction)
+    recogniser = train_recogniser(run, base, replace(RECOGNISER, people=people))
     return Likeness(base, space, recogniser)
 
 
@@ -233,7 +234,7 @@ def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwor
             return shown_subjects(base, seeds), None if network is None else network(shown_photos(seeds))
 
         bases = None if network is None else network.bases
-        fit, rank = MINIATURE_RECIPE.lora_fit, MINIATURE_RECIPE.rank
+        fit, rank = replace(MINIATURE_RECIPE.lora_fit, likeness=0.0, timesteps_per_step=4), MINIATURE_RECIPE.rank
         with resumable_start(run.out / f"{name}.unfinished.safetensors", space, rank) as (state, checkpoint):
             learn_start(base, space, people, config, fit, state, rank, bases, checkpoint=checkpoint)
             save_start(file, state.start, rank, space)

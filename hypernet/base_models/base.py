@@ -181,8 +181,19 @@ class BaseModel(ABC):
         """The denoiser's target for the result of `add_noise`, ``(n, c, h, w)``."""
 
     @abstractmethod
+    def finished(self, noisy_latents: Tensor, noise_pred: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and the noise that `denoise`'s prediction implies, ``(n, c, h, w)`` each.
+
+        It undoes `add_noise` if the prediction is the `target`.
+        """
+
+    @abstractmethod
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         """The denoiser's prediction for ``(n, c, h, w)`` at ``timesteps`` ``(n,)``, same shape, float32."""
+
+    @abstractmethod
+    def encode_no_prompt(self, count: int) -> PromptEmbeds | None:
+        """The conditioning of ``count`` samples without a prompt, for guidance; None if a base is distilled from it."""
 
     @abstractmethod
     def pipeline(self) -> "DiffusionPipeline":
@@ -277,6 +288,15 @@ class BaseModel(ABC):
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw latents ``(n, c, h, w)`` from moments ``(n, 2 * c, h, w)``, scaled as the denoiser takes them."""
         return sample_moments(moments, noise) * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures ``(n, 3, size, size)``, about in [-1, 1], of latents `sample_latents` scales; differentiable.
+
+        The VAE is moved to the base's device for this, in float32; `release_vae` takes it away.
+        """
+        vae = self.vae.to(self.device).type(torch.float32)
+        shift = vae.config.get("shift_factor") or 0.0
+        return vae.decode(latents / vae.config.scaling_factor + shift).sample
 
     @contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:

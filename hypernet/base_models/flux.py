@@ -253,6 +253,13 @@ class Flux(BaseModel):
         """The velocity of the straight way from latents to noise (Liu et al. 2022, equation 1)."""
         return noise - latents
 
+    def finished(self, noisy_latents: Tensor, noise_pred: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = (timesteps / NUM_TIMESTEPS).view(-1, 1, 1, 1)
+        return noisy_latents - sigma * noise_pred, noisy_latents + (1 - sigma) * noise_pred
+
+    def encode_no_prompt(self, count: int) -> None:
+        """FLUX.1 is distilled from guidance."""
+
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         self.settle()
         count, _, height, width = noisy_latents.shape

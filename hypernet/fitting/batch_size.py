@@ -8,6 +8,7 @@ from hypernet.base_models.base import BaseModel
 from hypernet.devices import OUT_OF_MEMORY, free_bytes, release_memory
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.engine import Subject, fit_flat_lora, fit_theta
+from hypernet.inputs.recognition import Recogniser
 from hypernet.recipe import FitConfig
 from lidb_peft import LiDBSpace
 
@@ -17,13 +18,16 @@ _PROMPT = "a face"
 _MEMORY_SHARE = 0.85  # of what is free; the rest is for fragments and for what others take meanwhile
 
 
-def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None = None) -> int:
+def choose_batch(
+    base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None = None, recogniser: Recogniser | None = None
+) -> int:
     """How many people to fit at once: on CUDA as many as the free memory holds, by the peaks of one and two people.
 
     Gradient checkpointing ``auto`` does without as long as one person fits.
 
     Args:
         rank: of the LoRA that is fitted, which takes more than theta, beside theta; None fits theta.
+        recogniser: as for `hypernet.fitting.engine.fit_lora`.
 
     Raises:
         ValueError: not even one fits.
@@ -35,18 +39,24 @@ def choose_batch(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | 
     base.settle()  # else its own arrival would be counted
     free = free_bytes(base.device)
     for checkpointing in ("off", "on") if fit.gradient_checkpointing == "auto" else (fit.gradient_checkpointing,):
-        peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing), rank)
+        peaks = _peaks(base, space, replace(fit, steps=1, gradient_checkpointing=checkpointing), rank, recogniser)
         if peaks:
             return _largest_batch(free, peaks)
     raise ValueError(f"fitting one person does not fit into the {free / 1e9:.1f} GB that are free on {base.device}; "
                      f"{OUT_OF_MEMORY}")  # fmt: skip
 
 
-def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None) -> list[int]:
+def _peaks(
+    base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None, recogniser: Recogniser | None = None
+) -> list[int]:
     """The most memory that a step of one and of two people takes on top of the base, as far as they fit."""
     channels, *size = base.latent_shape
     moments = torch.zeros(1, 2 * channels, *size)
-    subjects = [Subject(str(i), moments, _PROMPT, _PROMPT) for i in range(2)]
+    embedding = None
+    if recogniser is not None:
+        with torch.no_grad():
+            (embedding,) = recogniser.embed(torch.zeros(1, 3, base.size_px, base.size_px, device=base.device))
+    subjects = [Subject(str(i), moments, _PROMPT, _PROMPT, embedding) for i in range(2)]
     peaks: list[int] = []
     for count in (1, 2):
         before = torch.cuda.memory_allocated(base.device)
@@ -55,7 +65,7 @@ def _peaks(base: BaseModel, space: LiDBSpace, fit: FitConfig, rank: int | None) 
             if rank is None:
                 fit_theta(base, space, subjects[:count], fit)
             else:
-                fit_flat_lora(base, space, subjects[:count], fit, rank, space.theta_0)
+                fit_flat_lora(base, space, subjects[:count], fit, rank, space.theta_0, recogniser=recogniser)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,6 +8,7 @@ gradients are clipped per identity and Adam works elementwise.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from hypernet.base_models.base import BaseModel, Prompts
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
+from hypernet.fitting.likeness import Drawn, Likeness
 from hypernet.fitting.losses import base_losses
 from hypernet.fitting.noise import Noise, draw_noise, noise_photos
 from hypernet.fitting.preservation import Choice, PromptPreservation
 from hypernet.fitting.replay import Replay
 from hypernet.fitting.running import Observer, RunningFit
 from hypernet.inputs.people import derive_seed
+from hypernet.inputs.recognition import Recogniser
 from hypernet.optimizers import make_adamw, set_learning_rate
 from hypernet.recipe import FitConfig, Progress
 from lidb_peft import LiDBSpace, LoraFactors, combine
@@ -42,12 +45,15 @@ class Subject:
         moments: VAE moments of its photos, ``(photos, 2 * c, h, w)``.
         prompt: what the photos show, e.g. ``a sks face``.
         class_prompt: the same without the subject, ``a face``; prompt preservation needs it.
+        embedding: of the person in the photos, ``(width,)`` of unit length, by the network that recognises people;
+            likeness needs it.
     """
 
     key: str
     moments: Tensor
     prompt: str
     class_prompt: str = ""
+    embedding: Tensor | None = None
 
 
 class DivergedError(ValueError):
@@ -132,6 +138,7 @@ def fit_lora(
     kept: KeptStep | None = None,
     observe: Observer | None = None,
     resume: Mapping[str, Any] | None = None,
+    recogniser: Recogniser | None = None,
 ) -> tuple[list[LoraFactors], Tensor]:
     """Rank-relaxed finetuning: fit a LoRA of rank ``rank`` per subject on top of its frozen theta.
 
@@ -141,6 +148,7 @@ def fit_lora(
         start: the LoRA that every fit starts from, ``(lora_size(rank),)`` as `LiDBSpace.split_lora` views it; None
             initialises each subject's at random, with a zero update.
         failed, kept, observe, resume: as for `fit_theta`.
+        recogniser: whose embeddings the subjects have; required if ``config.likeness``.
 
     Returns:
         Per subject the exact factors of theta and LoRA together, of rank r + ``rank``, and losses ``(steps, N)``, all
@@ -150,7 +158,7 @@ def fit_lora(
         ValueError: rank < 1, theta or the subjects do not fit, or the fit diverged.
     """
     lora, losses = fit_flat_lora(
-        base, space, subjects, config, rank, theta, progress, bases, start, failed, kept, observe, resume
+        base, space, subjects, config, rank, theta, progress, bases, start, failed, kept, observe, resume, recogniser
     )
     thetas = [None] * len(subjects) if theta is None else theta.expand(len(subjects), *theta.shape[-2:])
     return [relaxed_factors(space, own, rank, one, bases) for own, one in zip(lora, thetas, strict=True)], losses
@@ -178,6 +186,7 @@ def fit_flat_lora(
     kept: KeptStep | None = None,
     observe: Observer | None = None,
     resume: Mapping[str, Any] | None = None,
+    recogniser: Recogniser | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fit as `fit_lora` does; returns the LoRAs alone, flat ``(N, lora_size(rank))``, and the losses, on the CPU.
 
@@ -202,7 +211,7 @@ def fit_flat_lora(
     bases = _frozen(bases, base.device)
     frozen = None if theta is None else space.expand(theta.to(base.device, torch.float32), bases)
     trained = _Trained(first.to(base.device), lambda values: space.split_lora(values, rank), frozen=frozen)
-    return _fit(_Fit(base, space, subjects, config, trained), progress, failed, kept, observe, resume)
+    return _fit(_Fit(base, space, subjects, config, trained, recogniser), progress, failed, kept, observe, resume)
 
 
 class _Trained(NamedTuple):
@@ -229,6 +238,7 @@ class _Fit(NamedTuple):
     subjects: Sequence[Subject]
     config: FitConfig
     trained: _Trained
+    recogniser: Recogniser | None = None
 
 
 _too_large: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -286,7 +296,7 @@ def _optimize(
     steps, lr = fit.config.steps, fit.config.lr
     with fit.base.checkpointed(recomputes):
         step = _take_step(fit, recomputes, kept)
-        run = RunningFit(step.parameters, step.optimizer, step.generators, steps)
+        run = RunningFit(step.parameters, step.optimizer, step.all_generators, steps)
         if resume is not None:
             run.load(resume)
         for number in range(run.step, steps):
@@ -340,7 +350,7 @@ def _take_step(fit: _Fit, recomputes: bool, kept: KeptStep | None) -> "_Step":
 
 def _key(fit: _Fit, recomputes: bool) -> tuple:
     """Everything that a step depends on: shapes, texts, settings, and addresses of weights, which may have moved."""
-    base, space, subjects, config, trained = fit
+    base, space, subjects, config, trained, _ = fit
     weights = [tensor for model in base.adapted.values() for tensor in (*model.parameters(), *model.buffers())]
     weights += list((trained.bases or {}).values())
     return (
@@ -364,30 +374,40 @@ class _Step:
     """
 
     def __init__(self, fit: _Fit, recomputes: bool = False) -> None:
-        base, _, subjects, config, trained = fit
+        base, _, subjects, config, trained, _ = fit
         self.base, self.space, self.config, self.trained = base, fit.space, config, trained
         self.parameters = trained.start.clone().requires_grad_(True)
         self.moments = torch.cat([subject.moments for subject in subjects]).to(base.device)
         self.prompts = _prepare_prompts(base, subjects)
         self.preservation = _make_preservation(base, subjects, config)
+        self.likeness = _make_likeness(fit)
+        self.drawn: Drawn | None = None
         self._begin(subjects, config.seed)
         self.loss_scale = FP16_LOSS_SCALE if base.dtype == torch.float16 else 1.0
         options = {"betas": (0.9, 0.99), "weight_decay": 0.0}
         self.optimizer = make_adamw(config.optimizer, [self.parameters], config.lr, capturable=True, **options)
         self.steps_inside = isinstance(self.optimizer, torch.optim.AdamW)  # bitsandbytes' cannot be captured
-        # Recomputing saves and restores random states, which a capture does not take.
-        graph = "off" if recomputes and config.graph == "auto" else config.graph
+        # Recomputing saves and restores random states, which a capture does not take; pictures are not drawn alike.
+        is_steady = not recomputes and self.likeness is None
+        graph = config.graph if is_steady or config.graph != "auto" else "off"
         self.replay = Replay(base.device, graph)
         self.inputs: list[Tensor] = []
 
     def _begin(self, subjects: Sequence[Subject], seed: int) -> None:
         self.num_photos = [len(subject.moments) for subject in subjects]
         self.generators = [_generator(seed, subject.key, "noise") for subject in subjects]
+        self.shared_generator = _generator(seed, "", "stop")
+
+    @property
+    def all_generators(self) -> list[torch.Generator]:
+        """Those that a resumed fit needs."""
+        return self.generators if self.likeness is None else [*self.generators, self.shared_generator]
 
     @torch.no_grad()
     def restart(self, fit: _Fit) -> None:
         """Start again with other people, in the existing tensors."""
         self._begin(fit.subjects, fit.config.seed)
+        self.likeness = _make_likeness(fit)
         self.moments.copy_(torch.cat([subject.moments for subject in fit.subjects]))
         self.parameters.copy_(fit.trained.start)
         if fit.trained.frozen is not None and self.trained.frozen is not None:
@@ -415,6 +435,8 @@ class _Step:
         rows = torch.cat(photos)
         noise = draw_noise(self.base, (len(rows), *self.moments.shape[1:]), self.generators, most)
         choice = () if self.preservation is None else self.preservation.choose(copies, self.generators)
+        if self.likeness is not None:
+            self.drawn = self.likeness.choose(self.generators, self.shared_generator)
         return [rows, *noise, *choice]
 
     def _load(self, drawn: list[Tensor]) -> None:
@@ -433,19 +455,30 @@ class _Step:
         preserved = None
         if self.preservation is not None:
             preserved = self.preservation.preserve(noisy_latents, noise.timesteps, Choice(*choice))
-        beside = [] if self.trained.frozen is None else [self.trained.frozen]
-        with self.space.apply(*beside, self.trained.to_factors(self.parameters)):
+        with self._applied():
             denoising, change = base_losses(
                 base, self.prompts, noisy_latents, noise.timesteps, target, config.background, preserved
             )
-        losses = denoising if change is None else denoising + config.preservation * change
-        (gradient,) = torch.autograd.grad(losses.sum() * self.loss_scale, self.parameters)
-        gradient.div_(self.loss_scale)
+        gradient = self._gradient(denoising if change is None else denoising + config.preservation * change)
+        if self.likeness is not None:
+            assert self.drawn is not None, "pictures of which nothing was chosen"
+            with self._applied():
+                unlike = self.likeness(self.drawn)
+            if unlike.requires_grad:  # somebody is seen in the pictures
+                gradient += self._gradient(config.likeness * unlike)
         _clip_per_identity(gradient, config.max_grad_norm)
         self.parameters.grad = gradient
         if self.steps_inside:
             self.optimizer.step()
         return denoising.detach()
+
+    def _applied(self) -> AbstractContextManager[None]:
+        beside = [] if self.trained.frozen is None else [self.trained.frozen]
+        return self.space.apply(*beside, self.trained.to_factors(self.parameters))
+
+    def _gradient(self, losses: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(losses.sum() * self.loss_scale, self.parameters)
+        return gradient.div_(self.loss_scale)
 
 
 def _tensors(stacks: Stacks) -> tuple[Tensor, ...]:
@@ -469,6 +502,21 @@ def _make_preservation(base: BaseModel, subjects: Sequence[Subject], config: Fit
         )
     prompts, class_prompts = zip(*((subject.prompt, subject.class_prompt) for subject in subjects), strict=True)
     return PromptPreservation(base, prompts, class_prompts, config.preserved)
+
+
+def _make_likeness(fit: _Fit) -> Likeness | None:
+    config, subjects = fit.config, fit.subjects
+    if not (config.likeness and config.steps):
+        return None
+    if fit.recogniser is None:
+        raise ValueError("likeness needs a network that recognises people; pass a recogniser, or set likeness to 0")
+    embeddings = [subject.embedding for subject in subjects if subject.embedding is not None]
+    if len(embeddings) < len(subjects):
+        raise ValueError("a subject has no embedding, which likeness needs; make subjects with the recogniser")
+    guidance = fit.base.guidance if config.guidance is None else config.guidance
+    templates = config.preserved if config.preservation else ()
+    prompts = [subject.prompt for subject in subjects]
+    return Likeness(fit.base, fit.recogniser, prompts, torch.stack(embeddings), templates, guidance)
 
 
 def _frozen(bases: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:

@@ -1,15 +1,18 @@
 """People as the fitting engine takes them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hypernet.base_models.base import BaseModel
 from hypernet.devices import release_memory
 from hypernet.errors import is_out_of_memory
 from hypernet.fitting.engine import KeptStep, Subject
 from hypernet.inputs.people import People, PreparedPerson
+from hypernet.inputs.recognition import Recogniser
 from lidb_peft.record import same_base
 
 
@@ -19,18 +22,42 @@ def make_subjects(
     prompt: str,
     class_prompt: str = "",
     kept: KeptStep | None = None,
+    recogniser: Recogniser | None = None,
+    failed: dict[int, str] | None = None,
 ) -> list[Subject]:
     """Make each person a subject, all with one prompt; their photos go through the VAE here, if it is not done yet.
 
     Args:
         kept: of the people before; it is let go of if the photos do not fit into the memory beside it.
+        recogniser: computes their embeddings.
+        failed: filled with the people in whose photos it sees nobody, row -> reason; None raises instead.
+
+    Raises:
+        ValueError: the recogniser sees nobody in a person's photos.
     """
     counts = [len(person.photos) for person in people]
     moments = _encode(base, people, kept)
-    return [
+    subjects = [
         Subject(person.key, own, prompt, class_prompt)
         for person, own in zip(people, moments.split(counts), strict=True)
     ]
+    if recogniser is None:
+        return subjects
+    for row, person in enumerate(people):
+        embedding = _embedding(recogniser, person, base.device)
+        subjects[row] = replace(subjects[row], embedding=embedding)
+        if not embedding.any():
+            reason = f"nobody is recognised in the photos of {person.name}; choose others, or pass --likeness 0"
+            if failed is None:
+                raise ValueError(reason)
+            failed[row] = reason
+    return subjects
+
+
+@torch.no_grad()
+def _embedding(recogniser: Recogniser, person: PreparedPerson, device: torch.device) -> Tensor:
+    """The mean of a person's photos, ``(width,)``; zeros if nobody is seen in them."""
+    return normalize(recogniser.embed(person.pixels.to(device)).sum(dim=0), dim=0)
 
 
 def check_moments(people: People, base: BaseModel) -> None:

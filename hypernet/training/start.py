@@ -20,6 +20,7 @@ from hypernet.base_models.base import BaseModel
 from hypernet.fitting.engine import Subject, fit_flat_lora
 from hypernet.fitting.subjects import make_subjects
 from hypernet.inputs.people import People, PreparedPerson, derive_seed, prepare_person
+from hypernet.inputs.recognition import Recogniser
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.network.prediction import predict_people
 from hypernet.recipe import FitConfig, PersonalizeConfig, Progress, StartConfig
@@ -58,11 +59,13 @@ def rounds_of(
     recipe: PersonalizeConfig,
     config: StartConfig,
     network: HyperNetwork | None = None,
+    recogniser: Recogniser | None = None,
 ) -> Round:
     """Rounds of a data set's people, in an order that the seed gives, again and again; who is unusable is left out.
 
     Args:
         network: finetunings are beside its predictions; None without any.
+        recogniser: computes the people's embeddings.
     """
     if not len(people.dataset):
         raise ValueError(f"{people.source} holds no people; pass a data set with at least one image")
@@ -85,7 +88,7 @@ def rounds_of(
             raise ValueError(f"nobody in {people.source} can be used ({skipped[0].name}: {skipped[0].reason})")
         chosen = list(found.values())
         theta = None if network is None else predict_people(network, chosen, base.device)[0]
-        return make_subjects(base, chosen, recipe.trigger, recipe.class_prompt), theta
+        return make_subjects(base, chosen, recipe.trigger, recipe.class_prompt, recogniser=recogniser), theta
 
     return of_round
 
@@ -134,6 +137,7 @@ def learn_start(
     bases: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[StartState], None] | None = None,
+    recogniser: Recogniser | None = None,
 ) -> StartState:
     """Go on from ``state`` to ``config.rounds``.
 
@@ -143,6 +147,7 @@ def learn_start(
         bases: the learned ones of the thetas, by label; None takes the frozen ones.
         progress: called with (rounds done, rounds in all).
         checkpoint: called after every round.
+        recogniser: as for `fit_flat_lora`.
 
     Raises:
         ValueError: a fit diverged, or start, people and space do not fit together.
@@ -150,7 +155,9 @@ def learn_start(
     for number in range(state.rounds, config.rounds):
         subjects, theta = people(number)
         own = config.inner_fit(fit, number)
-        fitted, losses = fit_flat_lora(base, space, subjects, own, rank, theta, bases=bases, start=state.start)
+        fitted, losses = fit_flat_lora(
+            base, space, subjects, own, rank, theta, bases=bases, start=state.start, recogniser=recogniser
+        )
         rate = config.rate * (1 - number / config.rounds)
         state.start = state.start + rate * (fitted.mean(dim=0) - state.start)
         state.losses.append((float(losses[0].mean()), float(losses[-1].mean())))

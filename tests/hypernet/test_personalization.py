@@ -22,7 +22,9 @@ from hypernet.request import request_person
 from lidb_peft import LiDBConfig, LiDBSpace, load_theta, save_theta
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
 
-QUICK = replace(MINIATURE_RECIPE, adapt="all", theta_steps=3, theta_lr=0.1, steps=3, lr=0.05, rank=2, crop=False)
+QUICK = replace(
+    MINIATURE_RECIPE, adapt="all", theta_steps=3, theta_lr=0.1, steps=3, lr=0.05, rank=2, crop=False, likeness=0.0
+)
 SUBNORMAL = 1e-9  # a layer that hardly changes has factors among float16's subnormal numbers
 
 

@@ -16,11 +16,20 @@ from hypernet.request import Request, request_people
 from hypernet.sampling import generate
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config
+from testbed.faces import DrawnRecogniser
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 QUICK = replace(
-    MINIATURE_RECIPE, adapt="all", steps=2, lr=0.02, rank=2, timesteps_per_step=1, preservation=0.0, crop=False
+    MINIATURE_RECIPE,
+    adapt="all",
+    steps=2,
+    lr=0.02,
+    rank=2,
+    timesteps_per_step=1,
+    preservation=0.0,
+    crop=False,
+    likeness=0.0,
 )
 LORAS = [f"{name}.safetensors" for name in ("0", "1", "2", "Ann")]
 
@@ -376,3 +385,18 @@ def test_faces_that_cannot_be_looked_for_are_no_reason_to_leave_everybody_out(pe
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="OpenCV is not installed; run pip install opencv"):
         request_people(open_people(people_folder), tmp_path / "loras", replace(QUICK, crop=True))
+
+
+def test_who_is_not_recognised_is_skipped_with_the_reason(run, monkeypatch):
+    """The recogniser sees nobody in the photos that it is asked about first."""
+    asked, embed = [], DrawnRecogniser.embed
+
+    def see(self, pixels):
+        asked.append(pixels)
+        return embed(self, pixels) * (len(asked) > 1)
+
+    monkeypatch.setattr(DrawnRecogniser, "embed", see)
+    result = run(config=replace(QUICK, steps=1, likeness=1.0))
+    (skipped,) = result.skipped
+    assert skipped.reason.startswith(f"nobody is recognised in the photos of {skipped.name}; choose others, or pass")
+    assert len(result.made) == 3

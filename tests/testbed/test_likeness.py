@@ -5,8 +5,8 @@ import torch
 from hypernet.base_models.loading import load_base
 from lidb_peft import LiDBSpace
 from testbed import MINIATURE_RECIPE, miniature_lidb_config, miniature_path
-from testbed.likeness import RECOGNISER_WIDTH, Likeness, predicted_latents, train_recogniser
-from testbed.measuring import CHOICES, MeasuringNetwork, residual_trunk, to_pixels
+from testbed.likeness import Likeness, RecogniserStage, train_recogniser
+from testbed.measuring import CHOICES, RECOGNISER_WIDTH, MeasuringNetwork, residual_trunk, to_pixels
 from testbed.portraits import SPLITS, Scene, identity
 from testbed.prompts import UNSEEN_WORDS
 from testbed.protocol import photo
@@ -31,15 +31,6 @@ def recogniser():
         return MeasuringNetwork(residual_trunk(RECOGNISER_WIDTH), RECOGNISER_WIDTH).requires_grad_(False)
 
 
-def test_latents_and_noise_come_back_from_the_true_velocity(base):
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    timesteps = torch.tensor([0, 400, 999])
-    noisy, velocity = (ask(latents, noise, timesteps) for ask in (base.add_noise, base.target))
-    for found, true in zip(predicted_latents(base, noisy, velocity, timesteps), (latents, noise), strict=True):
-        assert torch.allclose(found, true, atol=1e-4)
-
-
 def _loss(base, space, recogniser, theta, seed=0):
     told = base.encode_prompts(base.prepare_prompts([MINIATURE_RECIPE.trigger] * len(theta))).prompt_embeds
     photos = to_pixels([photo(person, 1) for person in PEOPLE])
@@ -60,27 +51,8 @@ def test_the_loss_reaches_each_persons_theta_and_neither_base_nor_recogniser(bas
     assert all(value.grad is None for value in (*base.denoiser.parameters(), *recogniser.parameters()))
 
 
-def test_people_drawn_under_guidance_are_drawn_as_the_pipeline_draws_them(base, space, recogniser):
-    """Steps of `Likeness` to the end, beside diffusers' own loop and scheduler."""
-    likeness = Likeness(base, space, recogniser)
-    told = base.encode_prompts(base.prepare_prompts(["a cartoon of a face", "a face at night"])).prompt_embeds
-    first = latents = torch.randn(2, *base.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for step in range(len(likeness.timesteps)):
-            found, noise = likeness._guided(latents, told, step)
-            if step + 1 < len(likeness.timesteps):
-                latents = base.add_noise(found, noise, torch.full((2,), likeness.timesteps[step + 1]))
-    base.scheduler.set_timesteps(len(likeness.timesteps))
-    assert base.scheduler.timesteps.tolist() == likeness.timesteps
-    drawn = base.pipeline()(
-        prompt_embeds=told, negative_prompt_embeds=likeness.nothing.expand_as(told), latents=first,
-        num_inference_steps=len(likeness.timesteps), guidance_scale=MINIATURE_RECIPE.guidance, output_type="latent",
-    ).images  # fmt: skip
-    assert torch.allclose(found, drawn, atol=1e-3)
-
-
 def test_the_recogniser_sees_people_of_the_training_split_in_words_that_may_be_seen(base, tmp_path):
-    network = train_recogniser(Run(tmp_path), base, 4, 1)
+    network = train_recogniser(Run(tmp_path), base, RecogniserStage("recogniser", 4, 1, 0.1))
     assert not any(value.requires_grad for value in network.parameters())
     images = np.load(tmp_path / "recogniser-images.npy")
     assert images.shape == (4, 4, 32, 32, 3)

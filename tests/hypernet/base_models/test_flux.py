@@ -124,6 +124,8 @@ def test_the_target_leads_from_the_noisy_latents_to_the_clean_ones(flux):
     timesteps = torch.tensor([1.0, 400.0, 1000.0])
     noisy, target = flux.add_noise(latents, noise, timesteps), flux.target(latents, noise, timesteps)
     torch.testing.assert_close(noisy - timesteps.view(-1, 1, 1, 1) / 1000 * target, latents, atol=1e-5, rtol=1e-5)
+    for found, true in zip(flux.finished(noisy, target, timesteps), (latents, noise), strict=True):
+        torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
 
 
 def test_latents_are_scaled_as_the_pipeline_unscales_them(flux):
@@ -132,6 +134,8 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(flux):
     config = flux.vae.config
     latents = flux.sample_latents(moments, torch.zeros_like(mean))
     torch.testing.assert_close(latents / config.scaling_factor + config.shift_factor, mean)
+    with torch.no_grad():
+        torch.testing.assert_close(flux.decode_latents(latents), flux.vae.decode(mean).sample)
 
 
 @pytest.mark.parametrize("shift", [1.0, 1.6, 3.1582])

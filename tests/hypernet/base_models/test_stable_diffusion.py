@@ -48,6 +48,22 @@ def test_the_target_says_where_the_noisy_latents_came_from(scheduler, pair):
     assert torch.allclose(alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity, clean, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_prediction_implies_latents_and_noise(base, pair, prediction_type):
+    typed = replace(base, scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type=prediction_type))
+    clean, noise = pair[:, :3]
+    timesteps = torch.tensor([0, 400, 900])
+    noisy, target = (ask(clean, noise, timesteps) for ask in (typed.add_noise, typed.target))
+    for found, true in zip(typed.finished(noisy, target, timesteps), (clean, noise), strict=True):
+        assert torch.allclose(found, true, atol=1e-3)
+
+
+def test_latents_are_decoded_as_the_pipeline_decodes_them(base):
+    latents = torch.randn(2, *base.latent_shape, generator=torch.Generator().manual_seed(4))
+    expected = base.vae.decode(latents / base.vae.config.scaling_factor).sample
+    assert torch.equal(base.decode_latents(latents), expected)
+
+
 def test_latents_are_drawn_as_diffusers_draws_them():
     moments = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1))
     moments[0, 4:] = 50.0  # beyond the clamp of the log variance
