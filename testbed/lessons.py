@@ -102,6 +102,7 @@ class Lessons:
         likeness_from: int = 0,
         one_copy_from: float = math.inf,
         preservation: float = 1.0,
+        start: Tensor | None = None,
     ) -> None:
         """Train ``network``, or with None whatever `loss` is called with.
 
@@ -111,10 +112,11 @@ class Lessons:
             one_copy_from: from this step on, there is one noisy copy of each picture instead of `COPIES`, which saves a
                 fifth of the time.
             preservation: weight of what prompts are to go on changing.
+            start: flat LoRA of the recipe's rank beside everybody's predictions, which may be trained too.
         """
         self.base, self.space, self.network, self.seed = base, space, network, seed
         self.likeness, self.likeness_from, self.one_copy_from = likeness, likeness_from, one_copy_from
-        self.preservation = preservation
+        self.preservation, self.start = preservation, start
         self.templates = template_bank()
         side = base.latent_shape[-1]
         self.weights = torch.stack([loss_weights(side, background) for background in BACKGROUND])
@@ -124,8 +126,16 @@ class Lessons:
         """The loss: denoising plain photos and pictures of prompts, prompt preservation, likeness."""
         assert self.network is not None
         lesson = self.draw(step)
-        theta = self.network(lesson.shown)
-        return self.loss(lesson, lambda rows: [self.space.expand(theta[rows], self.network.bases)])
+        theta, bases = self.network(lesson.shown), self.network.bases
+
+        def parts(rows: slice) -> list[Stacks]:
+            predicted = [self.space.expand(theta[rows], bases)]
+            if self.start is None:
+                return predicted
+            start = self.start.expand(len(theta[rows]), -1)
+            return [*predicted, self.space.split_lora(start, MINIATURE_RECIPE.rank)]
+
+        return self.loss(lesson, parts)
 
     def draw(self, step: int) -> Lesson:
         """The pictures of a step."""

@@ -88,8 +88,11 @@ def train_recogniser(run: Run, base: BaseModel, stage: RecogniserStage) -> Measu
 class Likeness:
     """The loss of pictures drawn with predictions."""
 
-    def __init__(self, base: BaseModel, space: LiDBSpace, recogniser: MeasuringNetwork) -> None:
-        self.base, self.space, self.recogniser = base, space, recogniser
+    def __init__(
+        self, base: BaseModel, space: LiDBSpace, recogniser: MeasuringNetwork, first_stop: int = FIRST_STOP
+    ) -> None:
+        """Read pictures with ``recogniser``, finished at step ``first_stop`` of a drawing or later."""
+        self.base, self.space, self.recogniser, self.first_stop = base, space, recogniser, first_stop
 
     def __call__(
         self,
@@ -107,7 +110,7 @@ class Likeness:
             asked: embeddings of the prompts, ``(n, tokens, width)``, one for each scene.
             photos: true photos, ``(n, 3, 32, 32)``, other than the input photos.
         """
-        stop = int(torch.randint(FIRST_STOP, STEPS, (), generator=generator))
+        stop = int(torch.randint(self.first_stop, STEPS, (), generator=generator))
         noise = torch.randn((len(asked), *self.base.latent_shape), generator=generator)
         with self.space.apply(*parts):
             latents = half_drawn(self.base, noise, PromptEmbeds(asked), stop, GUIDANCE)

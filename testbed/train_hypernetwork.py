@@ -23,11 +23,11 @@ from transformers import ViTConfig, ViTModel
 from hypernet.base_models.base import BaseModel
 from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import Subject
-from hypernet.fitting.starts import START_FILE, save_start
+from hypernet.fitting.starts import START_FILE, load_start, save_start
 from hypernet.inputs.people import People, open_people
 from hypernet.network.hypernetwork import HyperNetwork
 from hypernet.quiet import quiet_libraries
-from hypernet.recipe import StageProgress, StartConfig, TrainConfig
+from hypernet.recipe import FitConfig, StageProgress, StartConfig, TrainConfig
 from hypernet.training.loop import train
 from hypernet.training.setup import BEST, LAST
 from hypernet.training.start import learn_start, resumable_start
@@ -35,8 +35,9 @@ from hypernet.training.state import has_state
 from lidb_peft import LiDBSpace
 from lidb_peft.families import get_family
 from testbed import MINIATURE_RECIPE, MINIATURE_SIZE_PX, miniature_lidb_config, miniature_path
+from testbed.faces import DrawnRecogniser
 from testbed.lessons import Lessons, without_text_encoder
-from testbed.likeness import Likeness, RecogniserStage, train_recogniser
+from testbed.likeness import FIRST_STOP, Likeness, RecogniserStage, train_recogniser
 from testbed.measuring import MeasuringNetwork
 from testbed.measuring_training import SHOTS, Labelled, draw_labelled, train_to_tell_people
 from testbed.portraits import SPLITS
@@ -59,8 +60,9 @@ KEEP_PROMPTS = replace(LEARN_PEOPLE, steps=800, lr=2e-4, warmup_steps=50, preser
 IN_PROMPTS = 2_050  # steps of `testbed.lessons`
 IN_PROMPTS_LR, IN_PROMPTS_EMA = 3e-4, 0.9985
 RECOGNISER = RecogniserStage("recogniser", people=9_000, steps=2_200, noise=0.15)
+BETTER_RECOGNISER = RecogniserStage("better-recogniser", people=16_000, steps=4_000, noise=0.1)
 START_PREDICTED = StartConfig(rounds=24, people=16, inner_steps=10)
-START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=16)
+START_ALONE = replace(START_PREDICTED, rounds=16, inner_steps=20)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class LikenessStage:
 
     Attributes:
         name: of its folder.
+        first_stop: the first step of a drawing at which it may be read.
+        trains_start: train the start for predictions too, which is applied beside all of them.
     """
 
     name: str
@@ -77,12 +81,26 @@ class LikenessStage:
     likeness_from: int = 0
     one_copy_from: int = 0
     preservation: float = 1.0
+    recogniser: RecogniserStage = RECOGNISER
+    first_stop: int = FIRST_STOP
+    trains_start: bool = False
 
 
 WITH_LIKENESS = (
     LikenessStage("likeness", 1_900, seed=1, likeness_from=615, one_copy_from=846),
-    LikenessStage("hypernetwork", 2_300, seed=2, preservation=2.0),
+    LikenessStage("more-likeness", 2_300, seed=2, preservation=2.0),
+    LikenessStage(
+        "hypernetwork", 2_600, seed=3, preservation=2.0, recogniser=BETTER_RECOGNISER, first_stop=4, trains_start=True
+    ),
 )
+
+
+class WithStart(nn.Module):
+    """A hypernetwork, and the start ``(lora_size(rank),)`` beside its predictions."""
+
+    def __init__(self, network: HyperNetwork, start: Tensor) -> None:
+        super().__init__()
+        self.network, self.start = network, nn.Parameter(start)
 
 
 class PhotoFeatures(nn.Module):
@@ -190,30 +208,37 @@ def train_in_prompts(run: Run, before: Path) -> Path:
     return folder
 
 
-def train_with_likeness(run: Run, stage: LikenessStage, before: Path) -> Path:
-    """Continue training the hypernetwork in ``before``, with a loss on drawings; returns its folder, in float16."""
+def train_with_likeness(run: Run, stage: LikenessStage, before: Path, start: Path) -> Path:
+    """Continue training the hypernetwork in ``before``, with a loss on drawings; returns its folder, in float16.
+
+    Args:
+        start: the start's file; the folder gets it, or what the stage makes of it.
+    """
     folder = run.out / stage.name
     if not (folder / "model.safetensors").exists():
         base, space = load_denoiser()
-        network = HyperNetwork.from_pretrained(before).train()
+        network, rank = HyperNetwork.from_pretrained(before).train(), MINIATURE_RECIPE.rank
+        both = WithStart(network, load_start(start).of_rank(rank).flat(space)) if stage.trains_start else None
         trainer = Trainer(
-            stage.name, run, network, stage.steps, IN_PROMPTS_LR, IN_PROMPTS_EMA, schedule=level_then_falling
-        )
-        likeness = recogniser_loss(run, base, space)
+            stage.name, run, network if both is None else both, stage.steps, IN_PROMPTS_LR, IN_PROMPTS_EMA,
+            schedule=level_then_falling,
+        )  # fmt: skip
+        people = math.ceil(stage.recogniser.people * run.fraction)
+        recogniser = train_recogniser(run, base, replace(stage.recogniser, people=people))
+        likeness = Likeness(base, space, recogniser, stage.first_stop)
         trainer.run(
             Lessons(
-                base, space, network, stage.seed, likeness, stage.likeness_from, stage.one_copy_from, stage.preservation
+                base, space, network, stage.seed, likeness, stage.likeness_from, stage.one_copy_from,
+                stage.preservation, None if both is None else both.start,
             )
-        )
+        )  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        if both is None:
+            shutil.copy(start, folder / START_FILE)
+        else:
+            save_start(folder / START_FILE, both.start.detach(), rank, space)
         network.save_pretrained(folder, dtype=torch.float16)
     return folder
-
-
-def recogniser_loss(run: Run, base: BaseModel, space: LiDBSpace) -> Likeness:
-    """The loss on drawings, by the run's recognition network."""
-    people = math.ceil(RECOGNISER.people * run.fraction)
-    recogniser = train_recogniser(run, base, replace(RECOGNISER, people=people))
-    return Likeness(base, space, recogniser)
 
 
 def load_denoiser() -> tuple[BaseModel, LiDBSpace]:
@@ -222,7 +247,7 @@ def load_denoiser() -> tuple[BaseModel, LiDBSpace]:
     return base, LiDBSpace({get_family(base.family).denoiser.name: base.denoiser}, miniature_lidb_config())
 
 
-def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwork | None) -> Path:
+def learn_a_start(run: Run, name: str, config: StartConfig, fit: FitConfig, network: HyperNetwork | None) -> Path:
     """Learn where finetunings of the denoiser start, with a hypernetwork's predictions or without; returns the file."""
     file = run.out / f"{name}.safetensors"
     if not file.exists():
@@ -234,9 +259,9 @@ def learn_a_start(run: Run, name: str, config: StartConfig, network: HyperNetwor
             return shown_subjects(base, seeds), None if network is None else network(shown_photos(seeds))
 
         bases = None if network is None else network.bases
-        fit, rank = replace(MINIATURE_RECIPE.lora_fit, likeness=0.0, timesteps_per_step=4), MINIATURE_RECIPE.rank
+        rank, recogniser = MINIATURE_RECIPE.rank, DrawnRecogniser() if fit.likeness else None
         with resumable_start(run.out / f"{name}.unfinished.safetensors", space, rank) as (state, checkpoint):
-            learn_start(base, space, people, config, fit, state, rank, bases, checkpoint=checkpoint)
+            learn_start(base, space, people, config, fit, state, rank, bases, None, checkpoint, recogniser)
             save_start(file, state.start, rank, space)
     return file
 
@@ -258,13 +283,14 @@ def main(
         init_from = train_from_nothing(out, people, encoder_steps, fraction)
     run = Run(out, fraction)
     in_prompts = train_in_prompts(run, init_from)
+    # Of the one before likeness: 30 steps through the loss of the next stages brought it nothing.
+    network = HyperNetwork.from_pretrained(in_prompts).requires_grad_(False)
+    fit = replace(MINIATURE_RECIPE.lora_fit, likeness=0.0, timesteps_per_step=4)
+    start = learn_a_start(run, "start-predicted", START_PREDICTED, fit, network)
     folder = in_prompts
     for stage in WITH_LIKENESS:
-        folder = train_with_likeness(run, stage, folder)
-    # Of the one before likeness, as the start that ships: 30 steps through the loss of the others brought nothing.
-    network = HyperNetwork.from_pretrained(in_prompts).requires_grad_(False)
-    shutil.copy(learn_a_start(run, "start-predicted", START_PREDICTED, network), folder / START_FILE)
-    alone = learn_a_start(run, "start-alone", START_ALONE, None)
+        folder = train_with_likeness(run, stage, folder, start)
+    alone = learn_a_start(run, "start-alone", START_ALONE, MINIATURE_RECIPE.lora_fit, None)
     click.echo(f"wrote {folder}, with {START_FILE}, and {alone}, which goes into the miniature's folder")
 
 
