@@ -295,8 +295,13 @@ class BaseModel(ABC):
         The VAE is moved to the base's device for this, in float32; `release_vae` takes it away.
         """
         vae = self.vae.to(self.device).type(torch.float32)
-        shift = vae.config.get("shift_factor") or 0.0
-        return vae.decode(latents / vae.config.scaling_factor + shift).sample
+        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        slices = vae.use_slicing
+        vae.use_slicing = False  # who has drawn before would change the rounding, and so a fit that is resumed
+        try:
+            return vae.decode(latents).sample
+        finally:
+            vae.use_slicing = slices
 
     @contextmanager
     def checkpointed(self, enabled: bool = True) -> Iterator[None]:

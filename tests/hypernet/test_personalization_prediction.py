@@ -22,7 +22,7 @@ from lidb_peft import LiDBConfig, LiDBSpace, load_theta
 from lidb_peft.bases import get_basis
 from testbed import MINIATURE_RECIPE
 
-ALONE = replace(MINIATURE_RECIPE, adapt="all", theta_steps=0, steps=0, rank=2, crop=False)
+ALONE = replace(MINIATURE_RECIPE, adapt="all", theta_steps=0, steps=0, rank=2, crop=False, likeness=0.0)
 RELAXED = replace(ALONE, steps=2, lr=0.05)
 
 

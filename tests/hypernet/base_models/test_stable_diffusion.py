@@ -60,8 +60,12 @@ def test_a_prediction_implies_latents_and_noise(base, pair, prediction_type):
 
 def test_latents_are_decoded_as_the_pipeline_decodes_them(base):
     latents = torch.randn(2, *base.latent_shape, generator=torch.Generator().manual_seed(4))
+    base.vae.disable_slicing()
     expected = base.vae.decode(latents / base.vae.config.scaling_factor).sample
     assert torch.equal(base.decode_latents(latents), expected)
+    base.pipeline()  # which turns slicing on
+    assert torch.equal(base.decode_latents(latents), expected)
+    assert base.vae.use_slicing
 
 
 def test_latents_are_drawn_as_diffusers_draws_them():
