@@ -180,7 +180,7 @@ class PersonalizeConfig:
         preservation: weight of prompt preservation; 0 is off. See `hypernet.fitting.preservation`.
         preserved: prompt whose effect is preserved; ``{}`` stands for the person.
         likeness: weight of the likeness of pictures that are drawn during the finetuning, as a network that recognises
-            people sees it; 0 is off, and 2 a good value. It shows more of the person in fewer steps, each of which
+            people sees it; 0 is off, and 0.5 a good value. It shows more of the person in fewer steps, each of which
             takes longer. Real photos require facenet-pytorch. See `hypernet.fitting.likeness`.
         max_grad_norm: each person's gradient is clipped to this norm.
         optimizer: optimizer to use: ``adamw`` or ``adamw8bit``, which requires bitsandbytes; ``auto`` is ``adamw``.

@@ -7,7 +7,7 @@ from hypernet.recipe import BaselineConfig, PersonalizeConfig
 
 MINIATURE_SIZE_PX = 32
 MINIATURE_RECIPE = PersonalizeConfig(
-    adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=2, max_timestep=500, likeness=2.0,
+    adapt="denoiser", theta_lr=5e-2, steps=20, lr=8e-3, rank=8, timesteps_per_step=2, max_timestep=500, likeness=0.5,
     guidance=3.0,
 )  # fmt: skip
 # Chosen on validation identities, docs/results.md.
