@@ -178,6 +178,15 @@ def test_a_base_without_guidance_is_drawn_without_it(flux_folder, prepared):
     assert not torch.equal(fitted, plain)
 
 
+def test_sdxl_learns_from_its_pictures_too(sdxl, prepared):
+    space = LiDBSpace(sdxl.models_to_adapt("all"), LiDBConfig(down_dim=8, up_dim=6))
+    subjects = make_subjects(sdxl, [prepared(sdxl)], "a sks face", "a face", recogniser=Colours())
+    plain, _ = fit_flat_lora(sdxl, space, subjects, replace(FIT, steps=1, likeness=0.0), RANK)
+    fitted, losses = fit_flat_lora(sdxl, space, subjects, replace(FIT, steps=1), RANK, recogniser=Colours())
+    assert torch.isfinite(losses).all()
+    assert not torch.equal(fitted, plain)
+
+
 def test_sdxl_draws_with_zeros_for_no_prompt(sdxl):
     nothing = sdxl.encode_no_prompt(2)
     assert isinstance(nothing, PromptEmbeds)
