@@ -16,6 +16,7 @@ from torch import Tensor
 from hypernet.base_models.base import BaseModel
 from hypernet.base_models.loading import load_base
 from hypernet.fitting.engine import fit_lora
+from hypernet.fitting.starts import find_start, load_start
 from hypernet.sampling import save_picture, to_image
 from hypernet.sheets import contact_sheet
 from lidb_peft import LiDBSpace
@@ -129,14 +130,20 @@ def measure_base(base: BaseModel, judge: Judge, count: int) -> tuple[dict, Tenso
 
 
 def measure_fits(base: BaseModel, judge: Judge, count: int, seeds: int) -> tuple[dict, Tensor]:
-    """Scores of `MINIATURE_RECIPE` on one photo of each of ``count`` test identities, and pictures of the last seed."""
-    space = LiDBSpace(base.adapted, miniature_lidb_config())
-    people = TEST[:count]
+    """Scores of `MINIATURE_RECIPE` on one photo of each of ``count`` test identities, and pictures of the last seed.
+
+    Without a hypernetwork, from the start beside the base if it has one.
+    """
+    space = LiDBSpace(base.models_to_adapt(MINIATURE_RECIPE.adapt), miniature_lidb_config())
+    people, file = TEST[:count], find_start("", base.name)
+    start = None if file is None else load_start(file).of_rank(MINIATURE_RECIPE.rank).flat(space)
     subjects = shown_subjects(base, people)
     rows = []
     for seed in range(seeds):
         recipe = replace(MINIATURE_RECIPE, seed=seed)
-        factors, _ = fit_lora(base, space, subjects, recipe.lora_fit, recipe.rank, recogniser=DrawnRecogniser())
+        factors, _ = fit_lora(
+            base, space, subjects, recipe.lora_fit, recipe.rank, start=start, recogniser=DrawnRecogniser()
+        )
         prompts = [PROMPTS[name][0] for name in judge.prompts]
         pictures = draw_prompts(
             base, space, factors, count, recipe.token, seed=seed, guidance=recipe.guidance, prompts=prompts
