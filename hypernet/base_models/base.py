@@ -164,6 +164,11 @@ class BaseModel(ABC):
     def prepare_prompts(self, texts: Sequence[str]) -> Prompts:
         """Read prompts as far as no adapted weights are needed for it; on the base's device."""
 
+    def prepare_each_once(self, texts: Sequence[str]) -> tuple[Prompts, Tensor]:
+        """The different ones of ``texts``, prepared, and where each of the n is among them, ``(n,)``, on the device."""
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        return self.prepare_prompts(list(places)), torch.tensor([places[text] for text in texts], device=self.device)
+
     @abstractmethod
     def encode_prompts(self, prompts: Prompts) -> PromptEmbeds:
         """The conditioning for n prompts under the applied weights; differentiable."""
@@ -192,8 +197,8 @@ class BaseModel(ABC):
         """The denoiser's prediction for ``(n, c, h, w)`` at ``timesteps`` ``(n,)``, same shape, float32."""
 
     @abstractmethod
-    def encode_no_prompt(self, count: int) -> PromptEmbeds | None:
-        """The conditioning of ``count`` samples without a prompt, for guidance; None if a base is distilled from it."""
+    def encode_no_prompt(self, asked: PromptEmbeds) -> PromptEmbeds | None:
+        """The conditioning without a prompt for each of ``asked``; None if the base is distilled from guidance."""
 
     @abstractmethod
     def pipeline(self) -> "DiffusionPipeline":

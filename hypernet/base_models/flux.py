@@ -257,7 +257,7 @@ class Flux(BaseModel):
         sigma = (timesteps / NUM_TIMESTEPS).view(-1, 1, 1, 1)
         return noisy_latents - sigma * noise_pred, noisy_latents + (1 - sigma) * noise_pred
 
-    def encode_no_prompt(self, count: int) -> None:
+    def encode_no_prompt(self, asked: PromptEmbeds) -> None:
         """FLUX.1 is distilled from guidance."""
 
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:

@@ -219,13 +219,12 @@ class StableDiffusion(BaseModel):
             return (noisy_latents - noise * noise_pred) / signal, noise_pred
         return signal * noisy_latents - noise * noise_pred, noise * noisy_latents + signal * noise_pred
 
-    def encode_no_prompt(self, count: int) -> PromptEmbeds:
+    def encode_no_prompt(self, asked: PromptEmbeds) -> PromptEmbeds:
         """As the pipeline does it: SDXL's takes zeros."""
-        embeds = self.encode_prompts(self.prepare_prompts([""] * count))
-        pooled = embeds.pooled_prompt_embeds
+        pooled = asked.pooled_prompt_embeds
         if pooled is None or not self.zeros_for_no_prompt:
-            return embeds
-        return PromptEmbeds(torch.zeros_like(embeds.prompt_embeds), torch.zeros_like(pooled))
+            return self.encode_prompts(self.prepare_prompts([""] * len(asked)))
+        return PromptEmbeds(torch.zeros_like(asked.prompt_embeds), torch.zeros_like(pooled))
 
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         added = None

@@ -487,9 +487,8 @@ def _tensors(stacks: Stacks) -> tuple[Tensor, ...]:
 
 def _prepare_prompts(base: BaseModel, subjects: Sequence[Subject]) -> Prompts:
     """Each subject's prompt; a text shared by many is encoded once."""
-    places = {text: place for place, text in enumerate(dict.fromkeys(subject.prompt for subject in subjects))}
-    rows = torch.tensor([places[subject.prompt] for subject in subjects], device=base.device)
-    return base.prepare_prompts(list(places)).rows(rows)
+    prompts, rows = base.prepare_each_once([subject.prompt for subject in subjects])
+    return prompts.rows(rows)
 
 
 def _make_preservation(base: BaseModel, subjects: Sequence[Subject], config: FitConfig) -> PromptPreservation | None:

@@ -7,7 +7,7 @@ the denoiser's last step is differentiated.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,9 +63,8 @@ class Likeness:
         self.num_templates = len(templates)
         self.embeddings = embeddings.to(base.device)
         texts = [template.format(prompt) for prompt in prompts for template in ("{}", *templates)]
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        self.prompts = base.prepare_prompts(list(places))
-        self.rows = torch.tensor([places[text] for text in texts]).view(len(prompts), -1)
+        self.prompts, rows = base.prepare_each_once(texts)
+        self.rows = rows.view(len(prompts), -1)
 
     def choose(self, generators: Sequence[torch.Generator], shared: torch.Generator) -> Drawn:
         """Choose what is random in a step, on the CPU.
@@ -85,19 +84,17 @@ class Likeness:
 
     def __call__(self, drawn: Drawn) -> Tensor:
         """1 - the similarity of the drawn people to their photos, ``(N,)``, under the weights that are applied."""
-        people = torch.arange(len(self.rows)).repeat_interleave(PICTURES)
-        rows = self.rows[people, drawn.prompts].to(self.base.device)
-        asked = self.base.encode_prompts(self.prompts.rows(rows))
-        noise = drawn.noise.to(self.base.device)
-        latents = half_drawn(self.base, noise, asked, drawn.stop, self.guidance)
-        own = self.embeddings[people.to(self.base.device)]
+        device = self.base.device
+        people = torch.arange(len(self.rows), device=device).repeat_interleave(PICTURES)
+        asked = self.base.encode_prompts(self.prompts.rows(self.rows[people, drawn.prompts.to(device)]))
+        latents = half_drawn(self.base, drawn.noise.to(device), asked, drawn.stop, self.guidance)
+        own = self.embeddings[people]
         at_once = max(1, _PIXELS_AT_ONCE // self.base.size_px**2)
-        parts = zip(latents.split(at_once), own.split(at_once), strict=True)
         if len(latents) <= at_once:
             unlike = self._unlike(latents, own)
         else:  # recomputed, so that one part's activations are there at a time
-            found = [checkpoint(self._unlike, *part, use_reentrant=False) for part in parts]
-            unlike = torch.cat([part for part in found if isinstance(part, Tensor)])
+            parts = zip(latents.split(at_once), own.split(at_once), strict=True)
+            unlike = torch.cat([cast(Tensor, checkpoint(self._unlike, *part, use_reentrant=False)) for part in parts])
         return unlike.view(-1, PICTURES).mean(dim=1)
 
     def _unlike(self, latents: Tensor, own: Tensor) -> Tensor:
@@ -141,9 +138,8 @@ def guided(
 
 def _with_no_prompt(base: BaseModel, asked: PromptEmbeds) -> PromptEmbeds:
     """Conditioning for `guided`: person by person, for each has weights of their own."""
-    count = len(asked)
-    nothing = base.encode_no_prompt(count)
+    nothing = base.encode_no_prompt(asked)
     if nothing is None:
         return asked
-    order = torch.arange(2 * count, device=asked.prompt_embeds.device).view(2, -1).T.flatten()
+    order = torch.arange(2 * len(asked), device=asked.prompt_embeds.device).view(2, -1).T.flatten()
     return PromptEmbeds.concatenate([nothing, asked]).rows(order)

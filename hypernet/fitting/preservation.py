@@ -64,9 +64,8 @@ class PromptPreservation:
         """
         self.base, self.num_subjects, self.num_templates = base, len(prompts), len(templates)
         styled = [template.format(prompt) for prompt in prompts for template in templates]
-        places = {text: place for place, text in enumerate(dict.fromkeys(styled))}
-        self.styled = base.prepare_prompts(list(places))
-        self.styled_rows = torch.tensor([places[text] for text in styled], device=base.device).view(len(prompts), -1)
+        self.styled, rows = base.prepare_each_once(styled)
+        self.styled_rows = rows.view(len(prompts), -1)
         texts = [t.format(prompt) for prompt in dict.fromkeys(class_prompts) for t in ("{}", *templates)]
         self.plain = torch.tensor([texts.index(prompt) for prompt in class_prompts], device=base.device)
         plain = base.prepare_prompts(texts)

@@ -4,9 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, normalize
 
@@ -15,6 +13,7 @@ from hypernet.errors import first_sentence
 from hypernet.inputs.face import Face
 from hypernet.inputs.faces import find_faces
 from hypernet.recipe import PersonalizeConfig
+from hypernet.sampling import to_image
 
 _FACENET = {"facenet-pytorch": "facenet_pytorch", "torchvision": "torchvision"}
 _FACENET_PX = 160
@@ -47,8 +46,7 @@ class FacenetRecogniser:
             self._width = self._network(torch.zeros(1, 3, _FACENET_PX, _FACENET_PX, device=device)).shape[1]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        pictures = ((pixels.detach().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        found = [_first_face(picture, self._detector) for picture in pictures]
+        found = [_first_face(picture, self._detector) for picture in pixels.detach().cpu()]
         seen = [row for row, face in enumerate(found) if face is not None]
         if not seen:
             return pixels.new_zeros(len(pixels), self._width)
@@ -128,5 +126,5 @@ def check_facenet(remedy: str) -> None:
                          f"{remedy}")  # fmt: skip
 
 
-def _first_face(picture: np.ndarray, detector: str) -> Face | None:
-    return next(iter(find_faces(Image.fromarray(picture), detector)), None)
+def _first_face(pixels: Tensor, detector: str) -> Face | None:
+    return next(iter(find_faces(to_image(pixels), detector)), None)

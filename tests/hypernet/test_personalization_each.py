@@ -21,16 +21,9 @@ from testbed.faces import DrawnRecogniser
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 QUICK = replace(
-    MINIATURE_RECIPE,
-    adapt="all",
-    steps=2,
-    lr=0.02,
-    rank=2,
-    timesteps_per_step=1,
-    preservation=0.0,
-    crop=False,
+    MINIATURE_RECIPE, adapt="all", steps=2, lr=0.02, rank=2, timesteps_per_step=1, preservation=0.0, crop=False,
     likeness=0.0,
-)
+)  # fmt: skip
 LORAS = [f"{name}.safetensors" for name in ("0", "1", "2", "Ann")]
 
 

@@ -74,8 +74,8 @@ def test_pictures_are_drawn_as_diffusers_pipeline_draws_them(base):
     with torch.no_grad():
         found = half_drawn(base, noise, asked, STEPS - 1, 4.0)
     drawn = base.pipeline()(
-        prompt_embeds=asked.prompt_embeds, negative_prompt_embeds=base.encode_no_prompt(2).prompt_embeds, latents=noise,
-        num_inference_steps=STEPS, guidance_scale=4.0, output_type="latent",
+        prompt_embeds=asked.prompt_embeds, negative_prompt_embeds=base.encode_no_prompt(asked).prompt_embeds,
+        latents=noise, num_inference_steps=STEPS, guidance_scale=4.0, output_type="latent",
     ).images  # fmt: skip
     assert torch.allclose(found, drawn, atol=1e-3)
 
@@ -170,7 +170,7 @@ def test_people_in_whose_photos_nobody_is_seen_are_named(base, prepared):
 def test_a_base_without_guidance_is_drawn_without_it(flux_folder, prepared):
     base = load_base(str(flux_folder), device="cpu", precision="fp32")
     space = LiDBSpace(base.adapted, LiDBConfig(down_dim=8, up_dim=6))
-    assert base.encode_no_prompt(1) is None
+    assert base.encode_no_prompt(base.encode_prompts(base.prepare_prompts(["a face"]))) is None
     subjects = make_subjects(base, [prepared(base)], "a sks face", "a face", recogniser=Colours())
     plain, _ = fit_flat_lora(base, space, subjects, replace(FIT, steps=1, likeness=0.0), RANK)
     fitted, losses = fit_flat_lora(base, space, subjects, replace(FIT, steps=1), RANK, recogniser=Colours())
@@ -188,10 +188,11 @@ def test_sdxl_learns_from_its_pictures_too(sdxl, prepared):
 
 
 def test_sdxl_draws_with_zeros_for_no_prompt(sdxl):
-    nothing = sdxl.encode_no_prompt(2)
+    asked = sdxl.encode_prompts(sdxl.prepare_prompts(["a face", "a hat"]))
+    nothing = sdxl.encode_no_prompt(asked)
     assert isinstance(nothing, PromptEmbeds)
     assert len(nothing) == 2
     assert not nothing.prompt_embeds.any()
-    own = replace(sdxl, zeros_for_no_prompt=False).encode_no_prompt(1)
+    own = replace(sdxl, zeros_for_no_prompt=False).encode_no_prompt(asked)
     assert own.prompt_embeds.any()
     assert own.pooled_prompt_embeds.any()
